@@ -1,0 +1,28 @@
+"""Fixtures for the tests of the single-file scripts."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "cleanrl_sparse"
+
+
+def load_script(name: str) -> ModuleType:
+    """Import cleanrl_sparse/NAME.py, which is a script and no package's module."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def eaudeqn() -> ModuleType:
+    """Return cleanrl_sparse/eaudeqn_atari.py as a module."""
+    return load_script("eaudeqn_atari")
