@@ -11,7 +11,7 @@ Paper: Vincent, Faust, Tripathi, Peters, D'Eramo, "Eau De Q-Network: Adaptive Di
 Reinforcement Learning", 2025, arXiv 2503.01437 (its online variant, EauDeDQN).
 
 K online networks learn from one replay and share one target network. At every target update the network with the
-smallest loss accumulated since the last one becomes the target; network 1 becomes a copy of it, the others become copies
+smallest loss accumulated since the last one becomes the target; network 1 becomes its copy, the others become copies
 pruned further, each by its own random amount. Nobody sets when pruning starts, how fast it goes or where it ends.
 
     python eaudeqn_atari.py --env-id Breakout                       # the paper's setting: 40M frames
@@ -19,10 +19,10 @@ pruned further, each by its own random amount. Nobody sets when pruning starts, 
     python eaudeqn_atari.py --resume runs/Breakout__eaudeqn_atari__1__1790000000
     python eaudeqn_atari.py --num-networks 1 --no-reset-optimizer   # plain DQN, same code
 
-Differences from the paper, and guesses where it is silent ([I] inferred, [D] our decision; no training code was released):
+Differences from the paper, and guesses ([I] inferred, [D] our decision; no training code was released):
  1. [I] Next sparsity of candidate k at step t: min(1 - (1 - s) * ((H - t - T) / (H - t)) ** n_k, s + max_sparsity_step)
     with n_k ~ U(0, max_exponent), fitted to every published name and value. H: the run's steps, T: --target-every.
- 2. [D] The sparsity is spread over the layers by the Erdos-Renyi-Kernel rule (--scope erk); biases are never pruned [I].
+ 2. [D] Sparsity is spread over the layers by the Erdos-Renyi-Kernel rule (--scope erk); biases are never pruned [I].
  3. [I] Each action is that of a network drawn anew, P(k) ~ 1 / (accumulated loss + 1e-6) (--behaviour).
  4. [I] The loss is the squared TD error; all K Adam states are reset at a target update, step counts included.
  5. [D] One network is drawn and all K start as copies of it. Evaluated and saved: the one of the smallest loss.
@@ -46,6 +46,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -72,7 +73,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-# >>> shared: errors
+# >>> shared: basics
 class Exit(Exception):
     """Ends the program with one line and a status: 2 bad input, 1 a fault while running, 75 stopped and resumable."""
 
@@ -85,7 +86,12 @@ def require(accepted: bool, line: str) -> None:
     """Refuse bad input, with a line that names the flag or file and what is accepted."""
     if not accepted:
         raise Exit(2, line)
-# <<< shared: errors
+
+
+def sha256(data: bytes) -> str:
+    """Return the SHA-256 of data, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+# <<< shared: basics
 
 
 @dataclass
@@ -134,14 +140,14 @@ class Args:
         # >>> shared: check-run-flags
         def check(names: str, accepted: Callable[[float], bool], text: str) -> None:
             """Refuse the flags `names` whose value is not accepted."""
-            for name in names.split():
-                require(accepted(getattr(self, name)), f"--{name.replace('_', '-')} {getattr(self, name)}: must be {text}")
+            for name, value in ((name, getattr(self, name)) for name in names.split()):
+                require(accepted(value), f"--{name.replace('_', '-')} {value}: must be {text}")
 
         check("total_timesteps batch_size epsilon_steps epoch_steps num_envs", lambda x: x >= 1, "at least 1")
         check("seed eval_episodes checkpoint_minutes", lambda x: x >= 0, "at least 0")
         check("learning_rate adam_eps replay_ratio", lambda x: 0 < x < math.inf, "above 0")
         check("gamma epsilon_end", lambda x: 0 <= x <= 1, "in [0, 1]")
-        check("learning_starts buffer_size", lambda x: x >= self.batch_size, f"at least the batch size, {self.batch_size}")
+        check("learning_starts buffer_size", lambda x: x >= self.batch_size, f"at least a batch, {self.batch_size}")
         check("target_every buffer_size", lambda x: x >= self.num_envs, f"at least --num-envs, {self.num_envs}")
         # <<< shared: check-run-flags
         check("feature_size width num_networks", lambda x: x >= 1, "at least 1")
@@ -169,7 +175,7 @@ MontezumaRevenge 0.0 4753.3; MsPacman 307.3 6951.6; NameThisGame 2292.3 8049.0; 
 def find_rom(env_id: str) -> tuple[str, str]:
     """Return ROM and title (ms_pacman, MsPacman) of MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4; else Exit."""
     titles = {"".join(word.capitalize() for word in rom.split("_")): rom for rom in roms.get_all_rom_ids()}
-    name = env_id.removeprefix("ALE/").removesuffix("-v4").removesuffix("-v5").removesuffix("NoFrameskip").replace("_", "")
+    name = re.sub(r"^ALE/|(NoFrameskip)?(-v[45])?$|_", "", env_id)
     title = {t.lower(): t for t in titles}.get(name.lower(), "")
     near = ", ".join(difflib.get_close_matches(name, titles, n=3, cutoff=0.3)) or "none"
     require(bool(title), f"--env-id {env_id}: no such Atari game; the nearest names are {near}")
@@ -217,7 +223,7 @@ class AtariEnvs:
         self.reset(np.ones(num_envs, bool), reseed=True)
 
     def reset(self, which: np.ndarray, reseed: bool) -> None:
-        """Start an episode where the mask `which` [N] is true, from a new seed or going on with the last one's draws."""
+        """Start an episode where the mask `which` [N] is true, from a new seed or with the next draws of the last."""
         seeds = None
         if reseed:
             self.seedings += which
@@ -266,7 +272,7 @@ class AtariEnvs:
                 self.send(np.array([h[step - longest] if len(h) >= longest - step else 0 for h in histories]))
                 self.recv()
         if sha256(self.obs.tobytes()) != state["digest"]:
-            raise Exit(1, "the replayed episodes differ from the recorded ones: resume with the ale-py of versions.json")
+            raise Exit(1, "the replayed episodes are not the recorded ones; resume with the ale-py of versions.json")
 # <<< shared: atari-env
 
 
@@ -289,16 +295,16 @@ def make_torso(network: str, width: int) -> nn.Sequential:
     cnn (Mnih et al. 2015): [B, 4, 84, 84] -> [B, 64 * width, 11, 11]; impala (Espeholt et al. 2018), 15 layers without
     normalisation: -> [B, 32 * width, 11, 11].
     """
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers, c = OrderedDict[str, nn.Module](), 32 * width
     if network == "cnn":
-        c = 32 * width
         layers |= {"conv1": nn.Conv2d(4, c, 8, stride=4, padding=2), "relu1": nn.ReLU()}  # 84 -> 21
-        layers |= {"pad2": nn.ZeroPad2d((1, 2, 1, 2)), "conv2": nn.Conv2d(c, 2 * c, 4, stride=2), "relu2": nn.ReLU()}  # -> 11
-        return nn.Sequential(layers | {"conv3": nn.Conv2d(2 * c, 2 * c, 3, padding=1), "relu3": nn.ReLU()})
-    for i, (c_in, c, pad) in enumerate(((4, 16 * width, 0), (16 * width, 32 * width, 0), (32 * width, 32 * width, 1)), 1):
+        layers |= {"pad2": nn.ZeroPad2d((1, 2, 1, 2)), "conv2": nn.Conv2d(c, 2 * c, 4, stride=2), "relu2": nn.ReLU()}
+        layers |= {"conv3": nn.Conv2d(2 * c, 2 * c, 3, padding=1), "relu3": nn.ReLU()}  # 11
+        return nn.Sequential(layers)
+    for i, (c_in, c_out, pad) in enumerate(((4, c // 2, 0), (c // 2, c, 0), (c, c, 1)), 1):
         pool = nn.MaxPool2d(3, stride=2, padding=pad, ceil_mode=True)  # 84 -> 42 -> 21 -> 11
-        layers |= {f"entry{i}": nn.Conv2d(c_in, c, 3, padding=1), f"pool{i}": pool}
-        layers |= {f"block{i}a": Residual(c), f"block{i}b": Residual(c)}
+        layers |= {f"entry{i}": nn.Conv2d(c_in, c_out, 3, padding=1), f"pool{i}": pool}
+        layers |= {f"block{i}a": Residual(c_out), f"block{i}b": Residual(c_out)}
     return nn.Sequential(layers | {"relu": nn.ReLU()})
 
 
@@ -351,18 +357,13 @@ class FrameReplay:
                  frame_shape: tuple[int, ...] = (84, 84)) -> None:
         self.num_envs, self.rows = num_envs, -(-capacity // num_envs) + 4  # 3 older frames of a stack, 1 newest
         self.slots, self.endings = self.rows * num_envs, capacity // 128 + 16
-        self.zero_slot = self.slots + self.endings
-
-        def zeros(*shape: int, dtype: Any = np.uint8) -> Tensor:
-            """NumPy's zeros take no memory before they are written."""
-            return torch.from_numpy(np.zeros(shape, dtype)).to(device)
-
-        self.frames = zeros(self.zero_slot + 1, *frame_shape)
-        self.action, self.age, self.reward = zeros(self.slots), zeros(self.slots), zeros(self.slots, dtype=np.int8)
-        self.terminated = zeros(self.slots, dtype=np.bool_)
-        self.ending = zeros(self.slots, dtype=np.int32)  # slot of the frame after an ending, -1 elsewhere
+        self.frames = torch.empty(self.slots + self.endings + 1, *frame_shape, dtype=torch.uint8, device=device)
+        self.frames[-1] = 0  # what lies before an episode
+        self.action, self.age = torch.zeros(2, self.slots, dtype=torch.uint8, device=device)
+        self.reward, self.terminated = torch.zeros(2, self.slots, dtype=torch.int8, device=device)
+        self.ending = torch.zeros(self.slots, dtype=torch.int32, device=device)  # slot of an ending's last frame, or -1
         self.back = torch.arange(3, -1, -1, device=device) * num_envs  # distance of a stack's frames, oldest first
-        self.range = zeros(2, dtype=np.int64)  # first transition that can be sampled, how many; on the device, for graphs
+        self.range = torch.zeros(2, dtype=torch.long, device=device)  # first transition to be sampled, how many
         self.step = self.first = self.num_endings = 0  # steps stored, first step whose ending is kept, endings so far
         self.ending_step = np.full(self.endings, -1)  # the step that each kept ending belongs to
         self.ages = np.zeros(num_envs, np.int64)  # 0 for an episode's first frame, at most 3
@@ -410,10 +411,11 @@ class FrameReplay:
     def gather(self, slots: Tensor) -> Batch:
         """Return the transitions at slots [B]."""
         own = self.back <= self.age[slots, None] * self.num_envs  # [B, 4]
-        stack = torch.where(own, (slots[:, None] - self.back) % self.slots, self.zero_slot)
+        stack = torch.where(own, (slots[:, None] - self.back) % self.slots, len(self.frames) - 1)
         after = torch.where(self.ending[slots] < 0, (slots + self.num_envs) % self.slots, self.ending[slots])
         frames = self.frames[torch.cat([stack, after[:, None]], 1)]  # [B, 5, H, W]
-        return Batch(frames[:, :4], frames[:, 1:], self.action[slots].long(), self.reward[slots].float(), self.terminated[slots])
+        actions, rewards = self.action[slots].long(), self.reward[slots].float()
+        return Batch(frames[:, :4], frames[:, 1:], actions, rewards, self.terminated[slots].bool())
 
     def state(self) -> dict[str, Any]:
         """Return the counters and the generator as JSON; pieces() gives the contents."""
@@ -427,15 +429,13 @@ class FrameReplay:
         self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
 
     def pieces(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (array, index) for all that steps first..last-1 hold: a checkpoint writes or reads them in this order.
-
-        add() waits before it overwrites steps that are still to come.
-        """
+        """Yield (array, index) of what steps first..last-1 hold; add() waits before it overwrites what is to come."""
         for low in range(first, last, 1024):
             self.unsaved = low
-            index = torch.arange(low * self.num_envs, min(low + 1024, last) * self.num_envs, device=self.frames.device)
-            slots = index % self.slots
-            yield from ((a, slots) for a in (self.ending, self.action, self.reward, self.terminated, self.age, self.frames))
+            index = torch.arange(low * self.num_envs, min(low + 1024, last) * self.num_envs)
+            slots = (index % self.slots).to(self.frames.device)
+            arrays = (self.ending, self.action, self.reward, self.terminated, self.age, self.frames)
+            yield from ((array, slots) for array in arrays)
             endings = self.ending[slots].long()
             yield self.frames, endings[endings >= 0]
         self.unsaved = None
@@ -475,7 +475,7 @@ def largest(score: Tensor, kept: int) -> Tensor:
 def magnitude_masks(weights: list[Tensor], parents: list[Tensor], sparsity: float, scope: str) -> list[Tensor]:
     """Return bool masks (True: kept) of the largest |weights| at a total sparsity in [0, 1]; counts are exact.
 
-    What a parent mask has pruned stays pruned, and every tensor keeps at least one weight. `scope`: erk and uniform give
+    What a parent mask has pruned stays pruned, every tensor keeps at least one weight. `scope`: erk and uniform give
     each tensor its own count, global ranks all weights together.
     """
     scores = [torch.where(m, w.detach().abs(), -1.0).flatten() for w, m in zip(weights, parents, strict=True)]
@@ -545,7 +545,7 @@ class EauDeQN:
         uses = ("act", "network", "exponent")
         self.rng = {use: np.random.default_rng((args.seed, i)) for i, use in enumerate(uses)}
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.calls = 0
+        self.warm = False  # kernels are loaded and cuBLAS has its workspace once update() has run
 
     def to_input(self, frames: Tensor) -> Tensor:
         """Scale uint8 frames to [0, 1], channels-last, on the device."""
@@ -571,13 +571,13 @@ class EauDeQN:
         return actions
 
     def update(self, batch: Batch) -> None:
-        """One gradient step of all K networks on one batch: one target pass, one optimiser. Never waits for the device."""
+        """Take one gradient step with all K networks on one batch. Nothing here waits for the device."""
         obs, next_obs = self.to_input(batch.obs), self.to_input(batch.next_obs)
         with torch.no_grad():
             next_q = self.q_values(self.target, next_obs).max(1).values
             td_target = batch.rewards + self.args.gamma * next_q * ~batch.terminated  # [B]
         # A loop over modules: vmap and grouped convolutions were slower (docs/eaudeqn_atari.md has the numbers).
-        q = torch.cat([self.q_values(network, obs).gather(1, batch.actions[:, None]) for network in self.online], 1).T  # [K, B]
+        q = torch.cat([self.q_values(net, obs).gather(1, batch.actions[:, None]) for net in self.online], 1).T  # [K, B]
         losses = (q - td_target).square().mean(1)  # [K]
         losses.sum().backward()
         self.optimizer.step()
@@ -591,14 +591,14 @@ class EauDeQN:
             self.latest.copy_(torch.stack([losses, q.mean(1)]))
 
     def learn(self, replay: FrameReplay, updates: int) -> None:
-        """Sample and update `updates` times; with --compile as a CUDA graph, after three calls that settle memory."""
+        """Sample and update `updates` times; with --compile by replaying a CUDA graph, after one plain call."""
         for _ in range(updates):
-            if self.args.compile and self.calls == 3:
+            if self.args.compile and self.warm and not self.graph:
                 self.graph = torch.cuda.CUDAGraph()
                 self.graph.register_generator_state(replay.generator)
                 with torch.cuda.graph(self.graph):
                     self.update(replay.sample(self.args.batch_size))
-            self.calls += 1
+            self.warm = True
             if self.graph:
                 self.graph.replay()
             else:
@@ -613,7 +613,8 @@ class EauDeQN:
         parents = [mask.bool() for mask in self.masks[best]]
         for k in range(args.num_networks):
             exponent = self.rng["exponent"].uniform(0, args.max_exponent) if k > 0 else 0.0
-            self.sparsity[k] = next_sparsity(sparsity, exponent, step, horizon, args.target_every, args.max_sparsity_step)
+            limits = (step, horizon, args.target_every, args.max_sparsity_step)
+            self.sparsity[k] = next_sparsity(sparsity, exponent, *limits)
             pruned = self.sparsity[k] > sparsity
             masks = magnitude_masks(weights, parents, self.sparsity[k], args.scope) if pruned else parents
             self.online[k].load_state_dict(self.target.state_dict())
@@ -636,17 +637,16 @@ class EauDeQN:
         return named
 
     def report(self, losses: list[float]) -> dict[str, float]:
-        """Return what is logged: of the latest update (means over the K networks) and of the network saved now."""
+        """Return what is logged: the latest update's means over the K networks, the sparsity of what is saved now."""
         td_loss, q_values = self.latest.mean(1).tolist()
-        measured = {f"sparsity/{key}": value for key, value in sparsity_report(self.online[choose(losses)]).items()}
-        candidates = {f"sparsity/candidate_{k}": s for k, s in enumerate(self.sparsity, 1)}
-        return {"losses/td_loss": td_loss, "losses/q_values": q_values, "charts/learning_rate": self.args.learning_rate,
-                "sparsity/target": self.sparsity[0], **measured, **candidates}
+        record = {"losses/td_loss": td_loss, "losses/q_values": q_values, "sparsity/target": self.sparsity[0]}
+        record |= {f"sparsity/{key}": value for key, value in sparsity_report(self.online[choose(losses)]).items()}
+        return record | {f"sparsity/candidate_{k}": s for k, s in enumerate(self.sparsity, 1)}
 
 
 # >>> shared: evaluation
 @torch.no_grad()
-def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: int, video: Path | None = None) -> list[float]:
+def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: int, video: Path | None) -> list[float]:
     """Play episodes on the training protocol, epsilon-greedily, together; return their unclipped returns.
 
     `video`: record the first one there (mp4, colour, 15 frames a second, real time).
@@ -678,11 +678,6 @@ def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: 
 
 
 # >>> shared: run-directory
-def sha256(data: bytes) -> str:
-    """Return the SHA-256 of data, in hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
-
-
 def write_file(path: Path, data: bytes) -> str:
     """Write a file that a crash leaves whole or absent; return its SHA-256."""
     with open(temporary := path.with_name(f".{path.name}.tmp"), "wb") as file:
@@ -709,18 +704,19 @@ class Run:
         self.folder, self.saver, self.saving = self.path / "checkpoint", ThreadPoolExecutor(1), Future[None]()
         self.saving.set_result(None)
         if not args.resume:
-            fresh = not self.path.exists() or self.path.is_dir() and not any(self.path.iterdir())
+            fresh = not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
             require(fresh, f"--run-dir {self.path} exists: give a new folder, or go on with --resume {self.path}")
             self.folder.mkdir(parents=True)
-            git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+            command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+            git = subprocess.run(command, capture_output=True, text=True, check=False)
             versions = {"script": Path(__file__).name, "commit": git.stdout.strip() or None, "python": sys.version,
                         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform(),
-                        "packages": {p: version(p) for p in ("torch", "numpy", "gymnasium", "ale-py", "safetensors", "tyro")}}
+                        "packages": {name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py", "tyro")}}
             write_file(self.path / "args.json", json.dumps(dataclasses.asdict(args), indent=1).encode())
             write_file(self.path / "versions.json", json.dumps(versions, indent=1).encode())
         free = shutil.disk_usage(self.path).free
         print(f"{self.path}: checkpoints take up to {disk_needed / 1e9:.2f} GB of disk, {free / 1e9:.1f} GB are free")
-        require(free > disk_needed, f"--run-dir {self.path}: {disk_needed / 1e9:.2f} GB of disk needed, {free / 1e9:.2f} free")
+        require(free > disk_needed, f"--run-dir {self.path}: too little disk is free for checkpoints")
 
     def load(self, tensors: dict[str, Tensor], replay: FrameReplay) -> dict[str, Any] | None:
         """Restore the newest whole checkpoint and cut the records back to it; return its state, None before the first.
@@ -731,22 +727,19 @@ class Run:
         manifests = sorted(self.folder.glob("*.json"), reverse=True)
         for manifest in manifests:
             digest, _, body = manifest.read_bytes().partition(b"\n")
-            damaged = [] if sha256(body).encode() == digest else [manifest]
-            checkpoint = {} if damaged else json.loads(body)
-            for name, digest in checkpoint.get("files", {}).items():
-                file = self.folder / name
-                damaged += [] if file.exists() and sha256(file.read_bytes()) == digest else [file]
+            files = json.loads(body)["files"] if sha256(body).encode() == digest else {manifest.name: "another"}
+            paths = {self.folder / name: digest for name, digest in files.items()}
+            damaged = [path for path in paths if not path.exists() or sha256(path.read_bytes()) != paths[path]]
             if not damaged:
-                self.checkpoint = checkpoint
+                self.checkpoint = json.loads(body)
                 break
             print(f"{damaged[0]} is damaged; the checkpoint before it is used", file=sys.stderr)
         if manifests and not self.checkpoint["files"]:
             raise Exit(1, f"{self.folder}: no checkpoint is whole; nothing was changed")
         if manifests:
             saved = load_file(self.folder / f"{self.checkpoint['step']:012d}.safetensors")
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    tensor.copy_(saved[name])
+            for name, tensor in tensors.items():
+                tensor.detach().copy_(saved[name])
             for first, last in self.checkpoint["segments"]:
                 with gzip.open(self.folder / f"replay-{first}-{last}.gz") as file:
                     for array, index in replay.pieces(first, last):
@@ -789,45 +782,40 @@ class Run:
 
     def _write(self, copies: dict[str, Tensor], replay: FrameReplay) -> None:
         """Write the checkpoint, manifest last, then delete the files that no kept one needs."""
-        checkpoint, (first, last) = self.checkpoint, self.checkpoint["segments"][-1]
-        try:
-            with io.BytesIO() as segment, gzip.GzipFile(fileobj=segment, mode="wb", compresslevel=1, mtime=0) as file:
-                for array, index in replay.pieces(first, last):
+        checkpoint, name = self.checkpoint, f"{self.checkpoint['step']:012d}"
+        segments = [f"replay-{first}-{last}.gz" for first, last in checkpoint["segments"]]
+        with io.BytesIO() as data:
+            with gzip.GzipFile(fileobj=data, mode="wb", compresslevel=1, mtime=0) as file:
+                for array, index in replay.pieces(*checkpoint["segments"][-1]):
                     np.save(file, array[index].cpu().numpy())
-                file.close()
-                new = {f"replay-{first}-{last}.gz": segment.getvalue(), f"{checkpoint['step']:012d}.safetensors": save(copies)}
-        finally:
-            replay.unsaved = None
-        needed = [f"replay-{first}-{last}.gz" for first, last in checkpoint["segments"]]
-        old = {name: digest for name, digest in checkpoint["files"].items() if name in needed}
-        checkpoint["files"] = old | {name: write_file(self.folder / name, data) for name, data in new.items()}
+            new = {segments[-1]: data.getvalue(), f"{name}.safetensors": save(copies)}
+        old = {segment: checkpoint["files"][segment] for segment in segments[:-1]}
+        checkpoint["files"] = old | {file: write_file(self.folder / file, data) for file, data in new.items()}
         body = json.dumps(checkpoint).encode()
-        write_file(self.folder / f"{checkpoint['step']:012d}.json", sha256(body).encode() + b"\n" + body)
-        kept = sorted(self.folder.glob("*.json"))[-2:]
-        keep = {name for m in kept for name in (m.name, *json.loads(m.read_bytes().partition(b"\n")[2])["files"])}
+        write_file(self.folder / f"{name}.json", sha256(body).encode() + b"\n" + body)
+        kept = [(path, path.read_bytes()) for path in sorted(self.folder.glob("*.json"))[-2:]]
+        needed = {n for path, text in kept for n in (path.name, *json.loads(text.partition(b"\n")[2])["files"])}
         for path in self.folder.iterdir():
-            if path.name not in keep:
+            if path.name not in needed:
                 path.unlink()
 
     def finish(self, step: int, network: nn.Module, rom: str, title: str, epoch_return: float | None) -> None:
         """Save the network, evaluate it, write final.json and tell the user what came out."""
         self.finish_saving()
         write_file(self.path / "model.safetensors", save({n: t.contiguous() for n, t in network.state_dict().items()}))
-        video = self.path / "evaluation.mp4" if self.args.capture_video else None
         episodes, seed = self.args.eval_episodes, self.args.seed + 1_000_000  # not the seed of training
+        video = self.path / "evaluation.mp4" if self.args.capture_video else None
         scores = evaluate(network, rom, episodes, 0.001, seed, video) if episodes else []
-        result = {"eval/episodic_return": float(np.mean(scores)), "eval/episodes": len(scores)} if scores else {}
-        if scores and (human := human_normalized(title, float(np.mean(scores)))) is not None:
+        result = {"eval/episodic_return": float(np.mean(scores)), "eval/episodes": episodes} if scores else {}
+        if scores and (human := human_normalized(title, result["eval/episodic_return"])) is not None:
             result["eval/human_normalized"] = human
         self.log(step, result)
         self.board.close()
-        sparsity, seconds = sparsity_report(network), time.time() - self.start
-        final = {"status": "finished", "step": step, "seconds": seconds, "epoch_return": epoch_return, "evaluation": result,
-                 "evaluation_returns": scores, "sparsity": sparsity}
-        write_file(self.path / "final.json", json.dumps(final, indent=1).encode())
-        for name, value in sparsity.items():
-            print(f"{name:24} {value:12.4f}" if name != "active_params" else f"{name:24} {value:12,.0f}")
-        print(*(f"{key}: {value:.4g}" for key, value in result.items()), sep="\n")
+        report, seconds = {f"sparsity/{k}": v for k, v in sparsity_report(network).items()}, time.time() - self.start
+        final = {"status": "finished", "step": step, "seconds": seconds, "epoch_return": epoch_return, "scores": scores}
+        write_file(self.path / "final.json", json.dumps(final | result | report, indent=1).encode())
+        for key, value in (report | result).items():
+            print(f"{key:28} {value:12,.6g}")
         print(f"finished {step} steps in {seconds / 60:.1f} minutes; everything is in {self.path}")
 
     def finish_saving(self) -> None:
@@ -835,7 +823,7 @@ class Run:
         try:
             self.saving.result()
         except OSError as error:
-            raise Exit(1, f"{self.folder}: no checkpoint could be written ({error}); the one before it is kept") from None
+            raise Exit(1, f"{self.folder}: no checkpoint could be written ({error}); the last one is kept") from None
 # <<< shared: run-directory
 
 
@@ -853,16 +841,20 @@ def parse(argv: list[str]) -> Args:
         raise Exit(2, f"--resume {args.resume}: its args.json has no flags of this script ({error})") from None
 
 
-def find_device(name: str) -> torch.device:
-    """Return the device of --device; Exit if this machine has none such."""
+def find_device(args: Args) -> torch.device:
+    """Return the device of --device; Exit if this machine has none such or it cannot do what the flags ask."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     known = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
-    require(name in known, f"--device {name}: this machine has {', '.join(known)}")
-    return torch.device(("cuda" if count else "cpu") if name == "auto" else name)
+    require(args.device in known, f"--device {args.device}: this machine has {', '.join(known)}")
+    device = torch.device(("cuda" if count else "cpu") if args.device == "auto" else args.device)
+    require(device.type == "cuda" or not args.compile, "--compile: only with --device cuda; it gains nothing on CPU")
+    return device
+# <<< shared: command-line
 
 
+# >>> shared: entry
 def keep_freed_memory() -> None:
-    """Let glibc reuse freed blocks: else every update faults the pages of its gradients in anew, a fifth of its time."""
+    """Let glibc reuse freed blocks; else every update faults its gradients' pages in anew, a fifth of its time."""
     with contextlib.suppress(OSError, AttributeError):  # on another C library
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             ctypes.CDLL(None).mallopt(option, value)
@@ -876,19 +868,12 @@ def command_line(main: Callable[[Args], None]) -> None:
     except (Exit, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(error.status if isinstance(error, Exit) else 1)
-
-
-def progress_bar(total: int, step: int) -> tqdm[Any]:
-    """Return a progress bar; where the output is no terminal it is a plain line every half minute."""
-    numbers, tty = "{percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt} {remaining} left {desc}", sys.stderr.isatty()
-    return tqdm(total=total, initial=step, unit="step", unit_scale=True, dynamic_ncols=True, file=sys.stderr,
-                mininterval=0.5 if tty else 30, bar_format="{bar:10}" + numbers if tty else numbers + "\n")
-# <<< shared: command-line
+# <<< shared: entry
 
 
 def main(args: Args) -> None:
     """Train, evaluate the network of the smallest loss, and leave the run folder."""
-    device, (rom, title), total = find_device(args.device), find_rom(args.env_id), args.total_timesteps
+    device, (rom, title), total = find_device(args), find_rom(args.env_id), args.total_timesteps
     if args.resume and Path(args.resume, "final.json").exists():
         return print(f"{args.resume} is finished; nothing is left to do")
     step, gradient_step, selected, epoch_return = 0, 0, 0, None
@@ -914,7 +899,10 @@ def main(args: Args) -> None:
         replay.restore(state["replay"])
         envs.restore(state["envs"])
     replay.see(envs.obs[:, -1])
-    losses, bar, started = agent.accumulated_loss.tolist(), progress_bar(total, step), (step, time.monotonic())
+    losses, tty, shown = agent.accumulated_loss.tolist(), sys.stderr.isatty(), (step, time.monotonic())
+    shape = "{percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt} {remaining} left {desc}"
+    bar = tqdm(total=total, initial=step, unit="step", unit_scale=True, dynamic_ncols=True,
+               mininterval=0.5 if tty else 30, bar_format="{bar:10}" + shape if tty else shape + "\n")
 
     while step < total:
         now, trained = step + args.num_envs, gradient_step > 0
@@ -944,17 +932,21 @@ def main(args: Args) -> None:
             selected = 1 + agent.update_target(now // args.target_every * args.target_every, total)
             losses = [0.0] * args.num_networks
         # Log.
-        epoch_ends, log_every = now // args.epoch_steps > step // args.epoch_steps, max(args.target_every, 1000)
-        bar.set_description_str(f"return {np.mean(returns[-9:] or [0]):.1f} sparsity {agent.sparsity[0]:.3f}", refresh=False)
+        recent = np.mean(returns[-10:] or epoch_return or 0)
+        bar.set_description_str(f"return {recent:.1f} sparsity {agent.sparsity[0]:.3f}", False)
         bar.update(args.num_envs)
+        epoch_ends, log_every = now // args.epoch_steps > step // args.epoch_steps, max(args.target_every, 1000)
         if epoch_ends or now // log_every > step // log_every:
-            record = agent.report(losses) | {"charts/SPS": (now - started[0]) / (time.monotonic() - started[1]), "charts/epsilon": epsilon, "sparsity/selected": selected,
-                                       "charts/buffer_size": len(replay), "memory/replay_bytes": replay.nbytes,
-                                       "memory/peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+            speed, shown = (now - shown[0]) / (time.monotonic() - shown[1]), (now, time.monotonic())
+            record = {"charts/SPS": speed, "charts/epsilon": epsilon, "charts/learning_rate": args.learning_rate,
+                      "charts/buffer_size": len(replay), "memory/replay_bytes": replay.nbytes,
+                      "memory/peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+            if selected:
+                record["sparsity/selected"] = selected
             if epoch_ends and returns:
                 epoch_return, returns = sum(returns) / len(returns), []
                 record["charts/epoch_return"] = epoch_return
-            run.log(now, record)
+            run.log(now, record | agent.report(losses))
         step = now
         # Save.
         if stops or step >= total or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
@@ -966,6 +958,7 @@ def main(args: Args) -> None:
             run.finish_saving()
             raise Exit(75, f"stopped at step {step}; go on with --resume {run.path}")
 
+    bar.close()
     run.finish(step, agent.online[choose(losses)], rom, title, epoch_return)
 
 

@@ -1,0 +1,358 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch>=2.6", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12", "tyro>=0.9", "safetensors>=0.5",
+#   "imageio-ffmpeg>=0.5",
+# ]
+# ///
+"""Evaluate the network that a finished run left: play episodes, print the scores, record a video.
+
+    python evaluate.py runs/Breakout__eaudeqn_atari__1__1790000000
+    python evaluate.py RUN_DIR --episodes 100 --epsilon 0.05 --video breakout.mp4
+
+The protocol is that of training (sticky actions 0.25, 27,000 steps at most, losing a life does not end an episode);
+the scores are undiscounted and unclipped. It needs RUN_DIR/args.json and RUN_DIR/model.safetensors only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from ale_py import roms
+from ale_py.vector_env import AtariVectorEnv
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+# >>> shared: basics
+class Exit(Exception):
+    """Ends the program with one line and a status: 2 bad input, 1 a fault while running, 75 stopped and resumable."""
+
+    def __init__(self, status: int, line: str) -> None:
+        super().__init__(line)
+        self.status = status
+
+
+def require(accepted: bool, line: str) -> None:
+    """Refuse bad input, with a line that names the flag or file and what is accepted."""
+    if not accepted:
+        raise Exit(2, line)
+
+
+def sha256(data: bytes) -> str:
+    """Return the SHA-256 of data, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+# <<< shared: basics
+
+
+@dataclass
+class Args:
+    """Flags."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional]  # folder of a finished run
+    episodes: int = 10  # episodes to play (>= 1)
+    epsilon: float = 0.001  # probability of a random action, in [0, 1]
+    seed: int = 0  # seed of the environments and of the random actions (>= 0)
+    device: str = "cpu"  # cpu, cuda or cuda:INDEX
+    video: Path | None = None  # write the first episode to this file (mp4)
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, naming the flag."""
+        require(self.episodes >= 1, f"--episodes {self.episodes}: must be at least 1")
+        require(0 <= self.epsilon <= 1, f"--epsilon {self.epsilon}: must be in [0, 1]")
+        require(self.seed >= 0, f"--seed {self.seed}: must be at least 0")
+        require(self.video is None or self.video.parent.is_dir(), f"--video {self.video}: its folder does not exist")
+
+
+# >>> shared: atari-env
+# Random and human scores for the human-normalised score (Dopamine's and rliable's table; 55 of the 60 games have one).
+HUMAN_SCORES = """
+Alien 227.8 7127.7; Amidar 5.8 1719.5; Assault 222.4 742.0; Asterix 210.0 8503.3; Asteroids 719.1 47388.7; Atlantis
+12850.0 29028.1; BankHeist 14.2 753.1; BattleZone 2360.0 37187.5; BeamRider 363.9 16926.5; Berzerk 123.7 2630.4;
+Bowling 23.1 160.7; Boxing 0.1 12.1; Breakout 1.7 30.5; Centipede 2090.9 12017.0; ChopperCommand 811.0 7387.8;
+CrazyClimber 10780.5 35829.4; DemonAttack 152.1 1971.0; DoubleDunk -18.6 -16.4; Enduro 0.0 860.5; FishingDerby -91.7
+-38.7; Freeway 0.0 29.6; Frostbite 65.2 4334.7; Gopher 257.6 2412.5; Gravitar 173.0 3351.4; Hero 1027.0 30826.4;
+IceHockey -11.2 0.9; Jamesbond 29.0 302.8; Kangaroo 52.0 3035.0; Krull 1598.0 2665.5; KungFuMaster 258.5 22736.3;
+MontezumaRevenge 0.0 4753.3; MsPacman 307.3 6951.6; NameThisGame 2292.3 8049.0; Phoenix 761.4 7242.6; Pitfall -229.4
+6463.7; Pong -20.7 14.6; PrivateEye 24.9 69571.3; Qbert 163.9 13455.0; Riverraid 1338.5 17118.0; RoadRunner 11.5
+7845.0; Robotank 2.2 11.9; Seaquest 68.4 42054.7; Skiing -17098.1 -4336.9; Solaris 1236.3 12326.7; SpaceInvaders 148.0
+1668.7; StarGunner 664.0 10250.0; Tennis -23.8 -8.3; TimePilot 3568.0 5229.2; Tutankham 11.4 167.6; UpNDown 533.4
+11693.2; Venture 0.0 1187.5; VideoPinball 0.0 17667.9; WizardOfWor 563.5 4756.5; YarsRevenge 3092.9 54576.9; Zaxxon
+32.5 9173.3"""
+
+
+def find_rom(env_id: str) -> tuple[str, str]:
+    """Return ROM and title (ms_pacman, MsPacman) of MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4; else Exit."""
+    titles = {"".join(word.capitalize() for word in rom.split("_")): rom for rom in roms.get_all_rom_ids()}
+    name = re.sub(r"^ALE/|(NoFrameskip)?(-v[45])?$|_", "", env_id)
+    title = {t.lower(): t for t in titles}.get(name.lower(), "")
+    near = ", ".join(difflib.get_close_matches(name, titles, n=3, cutoff=0.3)) or "none"
+    require(bool(title), f"--env-id {env_id}: no such Atari game; the nearest names are {near}")
+    return titles[title], title
+
+
+def human_normalized(title: str, score: float) -> float | None:
+    """Return (score - random) / (human - random), or None for a game without a human score."""
+    table = {name: (float(low), float(high)) for name, low, high in map(str.split, HUMAN_SCORES.split(";"))}
+    low, high = table.get(title, (0.0, 0.0))
+    return (score - low) / (high - low) if high > low else None
+
+
+class Steps(NamedTuple):
+    """One step of N environments."""
+
+    last_frames: np.ndarray  # [N, 84, 84] uint8, the newest frame before any reset
+    rewards: np.ndarray  # [N] unclipped
+    terminated: np.ndarray  # [N] bool
+    ended: np.ndarray  # [N] bool, terminated or truncated
+    episodes: list[tuple[float, int]]  # (undiscounted return, steps) of each episode that ended
+
+
+class AtariEnvs:
+    """N copies of a game under Dopamine's protocol (Machado et al. 2018), restorable at any step.
+
+    Sticky actions 0.25, frameskip 4 with the maximum over the last two frames, 84x84 grayscale, stacks of 4, minimal
+    action set, no no-op start, no FIRE reset, losing a life does not end an episode, 27,000 steps truncate it.
+    `obs` [N, 4, 84, 84] uint8 is what the agent sees now: after an ending, the next episode's first frame.
+
+    An environment's state follows from its last seed and the actions since. Seeding reloads the ROM, which takes as
+    long as 200 steps, so it waits for the first episode that ends RESEED_AFTER or more steps after the last seeding.
+    """
+
+    RESEED_AFTER = 25_000
+
+    def __init__(self, rom: str, num_envs: int, seed: int, **options: Any) -> None:
+        protocol = dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False, reward_clipping=False,
+                        max_num_frames_per_episode=108_000, num_threads=min(num_envs, os.cpu_count() or 1))
+        self.envs = AtariVectorEnv(rom, num_envs, autoreset_mode="NextStep", **(protocol | options))
+        self.num_actions = int(self.envs.single_action_space.n)
+        self.seed, self.seedings = seed, np.zeros(num_envs, np.int64)  # how often each environment was seeded
+        self.actions = [bytearray() for _ in range(num_envs)]  # and its actions since then
+        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
+        self.reset(np.ones(num_envs, bool), reseed=True)
+
+    def reset(self, which: np.ndarray, reseed: bool) -> None:
+        """Start an episode where the mask `which` [N] is true, from a new seed or with the next draws of the last."""
+        seeds = None
+        if reseed:
+            self.seedings += which
+            keys = [(self.seed, int(i), int(self.seedings[i])) for i in np.flatnonzero(which)]
+            seeds = np.array([np.random.SeedSequence(key).generate_state(1)[0] >> 1 for key in keys], np.int64)
+            for i in np.flatnonzero(which):
+                self.actions[i].clear()
+        self.returns[which] = self.lengths[which] = 0
+        self.obs = self.envs.reset(seed=seeds, options={} if which.all() else {"reset_mask": which})[0].copy()
+
+    def send(self, actions: np.ndarray) -> None:
+        """Start a step with actions [N] int64; the environments run in threads of their own until recv()."""
+        for history, action in zip(self.actions, actions, strict=True):
+            history.append(action)
+        self.envs.send(actions)
+
+    def recv(self) -> Steps:
+        """Wait for the step's end. What ended is reset at once, so that no reset step reaches the replay."""
+        obs, rewards, terminated, truncated, _ = self.envs.recv()
+        self.obs = obs.copy()  # ale-py writes the next step into the same array
+        last_frames, ended = self.obs[:, -1], terminated | truncated
+        self.returns += rewards
+        self.lengths += 1
+        episodes = [(float(self.returns[i]), int(self.lengths[i])) for i in np.flatnonzero(ended)]
+        old = np.array([len(history) >= self.RESEED_AFTER for history in self.actions])
+        for which, reseed in ((ended & old, True), (ended & ~old, False)):
+            if which.any():
+                self.reset(which, reseed)
+        return Steps(last_frames, rewards.copy(), terminated.copy(), ended, episodes)
+
+    def state(self) -> dict[str, Any]:
+        """Return what restore() needs, as JSON."""
+        return {"seedings": self.seedings.tolist(), "actions": [bytes(history).hex() for history in self.actions],
+                "digest": sha256(self.obs.tobytes())}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Replay the actions since each environment's seed, right-aligned. Exit if the game went otherwise."""
+        histories = [bytes.fromhex(text) for text in state["actions"]]
+        longest = max(map(len, histories))
+        for step in range(longest + 1):
+            begins = np.array([len(history) == longest - step for history in histories])
+            if begins.any():
+                self.seedings[begins] = np.array(state["seedings"])[begins] - 1
+                self.reset(begins, reseed=True)
+            if step < longest:
+                self.send(np.array([h[step - longest] if len(h) >= longest - step else 0 for h in histories]))
+                self.recv()
+        if sha256(self.obs.tobytes()) != state["digest"]:
+            raise Exit(1, "the replayed episodes are not the recorded ones; resume with the ale-py of versions.json")
+# <<< shared: atari-env
+
+
+# >>> shared: torsos
+class Residual(nn.Module):
+    """Impala's residual block on [B, C, H, W]: x + conv(relu(conv(relu(x))))."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output, shaped like x."""
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+def make_torso(network: str, width: int) -> nn.Sequential:
+    """Return Dopamine's torsos, all padding SAME as in XLA, where an odd pixel of padding stands at the end.
+
+    cnn (Mnih et al. 2015): [B, 4, 84, 84] -> [B, 64 * width, 11, 11]; impala (Espeholt et al. 2018), 15 layers without
+    normalisation: -> [B, 32 * width, 11, 11].
+    """
+    layers, c = OrderedDict[str, nn.Module](), 32 * width
+    if network == "cnn":
+        layers |= {"conv1": nn.Conv2d(4, c, 8, stride=4, padding=2), "relu1": nn.ReLU()}  # 84 -> 21
+        layers |= {"pad2": nn.ZeroPad2d((1, 2, 1, 2)), "conv2": nn.Conv2d(c, 2 * c, 4, stride=2), "relu2": nn.ReLU()}
+        layers |= {"conv3": nn.Conv2d(2 * c, 2 * c, 3, padding=1), "relu3": nn.ReLU()}  # 11
+        return nn.Sequential(layers)
+    for i, (c_in, c_out, pad) in enumerate(((4, c // 2, 0), (c // 2, c, 0), (c, c, 1)), 1):
+        pool = nn.MaxPool2d(3, stride=2, padding=pad, ceil_mode=True)  # 84 -> 42 -> 21 -> 11
+        layers |= {f"entry{i}": nn.Conv2d(c_in, c_out, 3, padding=1), f"pool{i}": pool}
+        layers |= {f"block{i}a": Residual(c_out), f"block{i}b": Residual(c_out)}
+    return nn.Sequential(layers | {"relu": nn.ReLU()})
+
+
+class QNetwork(nn.Module):
+    """Q-values of stacked frames: torso, one dense layer of `feature_size` units, output layer."""
+
+    def __init__(self, num_actions: int, network: str, feature_size: int, width: int) -> None:
+        super().__init__()
+        self.torso = make_torso(network, width)
+        self.dense = nn.Linear(11 * 11 * width * (64 if network == "cnn" else 32), feature_size)
+        self.output = nn.Linear(feature_size, num_actions)
+        for name, p in self.named_parameters():  # Dopamine's initialisation
+            if p.ndim == 1:
+                nn.init.zeros_(p)
+            elif "block" in name:  # LeCun normal, truncated at two standard deviations
+                std = math.sqrt(1 / p[0].numel()) / 0.87962566
+                nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std)
+            else:
+                nn.init.xavier_uniform_(p)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
+        x = self.torso(obs)  # [B, C, 11, 11]
+        x = F.relu(self.dense(x.permute(0, 2, 3, 1).flatten(1)))  # flat in channels-last order, which needs no copy
+        return self.output(x)
+# <<< shared: torsos
+
+
+# >>> shared: evaluation
+@torch.no_grad()
+def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: int, video: Path | None) -> list[float]:
+    """Play episodes on the training protocol, epsilon-greedily, together; return their unclipped returns.
+
+    `video`: record the first one there (mp4, colour, 15 frames a second, real time).
+    """
+    rng, device = np.random.default_rng(seed), next(network.parameters()).device
+    envs, scores = AtariEnvs(rom, episodes, seed), dict[int, float]()
+    if video:  # the same game in colour: its seed and actions are the first environment's
+        import imageio_ffmpeg
+
+        colour = AtariEnvs(rom, 1, seed, grayscale=False, img_height=210, img_width=160, stack_num=1)
+        writer = imageio_ffmpeg.write_frames(str(video), (160, 210), fps=15, macro_block_size=2)
+        writer.send(None)
+    while len(scores) < episodes:
+        obs = torch.from_numpy(envs.obs).to(device, torch.float32, memory_format=torch.channels_last).div_(255)
+        actions = network(obs).argmax(1).cpu().numpy()
+        actions = np.where(rng.random(episodes) < epsilon, rng.integers(envs.num_actions, size=episodes), actions)
+        if video and 0 not in scores:
+            writer.send(np.ascontiguousarray(colour.obs[0, 0]))
+            colour.send(actions[:1])
+            colour.recv()
+        envs.send(actions)
+        steps = envs.recv()
+        for i, (score, _) in zip(np.flatnonzero(steps.ended), steps.episodes):
+            scores.setdefault(int(i), score)
+    if video:
+        writer.close()
+    return [scores[i] for i in range(episodes)]
+# <<< shared: evaluation
+
+
+# >>> shared: entry
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed blocks; else every update faults its gradients' pages in anew, a fifth of its time."""
+    with contextlib.suppress(OSError, AttributeError):  # on another C library
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            ctypes.CDLL(None).mallopt(option, value)
+
+
+def command_line(main: Callable[[Args], None]) -> None:
+    """Run main; a fault ends it with one line and an exit status."""
+    keep_freed_memory()
+    try:
+        main(parse(sys.argv[1:]))
+    except (Exit, OSError) as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(error.status if isinstance(error, Exit) else 1)
+# <<< shared: entry
+
+
+def load_network(run_dir: Path, device: str) -> tuple[QNetwork, str, str]:
+    """Return a run's saved network, its ROM and the game's title; Exit if the folder holds no finished run."""
+    try:
+        flags = json.loads((run_dir / "args.json").read_text())
+        weights = load_file(run_dir / "model.safetensors")
+        rom, title = find_rom(flags["env_id"])
+        network = QNetwork(len(weights["output.bias"]), flags["network"], flags["feature_size"], flags["width"])
+        network.load_state_dict(weights)
+        return network.to(device), rom, title
+    except FileNotFoundError as error:
+        raise Exit(2, f"{run_dir} holds no finished run: {error.filename or error} is missing") from None
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError, AssertionError) as error:
+        raise Exit(2, f"{run_dir}: cannot load its network ({str(error).splitlines()[0]})") from None
+
+
+def mean_interval(scores: list[float], seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean of scores, from 10,000 resamples."""
+    draws = np.random.default_rng(seed).choice(scores, size=(10_000, len(scores))).mean(1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def parse(argv: list[str]) -> Args:
+    """Return the flags of the command line."""
+    return tyro.cli(Args, args=argv, description=(__doc__ or "").partition("\n")[0])
+
+
+def main(args: Args) -> None:
+    """Evaluate and print."""
+    network, rom, title = load_network(args.run_dir, args.device)
+    scores = evaluate(network, rom, args.episodes, args.epsilon, args.seed, args.video)
+    mean, (low, high) = float(np.mean(scores)), mean_interval(scores)
+    human = human_normalized(title, mean)
+    weights = [p for p in network.parameters() if p.ndim >= 2]
+    zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+    print(f"{title}: {args.episodes} episodes at epsilon {args.epsilon:g}, a network of {zeros:.1%} sparsity")
+    print(f"return {mean:.2f}, 95 % interval [{low:.2f}, {high:.2f}], from {min(scores):g} to {max(scores):g}")
+    print("human-normalised score: " + ("this game has no human score" if human is None else f"{human:.3f}"))
+    if args.video:
+        print(f"video of the first episode: {args.video}")
+
+
+if __name__ == "__main__":
+    command_line(main)
