@@ -4,8 +4,8 @@
     python benchmark/speed.py --networks cnn --num-networks 1 --precisions fp32 --repeats 5
     python benchmark/speed.py --device cuda --num-envs 8 --compile
 
-Each row runs the script's own parts (act, environment, replay, update) in the order of its main loop on real Breakout,
-1 % of the actions random, at replay ratio 0.25. `update` includes `sample`, which is also timed alone. Rows are measured
+Each row runs the script's own parts (act, environment, replay, update) in the order of its main loop (Breakout,
+1 % of the actions random, replay ratio 0.25). `update` includes `sample`, which is also timed alone. Rows are measured
 in turn, `--repeats` times over, and the median is shown, because machines drift. With K = 5 four of the networks are at
 50 % sparsity, so that their masks are paid for; K = 1 is dense, as in plain DQN.
 """
@@ -129,8 +129,8 @@ def main(args: Args) -> None:
     for _ in range(args.repeats):
         for row in rows:
             row.times.append(row.run(args.updates))
-    print("| network | K | precision | envs | steps/s | update ms | sample ms | act ms/step | env ms/step | store ms/step |\n"
-          + "|---" * 10 + "|")
+    print("| network | K | precision | envs | steps/s | update ms | sample ms | act ms/step | env ms/step | store ms |")
+    print("|---" * 10 + "|")
     for row in rows:
         print(row.table_row())
 

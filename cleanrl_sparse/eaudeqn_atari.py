@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.6", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12", "tyro>=0.9", "safetensors>=0.5",
+#   "torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12", "tyro>=0.9", "safetensors>=0.5",
 #   "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18",
 # ]
 # ///
@@ -216,7 +216,7 @@ class AtariEnvs:
         protocol = dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False, reward_clipping=False,
                         max_num_frames_per_episode=108_000, num_threads=min(num_envs, os.cpu_count() or 1))
         self.envs = AtariVectorEnv(rom, num_envs, autoreset_mode="NextStep", **(protocol | options))
-        self.num_actions = int(self.envs.single_action_space.n)
+        self.num_actions = len(self.envs.ale.get_action_set())
         self.seed, self.seedings = seed, np.zeros(num_envs, np.int64)  # how often each environment was seeded
         self.actions = [bytearray() for _ in range(num_envs)]  # and its actions since then
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
@@ -465,7 +465,7 @@ def largest(score: Tensor, kept: int) -> Tensor:
     """Return a bool mask of the `kept` largest entries of score [n], ties broken by lower index."""
     rank = score.numel() - kept
     if score.device.type == "cpu":  # a partition is ten times faster than kthvalue or topk there
-        threshold = float(np.partition(score.numpy(), rank)[rank])
+        threshold = torch.from_numpy(np.partition(score.numpy(), rank)[rank : rank + 1])
     else:
         threshold = score.kthvalue(rank + 1).values
     above, ties = score > threshold, score == threshold
@@ -529,7 +529,8 @@ class EauDeQN:
         self.args, self.device, self.dtype, self.num_actions = args, device, dtype, num_actions
         torch.manual_seed(args.seed)
         self.target = QNetwork(num_actions, args.network, args.feature_size, args.width)
-        self.target.to(device, dtype, memory_format=torch.channels_last).requires_grad_(False)
+        self.target.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.target.requires_grad_(False)
         self.online = [copy.deepcopy(self.target).requires_grad_(True) for _ in range(args.num_networks)]
         self.weights = [list(prunable(network).values()) for network in self.online]
         self.masks = [[torch.ones_like(w) for w in weights] for weights in self.weights]
@@ -572,6 +573,7 @@ class EauDeQN:
 
     def update(self, batch: Batch) -> None:
         """Take one gradient step with all K networks on one batch. Nothing here waits for the device."""
+        batch = Batch(*(tensor.to(self.device) for tensor in batch))  # moves nothing if the replay is on the device
         obs, next_obs = self.to_input(batch.obs), self.to_input(batch.next_obs)
         with torch.no_grad():
             next_q = self.q_values(self.target, next_obs).max(1).values
@@ -723,7 +725,7 @@ class Run:
 
         A damaged checkpoint is named, and the one before it is used.
         """
-        self.checkpoint = {"step": 0, "seconds": 0.0, "metrics_bytes": 0, "files": {}, "segments": [], "state": None}
+        self.checkpoint: dict[str, Any] = {"step": 0, "seconds": 0.0, "metrics_bytes": 0, "files": {}, "segments": []}
         manifests = sorted(self.folder.glob("*.json"), reverse=True)
         for manifest in manifests:
             digest, _, body = manifest.read_bytes().partition(b"\n")
@@ -732,6 +734,8 @@ class Run:
             damaged = [path for path in paths if not path.exists() or sha256(path.read_bytes()) != paths[path]]
             if not damaged:
                 self.checkpoint = json.loads(body)
+                for newer in manifests[: manifests.index(manifest)]:
+                    newer.unlink()
                 break
             print(f"{damaged[0]} is damaged; the checkpoint before it is used", file=sys.stderr)
         if manifests and not self.checkpoint["files"]:
@@ -754,7 +758,7 @@ class Run:
             name = self.path.resolve().name
             self.wandb = wandb.init(project=self.args.wandb_project, id=name, name=name, dir=self.path, resume="allow",
                                     config=dataclasses.asdict(self.args))
-        return self.checkpoint["state"]
+        return self.checkpoint.get("state")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one record to metrics.jsonl and give it to TensorBoard and W&B."""
@@ -875,7 +879,8 @@ def main(args: Args) -> None:
     """Train, evaluate the network of the smallest loss, and leave the run folder."""
     device, (rom, title), total = find_device(args), find_rom(args.env_id), args.total_timesteps
     if args.resume and Path(args.resume, "final.json").exists():
-        return print(f"{args.resume} is finished; nothing is left to do")
+        print(f"{args.resume} is finished; nothing is left to do")
+        return
     step, gradient_step, selected, epoch_return = 0, 0, 0, None
     returns, stops = list[float](), list[int]()  # of the episodes that ended in this epoch; signals that came
 
@@ -889,7 +894,9 @@ def main(args: Args) -> None:
     signal.signal(signal.SIGINT, stop)
     envs = AtariEnvs(rom, args.num_envs, args.seed)
     agent = EauDeQN(args, envs.num_actions, device)
-    replay = FrameReplay(args.buffer_size, args.num_envs, device, args.seed)
+    fits = device.type == "cpu" or 7130 * args.buffer_size < 0.8 * torch.cuda.mem_get_info(device)[0]
+    require(fits or not args.compile, f"--buffer-size {args.buffer_size}: too large for the GPU, which --compile needs")
+    replay = FrameReplay(args.buffer_size, args.num_envs, device if fits else torch.device("cpu"), args.seed)
     tensors = agent.tensors()
     run = Run(args, title, device, 700 * args.buffer_size + 2 * sum(t.nbytes for t in tensors.values()))
     if state := run.load(tensors, replay):

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.6", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12", "tyro>=0.9", "safetensors>=0.5",
+#   "torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12", "tyro>=0.9", "safetensors>=0.5",
 #   "imageio-ffmpeg>=0.5",
 # ]
 # ///
@@ -143,7 +143,7 @@ class AtariEnvs:
         protocol = dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False, reward_clipping=False,
                         max_num_frames_per_episode=108_000, num_threads=min(num_envs, os.cpu_count() or 1))
         self.envs = AtariVectorEnv(rom, num_envs, autoreset_mode="NextStep", **(protocol | options))
-        self.num_actions = int(self.envs.single_action_space.n)
+        self.num_actions = len(self.envs.ale.get_action_set())
         self.seed, self.seedings = seed, np.zeros(num_envs, np.int64)  # how often each environment was seeded
         self.actions = [bytearray() for _ in range(num_envs)]  # and its actions since then
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
