@@ -13,7 +13,7 @@ in turn, `--repeats` times over, and the median is shown, because machines drift
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import itertools
 import platform
 import statistics
@@ -42,16 +42,6 @@ class Args:
     repeats: int = 3  # times that every row is measured
     device: str = "cpu"  # cpu or cuda
     compile: bool = False  # the update as a CUDA graph
-
-
-def load_script(path: Path) -> ModuleType:
-    """Import a single-file script as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 class Row:
@@ -118,7 +108,8 @@ class Row:
 
 def main(args: Args) -> None:
     """Measure and print one table."""
-    script = load_script(Path(__file__).parent.parent / "cleanrl_sparse" / "eaudeqn_atari.py")
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "cleanrl_sparse"))
+    script = importlib.import_module("eaudeqn_atari")
     script.keep_freed_memory()
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, F = {args.feature_size}\n")

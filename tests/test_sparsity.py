@@ -1,7 +1,7 @@
 """Tests of the shared blocks `sparsity` and `torsos`, through eaudeqn_atari.py.
 
-Masks are compared with a slow implementation of another kind: sorted (magnitude, index) pairs, and an Erdos-Renyi-Kernel
-rule that is solved by bisection. Torsos are compared with convolutions and pools that pad by hand.
+Masks are compared with a slow implementation of another kind: sorted (magnitude, index) pairs, and an
+Erdos-Renyi-Kernel rule that is solved by bisection. Torsos are compared with convolutions and pools that pad by hand.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def impala_shapes(width: int) -> list[tuple[int, ...]]:
 
 
 def slow_densities(shapes: list[tuple[int, ...]], sparsity: float) -> list[float]:
-    """Bisect on eps until min(1, eps * sum(shape) / prod(shape)) of every tensor leaves the wanted number of weights."""
+    """Bisect on eps until the densities min(1, eps * sum(shape) / prod(shape)) leave the wanted number of weights."""
     sizes, ratios = [math.prod(s) for s in shapes], [sum(s) / math.prod(s) for s in shapes]
     low, high = 0.0, 2 / min(ratios)
     for _ in range(200):
