@@ -37,11 +37,11 @@ def same_conv(c_in, c_out, kernel, stride=1):
     return conv(c_in, c_out, kernel, stride, padding={8: 2, 3: 1}[kernel])
 nn.Conv2d = same_conv
 nn.Linear = lambda n, m: linear(7744 if n == 3136 else n, m)
-clock = []
+clock, goal = [], int(sys.argv[2])
 class Adam(adam):
     def step(self, *args, **kwargs):
         clock.append(time.perf_counter())
-        if len(clock) == int(sys.argv[2]):
+        if len(clock) == goal:
             print("CLOCK " + json.dumps(clock), flush=True)
         return super().step(*args, **kwargs)
 torch.optim.Adam = Adam
@@ -71,7 +71,10 @@ def peer(args: Args) -> float:
     python, updates = str(args.cleanrl_python.absolute()), str(WARM_UP + UPDATES)
     command = [python, "-W", "ignore", "-c", PEER, str(args.threads), updates, str(script), *flags]
     with tempfile.TemporaryDirectory() as folder:
-        output = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"CleanRL's script did not run: {result.stderr.splitlines()[-1]}")
+    output = result.stdout
     clock = json.loads(next(line for line in output.splitlines() if line.startswith("CLOCK")).removeprefix("CLOCK "))
     return 4 * (len(clock) - 1 - WARM_UP) / (clock[-1] - clock[WARM_UP])
 

@@ -514,7 +514,7 @@ def next_sparsity(sparsity: float, exponent: float, step: int, horizon: int, per
     1 - (1 - t / H) ** n, whatever s has been reached; 0 ** 0 is 1, so that n = 0 prunes nothing.
     """
     base = min(1.0, max(0.0, (horizon - step - period) / (horizon - step)))
-    return max(sparsity, min(1 - (1 - sparsity) * base**exponent, sparsity + max_step))
+    return min(1.0, sparsity + min((1 - sparsity) * (1 - base**exponent), max_step))  # exactly s where n = 0
 
 
 def choose(losses: list[float]) -> int:

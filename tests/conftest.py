@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "cleanrl_sparse"
+# SCRIPTS_DIR lets the tests run on copies that were broken on purpose, to see that they notice.
+SCRIPTS = Path(os.environ.get("SCRIPTS_DIR") or Path(__file__).resolve().parent.parent / "cleanrl_sparse")
 
 
 def load_script(name: str) -> ModuleType:

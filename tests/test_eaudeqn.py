@@ -1,0 +1,729 @@
+"""Tests of EauDeQN itself, in eaudeqn_atari.py: the identities of the method, and that it learns and prunes.
+
+The references are written here in other words: plain DQN with PyTorch's own loss, and one network at a time with
+Adam by its formula.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CPU = torch.device("cpu")
+
+
+class Small(nn.Module):
+    """A network of two convolutions and two matrices on obs [B, 4, 12, 12]."""
+
+    def __init__(self, num_actions: int, network: str, feature_size: int, width: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 8, 3, stride=2), nn.Conv2d(8, 8, 3)  # 12 -> 5 -> 3
+        self.dense, self.output = nn.Linear(72, feature_size), nn.Linear(feature_size, num_actions)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        x = F.relu(self.conv2(F.relu(self.conv1(obs))))
+        return self.output(F.relu(self.dense(x.flatten(1))))
+
+
+class Tiny(nn.Module):
+    """A network of 30 weights on obs [B, 4, 1, 1], for what needs many calls."""
+
+    def __init__(self, num_actions: int, network: str, feature_size: int, width: int) -> None:
+        super().__init__()
+        self.dense, self.output = nn.Linear(4, 6), nn.Linear(6, num_actions)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.output(F.relu(self.dense(obs.flatten(1))))
+
+
+@pytest.fixture
+def small(eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return the script with Small for its network."""
+    monkeypatch.setattr(eaudeqn, "QNetwork", Small)
+    return eaudeqn
+
+
+@pytest.fixture
+def tiny(eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return the script with Tiny for its network."""
+    monkeypatch.setattr(eaudeqn, "QNetwork", Tiny)
+    return eaudeqn
+
+
+def agent_of(module: ModuleType, num_actions: int = 4, dtype: torch.dtype = torch.float32, **flags: Any) -> Any:
+    flags = {"feature_size": 16, "target_every": 100, **flags}
+    return module.EauDeQN(module.Args(**flags), num_actions, CPU, dtype)
+
+
+def batches(module: ModuleType, size: int = 4, seed: int = 0) -> Iterator[Any]:
+    """Yield random batches for 4 actions; a quarter of the transitions are terminal."""
+    frame = {Small: (12, 12), Tiny: (1, 1)}.get(module.QNetwork, (84, 84))
+    rng = torch.Generator().manual_seed(seed)
+    while True:
+        obs, next_obs = torch.randint(0, 256, (2, size, 4, *frame), dtype=torch.uint8, generator=rng)
+        actions = torch.randint(0, 4, (size,), generator=rng)
+        rewards = torch.randint(-1, 2, (size,), generator=rng).float()
+        yield module.Batch(obs, next_obs, actions, rewards, torch.rand(size, generator=rng) < 0.25)
+
+
+def params(network: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in network.parameters()]
+
+
+def all_equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+# The degenerate cases
+
+
+def test_one_network_is_plain_dqn(eaudeqn: ModuleType) -> None:
+    """K = 1 without resets, bit for bit over 36 updates of the real network and 4 of the target."""
+    agent = agent_of(eaudeqn, num_networks=1, reset_optimizer=False, seed=4)
+    torch.manual_seed(4)
+    online = eaudeqn.QNetwork(4, "cnn", 16, 1).to(memory_format=torch.channels_last)
+    target = copy.deepcopy(online)
+    adam = torch.optim.Adam(online.parameters(), lr=6.25e-5, eps=1.5e-4, fused=True)
+    assert all_equal(params(agent.online[0]), params(online))
+    for i, batch in enumerate(batches(eaudeqn), 1):
+        agent.update(batch)
+
+        obs, next_obs = (o.contiguous(memory_format=torch.channels_last) / 255 for o in (batch.obs, batch.next_obs))
+        with torch.no_grad():
+            bootstrap = torch.where(batch.terminated, 0.0, target(next_obs).max(1).values)
+        q = online(obs)[torch.arange(4), batch.actions]
+        loss = F.mse_loss(q, batch.rewards + 0.99 * bootstrap)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+
+        assert all_equal(params(agent.online[0]), params(online)), f"update {i}"
+        if i % 8 == 0:
+            assert agent.update_target(i * 100, 5000) == 0
+            target.load_state_dict(online.state_dict())
+            assert all_equal(params(agent.target), params(target))
+        if i == 36:
+            break
+    assert agent.sparsity == [0.0]
+
+
+def test_no_exponent_keeps_all_dense_and_equal(small: ModuleType) -> None:
+    agent = agent_of(small, num_networks=3, max_exponent=0.0, max_sparsity_step=1.0)
+    stream = batches(small)
+    for step in range(1, 10):
+        agent.update(next(stream))
+        assert all(all_equal(params(network), params(agent.online[0])) for network in agent.online)
+        losses = agent.accumulated_loss.tolist()
+        assert losses == [losses[0]] * 3 and losses[0] > 0
+        if step % 3 == 0:
+            assert agent.update_target(100 * step, 1000) == 0  # ties choose the first
+    assert agent.sparsity == [0.0] * 3
+    assert all(mask.all() for masks in agent.masks for mask in masks)
+    assert small.sparsity_report(agent.online[2])["prunable"] == 0
+    assert not all_equal(params(agent.target), params(agent.online[0])[::-1])
+
+
+def test_all_start_as_copies(small: ModuleType) -> None:
+    agent = agent_of(small, num_networks=3, seed=7)
+    for network in agent.online:
+        assert all_equal(params(network), params(agent.target))
+    assert len({id(p) for network in [agent.target, *agent.online] for p in network.parameters()}) == 4 * 8
+    assert not all_equal(params(agent.target), params(agent_of(small, seed=8).target))
+
+
+# One gradient step
+
+
+class Alone:
+    """One network, its mask and its Adam by the formula of Kingma and Ba (2015)."""
+
+    def __init__(self, network: nn.Module, masks: dict[int, Tensor]) -> None:
+        self.network, self.masks = copy.deepcopy(network), masks
+        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.network.parameters()]
+        self.steps, self.loss = 0, 0.0
+
+    def update(self, batch: Any, target: nn.Module, rate: float, eps: float, gamma: float, dtype: torch.dtype) -> None:
+        obs, next_obs = batch.obs.to(dtype) / 255, batch.next_obs.to(dtype) / 255
+        after = target(next_obs).detach()
+        q = self.network(obs)
+        loss = torch.zeros((), dtype=dtype)
+        for i in range(len(q)):
+            wanted = float(batch.rewards[i])
+            if not batch.terminated[i]:
+                wanted += gamma * max(after[i].tolist())
+            loss = loss + (q[i, batch.actions[i]] - wanted) ** 2
+        loss = loss / len(q)
+        parameters = list(self.network.parameters())
+        grads = torch.autograd.grad(loss, parameters)
+        self.steps += 1
+        self.loss += float(loss.detach())
+        with torch.no_grad():
+            for j, (p, grad) in enumerate(zip(parameters, grads)):
+                first, second = self.moments[j]
+                first = 0.9 * first + 0.1 * grad
+                second = 0.999 * second + 0.001 * grad * grad
+                self.moments[j] = (first, second)
+                unbiased = first / (1 - 0.9**self.steps), second / (1 - 0.999**self.steps)
+                p -= rate * unbiased[0] / (unbiased[1] ** 0.5 + eps)
+                if j in self.masks:
+                    p[~self.masks[j]] = 0.0
+
+
+def masked(agent: Any, k: int) -> dict[int, Tensor]:
+    """Return the bool masks of candidate k by the number of the parameter; weights and biases alternate."""
+    return {2 * i: mask.bool().clone() for i, mask in enumerate(agent.masks[k])}
+
+
+@pytest.mark.parametrize(
+    ("network", "dtype", "tolerance"),
+    [("cnn", torch.float64, 1e-10), ("cnn", torch.float32, 2e-6), ("impala", torch.float64, 1e-10)],
+)
+def test_networks_learn_as_if_alone(eaudeqn: ModuleType, network: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Four candidates of different masks; one of them dense. A step moves weights by the learning rate, 1e-3."""
+    flags = {"num_networks": 4, "max_sparsity_step": 1.0, "learning_rate": 1e-3, "adam_eps": 1e-5, "target_every": 400}
+    agent = agent_of(eaudeqn, dtype=dtype, network=network, feature_size=8, gamma=0.9, **flags)
+    stream = batches(eaudeqn)
+    agent.update(next(stream))
+    agent.update_target(400, 1000)  # a third is left of the run, so that up to 0.96 is pruned
+    assert len(set(agent.sparsity)) == 4 and agent.sparsity[0] == 0 and max(agent.sparsity) > 0.4
+    alone = [Alone(online, masked(agent, k)) for k, online in enumerate(agent.online)]
+    for _ in range(3):
+        batch = next(stream)
+        agent.update(batch)
+        for other in alone:
+            other.update(batch, agent.target, 1e-3, 1e-5, 0.9, dtype)
+    start = params(agent.target)
+    for k, other in enumerate(alone):
+        for p, q, before in zip(agent.online[k].parameters(), other.network.parameters(), start):
+            assert p.dtype == dtype and float((p - q).detach().abs().max()) < tolerance
+            assert float((p - before).detach().abs().max()) > 5e-4
+    losses = [other.loss for other in alone]
+    assert agent.accumulated_loss.tolist() == pytest.approx(losses, rel=1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def constant(network: nn.Module, values: list[float]) -> None:
+    """Make a Tiny network answer `values` whatever it sees."""
+    with torch.no_grad():
+        for p in network.parameters():
+            p.zero_()
+        network.output.bias.copy_(torch.tensor(values))
+
+
+def test_loss_by_hand(tiny: ModuleType) -> None:
+    """Squared TD error, mean over the batch; a terminal state masks the bootstrap, the reward stays."""
+    agent = agent_of(tiny, num_actions=2, num_networks=2, gamma=0.5)
+    constant(agent.target, [3.0, 1.0])
+    constant(agent.online[0], [0.5, 2.0])
+    constant(agent.online[1], [1.0, -6.0])
+    obs = torch.zeros(2, 4, 1, 1, dtype=torch.uint8)
+    batch = tiny.Batch(obs, obs, torch.tensor([0, 1]), torch.tensor([1.0, -1.0]), torch.tensor([False, True]))
+    agent.update(batch)
+    # Targets 1 + 0.5 * 3 = 2.5 and -1. First network: (0.5 - 2.5)^2 = 4 and 3^2 = 9. Second: 1.5^2 = 2.25 and 5^2 = 25.
+    assert agent.accumulated_loss.tolist() == [6.5, 13.625]
+    # Gradients of the output biases: (2 * error) / 2 = (-2, 3) and (-1.5, -5). Adam's first step is the sign's.
+    rate = 6.25e-5
+    assert agent.online[0].output.bias.tolist() == pytest.approx([0.5 + rate, 2 - rate], abs=1e-6)
+    assert agent.online[1].output.bias.tolist() == pytest.approx([1 + rate, -6 + rate], abs=1e-6)
+    assert agent.target.output.bias.tolist() == [3.0, 1.0]
+
+
+def test_frames_are_scaled(tiny: ModuleType) -> None:
+    agent = agent_of(tiny, dtype=torch.float64)
+    frames = torch.tensor([0, 51, 102, 255], dtype=torch.uint8).view(1, 4, 1, 1)
+    assert agent.to_input(frames).flatten().tolist() == pytest.approx([0, 0.2, 0.4, 1], abs=1e-15)
+
+
+def test_accumulated_loss_is_a_sum(small: ModuleType) -> None:
+    """Of the mean losses of the updates since the last update of the target."""
+    agent = agent_of(small, num_networks=2, max_exponent=9.0, max_sparsity_step=0.5)
+    stream = batches(small)
+    for round_ in range(2):
+        sums = [0.0, 0.0]
+        for _ in range(3):
+            batch = next(stream)
+            with torch.no_grad():
+                after = agent.target(batch.next_obs / 255).max(1).values * (1 - batch.terminated.float())
+                for k, online in enumerate(agent.online):
+                    q = online(batch.obs / 255).gather(1, batch.actions[:, None])[:, 0]
+                    sums[k] += float(F.mse_loss(q, batch.rewards + 0.99 * after))
+            agent.update(batch)
+            assert agent.accumulated_loss.tolist() == pytest.approx(sums, rel=1e-4)
+        assert sums[0] != sums[1] or round_ == 0
+        agent.update_target(100 + round_, 1000)
+        assert agent.accumulated_loss.tolist() == [0.0, 0.0]
+
+
+# The schedule
+
+
+def test_next_sparsity_by_hand(eaudeqn: ModuleType) -> None:
+    def after(sparsity: float, exponent: float, step: int, horizon: int, period: int, max_step: float = 1.0) -> float:
+        return float(eaudeqn.next_sparsity(sparsity, exponent, step, horizon, period, max_step))
+
+    assert after(0, 1, 0, 10, 1) == pytest.approx(0.1)
+    assert after(0, 2, 0, 10, 1) == pytest.approx(0.19)
+    assert after(0.5, 3, 5, 10, 1) == pytest.approx(0.744)  # half of 0.8 ** 3 is left
+    assert after(0.5, 0.5, 36, 100, 28) == pytest.approx(0.625)  # the root of 36 / 64 is 3 / 4
+    assert after(0.5, 3, 5, 10, 1, 0.01) == pytest.approx(0.51)
+    assert after(0.5, 3, 5, 10, 1, 0.3) == pytest.approx(0.744)
+    # No exponent, no pruning, at any time.
+    assert after(0.5, 0, 5, 10, 1) == after(0.5, 0, 9, 10, 1) == after(0.5, 0, 9, 10, 7) == 0.5
+    # The last period, and one that reaches past the end: nothing is left.
+    assert after(0.5, 1e-3, 9, 10, 1) == after(0.5, 2, 9, 10, 7) == 1.0
+    assert after(0.5, 2, 9, 10, 7, 0.01) == pytest.approx(0.51)
+    assert after(0.995, 2, 9, 10, 7, 0.01) == 1.0
+
+
+def test_next_sparsity_telescopes(eaudeqn: ModuleType) -> None:
+    """A constant exponent follows 1 - (1 - t / H) ** n, to 1 at the end."""
+    for exponent in (0.3, 1.0, 3.0):
+        sparsity = 0.0
+        for step in range(0, 700, 7):
+            sparsity = eaudeqn.next_sparsity(sparsity, exponent, step, 700, 7, 1.0)
+            assert sparsity == pytest.approx(1 - (1 - (step + 7) / 700) ** exponent)
+        assert sparsity == 1.0
+
+
+def test_sparsity_never_falls(eaudeqn: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        sparsity, max_step = rng.random() ** 2, rng.choice([0.0, 0.01, 1.0])
+        exponent = rng.choice([0.0, 1e-9, 3 * rng.random()])
+        step = int(rng.integers(0, 1000))
+        after = eaudeqn.next_sparsity(sparsity, exponent, step, 1000, int(rng.integers(1, 1200)), max_step)
+        assert sparsity <= after <= min(1.0, sparsity + max_step)
+        if exponent == 0 or max_step == 0:
+            assert after == sparsity
+
+
+# The choice
+
+
+def test_choose(eaudeqn: ModuleType) -> None:
+    nan, inf = math.nan, math.inf
+    assert eaudeqn.choose([3.0, 1.0, 2.0]) == 1
+    assert eaudeqn.choose([nan, 2.0, 1.0]) == 2 and eaudeqn.choose([1.0, nan, 0.5, nan]) == 2
+    assert eaudeqn.choose([nan, inf]) == 1 and eaudeqn.choose([inf, nan, 5.0]) == 2
+    assert eaudeqn.choose([nan, nan]) == 0
+    assert eaudeqn.choose([0.0, 0.0, 0.0]) == 0 and eaudeqn.choose([2.0, 1.0, 1.0]) == 1
+    assert eaudeqn.choose([7.0]) == 0
+
+
+def test_update_target_chooses_the_smallest(tiny: ModuleType) -> None:
+    agent = agent_of(tiny, num_networks=4)
+    for losses, best in (([3.0, 2.0, 1.0, 4.0], 2), ([math.nan, 2.0, math.nan, 1.0], 3), ([0.0] * 4, 0)):
+        for k, network in enumerate(agent.online):
+            constant(network, [float(k), 0.0, 0.0, 0.0])
+        agent.accumulated_loss.copy_(torch.tensor(losses))
+        assert agent.update_target(100, 1000) == best
+        assert agent.target.output.bias.tolist()[0] == best
+        assert all(network.output.bias.tolist()[0] == best for network in agent.online)
+
+
+def forced_run(module: ModuleType, winner: str, seed: int, horizon: int, last: int, **flags: Any) -> Any:
+    """Update the target at every step up to `last`, with losses that let `winner` be chosen; return the agent."""
+    agent = agent_of(module, seed=seed, target_every=1, **flags)
+    rng = np.random.default_rng(seed)
+    for step in range(1, last + 1):
+        sparsest = max(range(len(agent.sparsity)), key=lambda k: agent.sparsity[k])
+        best = {"first": 0, "sparsest": sparsest, "random": int(rng.integers(len(agent.sparsity)))}[winner]
+        agent.accumulated_loss.fill_(1.0)[best] = 0.5
+        assert agent.update_target(step, horizon) == best
+    return agent
+
+
+def test_always_the_first_stays_dense(tiny: ModuleType) -> None:
+    agent = forced_run(tiny, "first", 0, 50, 49, max_sparsity_step=1.0)
+    assert agent.sparsity[0] == 0 and min(agent.sparsity[1:]) > 0
+    assert all(p.all() for p in tiny.prunable(agent.target).values())
+
+
+@pytest.mark.parametrize(("num_networks", "exponent"), [(5, 2.4), (2, 1.5)])
+def test_always_the_sparsest_follows_its_schedule(tiny: ModuleType, num_networks: int, exponent: float) -> None:
+    """1 - (1 - t / H) ** (U_max (K - 1) / K): the largest of K - 1 draws from U(0, 3) has mean 3 (K - 1) / K."""
+    found = []
+    for seed in range(25):
+        agent = forced_run(tiny, "sparsest", seed, 60, 30, num_networks=num_networks, max_sparsity_step=1.0)
+        # The sparsest candidate is the one that the next choice would take: it was made for step 31.
+        left = 1 - max(agent.sparsity)
+        found.append(math.log(left / (59 / 60) ** 0) / math.log(29 / 59))
+    assert np.mean(found) == pytest.approx(exponent, abs=0.07)
+    assert 0.02 < np.std(found) < 0.4  # drawn anew each time
+
+
+def test_random_choice_prunes_nearly_all(tiny: ModuleType) -> None:
+    for seed in range(3):
+        agent = forced_run(tiny, "random", seed, 300, 299)
+        assert agent.sparsity[0] > 0.99
+        assert [int(m.sum()) for m in agent.masks[0]] == [1, 1]
+
+
+# Pruning, from generation to generation
+
+
+@pytest.mark.parametrize("scope", ["erk", "uniform", "global"])
+def test_generations(eaudeqn: ModuleType, scope: str) -> None:
+    """Real networks that learn, with choices of all kinds: masks hold, nest and have exact counts."""
+    agent = agent_of(eaudeqn, scope=scope, max_sparsity_step=0.15, max_exponent=6.0, learning_rate=1e-3, seed=2)
+    shapes = [w.shape for w in agent.weights[0]]
+    sizes = [math.prod(shape) for shape in shapes]
+    stream = batches(eaudeqn)
+
+    def kept(sparsity: float) -> list[int]:
+        if scope == "erk":
+            return [max(1, round(n * d)) for n, d in zip(sizes, eaudeqn.erk_densities(shapes, sparsity))]
+        return [max(1, round(n * (1 - sparsity))) for n in sizes]
+
+    def check_masks() -> None:
+        for k, network in enumerate(agent.online):
+            for weight, mask in zip(eaudeqn.prunable(network).values(), agent.masks[k]):
+                assert not weight[mask == 0].any()
+                assert set(mask.unique().tolist()) <= {0.0, 1.0}
+            counts = [int(mask.sum()) for mask in agent.masks[k]]
+            if scope == "global":
+                assert sum(counts) == round(sum(sizes) * (1 - agent.sparsity[k])) and min(counts) >= 1
+            else:
+                assert counts == kept(agent.sparsity[k])
+
+    for generation, winner in enumerate((2, 4, 0, 1, 0, 3), 1):
+        for _ in range(2):
+            agent.update(next(stream))
+            check_masks()
+        chosen = {"params": params(agent.online[winner]), "masks": [m.bool() for m in agent.masks[winner]]}
+        sparsity = agent.sparsity[winner]
+        agent.accumulated_loss.fill_(2.0)[winner] = 1.0
+        assert agent.update_target(200 * generation, 2000) == winner
+
+        assert all_equal(params(agent.target), chosen["params"])
+        for weight, mask in zip(eaudeqn.prunable(agent.target).values(), chosen["masks"]):
+            assert not weight[~mask].any()
+        assert agent.sparsity[0] == sparsity and all_equal([m.bool() for m in agent.masks[0]], chosen["masks"])
+        assert all_equal(params(agent.online[0]), chosen["params"])
+        assert min(agent.sparsity[1:]) > sparsity and max(agent.sparsity) <= sparsity + 0.15
+        for k in range(1, 5):
+            for p, parent in zip(agent.masks[k], chosen["masks"]):
+                assert not (p.bool() & ~parent).any()
+            # Pruned copies: what is kept is the chosen network's, what went was its smallest.
+            masks = iter(zip(agent.masks[k], chosen["masks"]))
+            for ours, theirs in zip(agent.online[k].parameters(), chosen["params"]):
+                if theirs.ndim == 1:
+                    assert torch.equal(ours, theirs)
+                    continue
+                mask, parent = (m.bool() for m in next(masks))
+                assert torch.equal(ours, torch.where(mask, theirs, 0.0))
+                gone = theirs[parent & ~mask].abs()
+                if scope != "global" and len(gone):
+                    assert gone.max() <= theirs[mask].abs().min()
+        check_masks()
+    assert eaudeqn.sparsity_report(agent.target)["prunable"] == pytest.approx(sparsity, abs=1e-3)
+    assert sparsity > 0.2
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_optimiser_state_at_a_target_update(small: ModuleType, reset: bool) -> None:
+    """All K Adam states are zeroed, step counts included, or all are kept."""
+    agent = agent_of(small, num_networks=3, reset_optimizer=reset)
+    stream = batches(small)
+    for _ in range(2):
+        agent.update(next(stream))
+    before = copy.deepcopy(list(agent.optimizer.state.values()))
+    assert len(before) == 24 and all(float(state["step"]) == 2 for state in before)
+    assert all(state["exp_avg"].any() and state["exp_avg_sq"].any() for state in before)
+    agent.update_target(100, 1000)
+    for state, old in zip(agent.optimizer.state.values(), before):
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(state[name], torch.zeros_like(old[name]) if reset else old[name])
+    agent.update(next(stream))
+    assert all(float(state["step"]) == (1 if reset else 3) for state in agent.optimizer.state.values())
+
+
+def test_candidates_go_their_own_ways(small: ModuleType) -> None:
+    """After a target update the networks share nothing: one changes, and neither the others nor the target do."""
+    agent = agent_of(small, num_networks=3, max_sparsity_step=0.5, max_exponent=9.0)
+    agent.update_target(100, 1000)
+    others = [params(network) for network in (agent.target, agent.online[0], agent.online[2])]
+    masks = [m.clone() for k in (0, 2) for m in agent.masks[k]]
+    with torch.no_grad():
+        for p in agent.online[1].parameters():
+            p.fill_(7.0)
+        for mask in agent.masks[1]:
+            mask.zero_()
+    assert all(all_equal(params(n), old) for n, old in zip((agent.target, agent.online[0], agent.online[2]), others))
+    assert all_equal([m for k in (0, 2) for m in agent.masks[k]], masks)
+
+
+def test_exponents_are_drawn_anew(tiny: ModuleType) -> None:
+    """For each candidate and time from U(0, 3); none is drawn for network 1."""
+    agent = agent_of(tiny, num_networks=4, max_sparsity_step=1.0, target_every=100)
+    drawn = []
+    for _ in range(500):
+        agent.update_target(500, 1000)  # no losses: network 1, dense, is chosen; the base is 400 / 500
+        assert agent.sparsity[0] == 0
+        drawn += [math.log(1 - s) / math.log(0.8) for s in agent.sparsity[1:]]
+    assert len(set(drawn)) == 1500 and 0 <= min(drawn) < 0.02 and 2.98 < max(drawn) <= 3.0 + 1e-9
+    shares = np.histogram(drawn, 6, (0, 3.0000001))[0] / 1500
+    assert np.abs(shares - 1 / 6).max() < 0.04  # four standard deviations
+
+
+# Acting
+
+
+def test_fully_random_actions(tiny: ModuleType) -> None:
+    agent = agent_of(tiny)
+    for network in agent.online:
+        constant(network, [0.0, 0.0, 9.0, 0.0])
+    actions = agent.act(np.zeros((20_000, 4, 1, 1), np.uint8), 1.0, [0.0] * 5)
+    counts = np.bincount(actions, minlength=4)
+    assert len(counts) == 4 and ((counts - 5000) ** 2 / 5000).sum() < 25  # mean 3, variance 6
+
+
+def test_epsilon_greedy(tiny: ModuleType) -> None:
+    """At epsilon 0.4 the greedy action has 0.6 and its share of the rest."""
+    agent = agent_of(tiny)
+    for network in agent.online:
+        constant(network, [0.0, 0.0, 9.0, 0.0])
+    obs = np.zeros((20_000, 4, 1, 1), np.uint8)
+    assert (agent.act(obs[:1000], 0.0, [1.0] * 5) == 2).all()
+    shares = np.bincount(agent.act(obs, 0.4, [1.0] * 5), minlength=4) / len(obs)
+    assert shares == pytest.approx([0.1, 0.1, 0.7, 0.1], abs=0.015)
+
+
+def test_greedy_for_each_observation(tiny: ModuleType) -> None:
+    """Every environment's action is that of its own observation, in order, and of the network drawn for it."""
+    agent = agent_of(tiny, num_networks=2)
+    for network, sign in zip(agent.online, (1.0, -1.0)):
+        constant(network, [0.0, 0.0, 0.0, 0.0])
+        with torch.no_grad():
+            network.dense.weight[0, 3] = 1.0  # the newest frame
+            network.output.weight[0, 0] = 0.5 * sign
+            network.output.weight[1, 0] = -0.5 * sign
+            network.output.bias.copy_(torch.tensor([-0.25 * sign, 0.25 * sign, -9.0, -9.0]))
+    obs = np.zeros((200, 4, 1, 1), np.uint8)
+    obs[:, 3, 0, 0] = np.random.default_rng(0).integers(0, 2, 200) * 255
+    bright = obs[:, 3, 0, 0] == 255
+    assert (agent.act(obs, 0.0, [0.0, 1e9]) == np.where(bright, 0, 1)).all()
+    assert (agent.act(obs, 0.0, [1e9, 0.0]) == np.where(bright, 1, 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "losses", "odds"),
+    [
+        ("inverse-loss", [1.0, 2.0, 4.0, 4.0], [4, 2, 1, 1]),
+        ("inverse-loss", [0.0, 0.0, 0.0, 0.0], [1, 1, 1, 1]),
+        ("inverse-loss", [1e-6, 3e-6, 7e-6, 0.0], [4, 2, 1, 8]),  # the 1e-6 that is added: 2, 4, 8 and 1
+        ("uniform", [1.0, 2.0, 4.0, 0.0], [1, 1, 1, 1]),
+        ("argmin", [3.0, 2.0, 1.0, 1.0], [0, 0, 1, 0]),
+        ("argmin", [0.0, 0.0, 0.0, 0.0], [1, 0, 0, 0]),
+    ],
+)
+def test_network_that_acts(tiny: ModuleType, behaviour: str, losses: list[float], odds: list[int]) -> None:
+    agent = agent_of(tiny, num_networks=4, behaviour=behaviour)
+    for k, network in enumerate(agent.online):
+        constant(network, [float(k == action) for action in range(4)])
+    counts = np.bincount(agent.act(np.zeros((16_000, 4, 1, 1), np.uint8), 0.0, losses), minlength=4)
+    shares = np.array(odds) / sum(odds)
+    assert np.abs(counts / 16_000 - shares).max() <= 4 * math.sqrt(0.25 / 16_000) * (max(shares) < 1)
+    # One at a time the network is drawn anew for each action, too.
+    alone = [int(agent.act(np.zeros((1, 4, 1, 1), np.uint8), 0.0, losses)[0]) for _ in range(400)]
+    assert np.abs(np.bincount(alone, minlength=4) / 400 - shares).max() <= 0.1
+
+
+def test_exploration_is_the_same_for_all(tiny: ModuleType) -> None:
+    """When and how is explored does not depend on K, the behaviour or the losses."""
+    actions, states = [], []
+    settings = ((1, "inverse-loss", 1.0), (5, "inverse-loss", 2.0), (5, "uniform", 0.0), (3, "argmin", 1.0))
+    for num_networks, behaviour, loss in settings:
+        agent = agent_of(tiny, num_networks=num_networks, behaviour=behaviour, seed=3)
+        losses = [loss * (k + 1) for k in range(num_networks)]
+        obs = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 1, 1), dtype=np.uint8)
+        actions.append([agent.act(o, 0.5, losses).tolist() for o in obs])  # the networks are still equal
+        states.append(agent.rng["act"].bit_generator.state)
+        agent.update_target(100, 1000)
+        assert agent.rng["act"].bit_generator.state == states[-1]
+    assert actions[1:] == actions[:-1] and states[1:] == states[:-1]
+    assert len({tuple(a) for a in actions[0]}) > 20
+
+
+# What is saved and logged
+
+
+def test_tensors_are_the_whole_state(small: ModuleType) -> None:
+    """Copied into a new agent, with the counters and generators, they make it go on in the same way."""
+    flags = {"num_networks": 3, "max_sparsity_step": 0.3, "max_exponent": 6.0, "reset_optimizer": False}
+    agent, other = agent_of(small, seed=1, **flags), agent_of(small, seed=2, **flags)
+    stream = batches(small)
+
+    def go_on(agents: list[Any], step: int) -> None:
+        for batch in [next(stream) for _ in range(2)]:
+            for each in agents:
+                each.update(batch)
+        chosen = [each.update_target(step, 1000) for each in agents]
+        assert len(set(chosen)) == 1
+
+    go_on([agent], 100)
+    go_on([agent], 200)
+    agent.update(next(stream))
+    with torch.no_grad():
+        saved = {name: tensor.detach().clone() for name, tensor in agent.tensors().items()}
+        assert saved.keys() == other.tensors().keys()
+        for name, tensor in other.tensors().items():
+            tensor.copy_(saved[name])
+    other.sparsity = list(agent.sparsity)
+    for use, rng in agent.rng.items():
+        other.rng[use].bit_generator.state = rng.bit_generator.state
+    go_on([agent, other], 300)
+    go_on([agent, other], 400)
+    assert agent.sparsity == other.sparsity and agent.sparsity[1] > 0
+    for ours, theirs in zip(agent.tensors().values(), other.tensors().values()):
+        assert torch.equal(ours, theirs)
+
+
+def test_report(tiny: ModuleType) -> None:
+    agent = agent_of(tiny, num_networks=3, max_sparsity_step=0.5, max_exponent=9.0)
+    agent.update_target(500, 1000)
+    batch = next(batches(tiny, 8))
+    with torch.no_grad():
+        q = [network(batch.obs / 255).gather(1, batch.actions[:, None]).mean() for network in agent.online]
+    agent.update(batch)
+    losses = agent.accumulated_loss.tolist()
+    best = losses.index(min(losses))
+    report = agent.report(losses)
+    assert report["losses/td_loss"] == pytest.approx(sum(losses) / 3)
+    assert report["losses/q_values"] == pytest.approx(float(sum(q)) / 3, rel=1e-4)
+    assert report["sparsity/target"] == 0
+    assert [report[f"sparsity/candidate_{k}"] for k in (1, 2, 3)] == agent.sparsity
+    zeros = sum(int((w == 0).sum()) for w in (agent.online[best].dense.weight, agent.online[best].output.weight))
+    assert report["sparsity/prunable"] == zeros / 48
+
+
+# The method as a whole
+
+
+class CatchNetwork(nn.Module):
+    """A small network on obs [B, 4, 42, 42]; the first convolution's windows are Catch's cells."""
+
+    def __init__(self, num_actions: int, network: str, feature_size: int, width: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 16, 6, stride=6), nn.Conv2d(16, 16, 3)  # 42 -> 7 -> 5
+        self.dense, self.output = nn.Linear(400, feature_size), nn.Linear(feature_size, num_actions)
+        for p in self.parameters():
+            if p.ndim == 1:
+                nn.init.zeros_(p)
+            else:
+                nn.init.xavier_uniform_(p)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        x = F.relu(self.conv2(F.relu(self.conv1(obs))))
+        return self.output(F.relu(self.dense(x.flatten(1))))
+
+
+class Catch:
+    """A ball falls through 7x7 cells of 6x6 pixels in six steps; the paddle below it moves left, stays or moves right.
+
+    The reward is 1 for a catch, -1 for a miss, and either ends the episode.
+    """
+
+    def __init__(self, module: ModuleType, seed: int) -> None:
+        self.module, self.rng = module, np.random.default_rng(seed)
+        self.begin()
+
+    def begin(self) -> None:
+        self.row, self.ball, self.paddle = 0, int(self.rng.integers(7)), 3
+        self.obs = np.zeros((1, 4, 42, 42), np.uint8)
+        self.draw()
+
+    def draw(self) -> None:
+        cells = np.zeros((7, 7), np.uint8)
+        cells[6, self.paddle] = 128
+        cells[self.row, self.ball] = 255
+        self.obs = np.concatenate([self.obs[:, 1:], cells.repeat(6, 0).repeat(6, 1)[None, None]], 1)
+
+    def step(self, action: int) -> Any:
+        self.paddle = min(max(self.paddle + action - 1, 0), 6)
+        self.row += 1
+        self.draw()
+        last_frames, ended = self.obs[:, -1], self.row == 6
+        reward = float(ended and (1 if self.ball == self.paddle else -1))
+        if ended:
+            self.begin()
+        episodes = [(reward, 6)] if ended else []
+        return self.module.Steps(last_frames, np.array([reward]), np.array([ended]), np.array([ended]), episodes)
+
+
+def learn_catch(
+    module: ModuleType, feature_size: int, learning_rate: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Train for 24,000 steps; return the mean return and the sparsity (nominal, of network 1) of each 1,200 steps."""
+    total, warm_up = 24_000, 1_000
+    args = module.Args(feature_size=feature_size, learning_rate=learning_rate, seed=seed, target_every=80)
+    agent, env = module.EauDeQN(args, 3, CPU), Catch(module, seed)
+    replay = module.FrameReplay(30 * total, 1, CPU, seed, frame_shape=(42, 42))  # with room for every ending
+    replay.see(env.obs[:, -1])
+    losses, returns, curve = [0.0] * 5, list[float](), list[tuple[float, float]]()
+    for step in range(1, total + 1):
+        epsilon = max(0.01, min(1.0, 1 - 0.99 * (step - warm_up) / 2_400))
+        actions = agent.act(env.obs, epsilon, losses)
+        steps = env.step(int(actions[0]))
+        replay.add(actions, steps, env.obs[:, -1])
+        returns += [episode[0] for episode in steps.episodes]
+        if step > warm_up and step % 4 == 0:
+            agent.learn(replay, 1)
+            losses = agent.accumulated_loss.tolist()
+        if step > warm_up + 4 and step % 80 == 0 and step < total:
+            agent.update_target(step, total)
+            losses = [0.0] * 5
+        if step % 1_200 == 0:
+            curve.append((sum(returns) / len(returns), agent.sparsity[0]))
+            returns.clear()
+    assert len(replay) == total
+    for network, masks in zip(agent.online, agent.masks):  # what is called sparse is sparse
+        assert all(not w[m == 0].any() for w, m in zip(module.prunable(network).values(), masks))
+    assert module.sparsity_report(agent.online[0])["prunable"] == pytest.approx(agent.sparsity[0], abs=1e-3)
+    return np.array([c[0] for c in curve]), np.array([c[1] for c in curve])
+
+
+def pace(sparsities: np.ndarray, first: int, last: int) -> float:
+    """Return the exponent n with which sparsity rose between two entries of a curve: 1 - s goes as (1 - t / H) ** n.
+
+    The schedule without a choice has a constant one: 1.2 where the choice is random, 2.4 where the sparsest wins.
+    """
+    time_left = 1 - (np.arange(len(sparsities)) + 1) / len(sparsities)
+    left = np.log(1 - sparsities)
+    return float((left[last] - left[first]) / (np.log(time_left[last]) - np.log(time_left[first])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1])
+def test_sparsity_at_the_pace_of_learning(eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Catch with 512 and 64 features, each at a rate with which it takes half of the run to learn (2 to 4 minutes).
+
+    Returns are on the scale from -1 (every ball missed) to 1 (every ball caught), of the training episodes.
+    """
+    monkeypatch.setattr(eaudeqn, "QNetwork", CatchNetwork)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors are small
+    ends = {}
+    try:
+        for feature_size, learning_rate in ((512, 6e-5), (64, 2e-4)):
+            returns, sparsities = learn_catch(eaudeqn, feature_size, learning_rate, seed)
+            print(f"\n{feature_size} features, seed {seed}: returns", *(f"{r:.2f}" for r in returns))
+            print("sparsities", *(f"{s:.3f}" for s in sparsities))
+            assert returns[-1] >= 0.9
+            saturated = int(np.argmax(returns >= 0.9))
+            before, after = pace(sparsities, 1, saturated), pace(sparsities, saturated, len(sparsities) - 2)
+            print(f"pace {before:.2f} until entry {saturated}, {after:.2f} from there")
+            assert 0 < saturated < len(returns) - 3 and after < before / 2
+            ends[feature_size] = sparsities[-1]
+    finally:
+        torch.set_num_threads(threads)
+    assert ends[512] > 0.5
+    assert ends[512] > ends[64]

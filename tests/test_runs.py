@@ -1,0 +1,1033 @@
+"""The training scripts as a user runs them: what a run leaves, kill and resume, damage, bad input, one file alone.
+
+SCRIPTS is the only place that knows which scripts there are. Runs are real and small, on Breakout and the CPU; one that
+several tests look at is made once per session. Two run side by side wherever the tests allow it, one thread each.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import importlib.metadata
+import inspect
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tokenize
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeAlias, TypeVar
+
+import pytest
+import torch
+from conftest import SCRIPTS as FOLDER
+from conftest import load_script
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+# Each training script with its own small flags; those of SMALL and TINY mean the same in every script.
+SCRIPTS = {"eaudeqn_atari": "--feature-size 32 --num-networks 3"}
+
+# 2,000 steps with nine target updates, a replay that wraps round and a checkpoint every 1.2 seconds: about 10 s.
+SMALL = (
+    "--total-timesteps 2000 --learning-starts 300 --buffer-size 1000 --batch-size 8 --target-every 200 "
+    "--epoch-steps 600 --eval-episodes 0 --checkpoint-minutes 0.02"
+)
+# With three environments there is an epoch, and so a record, at each target update.
+VARIANTS = {1: "", 3: "--num-envs 3 --epoch-steps 200"}
+# Still learns and prunes: about 3 s, most of it for the imports.
+TINY = (
+    "--total-timesteps 300 --learning-starts 100 --buffer-size 200 --batch-size 8 --target-every 50 --epoch-steps 100 "
+    "--feature-size 8 --eval-episodes 0"
+)
+TIMEOUT = 240.0  # seconds for one process; a run takes ten on a quiet machine
+
+KEYS = """
+charts/episodic_return charts/episodic_length charts/epoch_return charts/SPS charts/epsilon charts/learning_rate
+charts/buffer_size
+losses/td_loss losses/q_values losses/qf1_loss losses/qf2_loss losses/actor_loss losses/alpha losses/alpha_loss
+losses/cql_loss
+sparsity/target sparsity/prunable sparsity/total sparsity/active_params sparsity/selected
+analysis/dormant_0 analysis/dormant_0.1 analysis/srank analysis/q_variance analysis/q_norm analysis/param_norm
+eval/episodic_return eval/episodes eval/human_normalized eval/d4rl_score
+time/seconds memory/replay_bytes memory/peak_bytes
+"""
+KEY = re.compile("|".join(map(re.escape, KEYS.split())) + r"|sparsity/layer/[\w.]+|sparsity/candidate_[1-9]\d*")
+VOLATILE = {"seconds", "time/seconds", "charts/SPS", "memory/peak_bytes"}  # may differ between two equal runs
+
+T, R = TypeVar("T"), TypeVar("R")
+Straight: TypeAlias = "dict[int, Future[tuple[Path, Output]]]"
+BrokenOff: TypeAlias = "dict[int, Future[tuple[Path, list[tuple[int, Output, Path]]]]]"
+
+
+@dataclasses.dataclass
+class Output:
+    """What a finished process said."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    def complaints(self) -> list[str]:
+        """Return the lines on stderr that are not the progress bar's."""
+        return [line for line in self.stderr.splitlines() if line.strip() and not re.match(r"\s*\d+%", line)]
+
+
+class Process:
+    """A training script in a process of its own, with its output in files."""
+
+    def __init__(self, script: str | Path, *flags: str | Path, cwd: Path, threads: int = 1, **environment: str) -> None:
+        path = script if isinstance(script, Path) else FOLDER / f"{script}.py"
+        command = [sys.executable, str(path), *itertools.chain(*(str(flag).split() for flag in flags))]
+        # More threads than cores slow two processes down that run side by side.
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "PYTHONPATH"))}
+        environment = inherited | {"OMP_NUM_THREADS": str(threads)} | environment
+        self.started = time.monotonic()
+        cwd.mkdir(parents=True, exist_ok=True)
+        self.out, self.err = (cwd / f".{os.urandom(4).hex()}.{name}" for name in ("stdout", "stderr"))
+        with open(self.out, "w") as out, open(self.err, "w") as err:
+            self.popen = subprocess.Popen(command, cwd=cwd, env=environment, stdout=out, stderr=err)
+
+    def wait(self) -> Output:
+        """Wait for the end."""
+        try:
+            self.popen.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
+            pytest.fail(f"no end after {TIMEOUT} s: {self.err.read_text()[-2000:]}")
+        return Output(self.popen.returncode, self.out.read_text(), self.err.read_text())
+
+    def when(self, ready: Callable[[], bool]) -> Process:
+        """Wait until `ready`; the process must not have ended by then."""
+        while not ready():
+            assert self.popen.poll() is None, f"ended too early: {self.wait()}"
+            assert time.monotonic() - self.started < TIMEOUT, self.err.read_text()[-2000:]
+            time.sleep(0.002)
+        return self
+
+    def stop(self, signum: int) -> Output:
+        """Send a signal and wait for the end."""
+        self.popen.send_signal(signum)
+        return self.wait()
+
+
+def run(script: str | Path, *flags: str | Path, cwd: Path, **environment: str) -> Output:
+    """Run a script to its end."""
+    return Process(script, *flags, cwd=cwd, **environment).wait()
+
+
+def succeed(script: str | Path, *flags: str | Path, cwd: Path, **environment: str) -> Output:
+    """Run a script to its end, which must be a good one."""
+    output = run(script, *flags, cwd=cwd, **environment)
+    assert output.status == 0, output.stderr
+    assert "Traceback" not in output.stderr, output.stderr
+    return output
+
+
+def side_by_side(work: Callable[[T], R], items: Iterable[T]) -> dict[T, Future[R]]:
+    """Call work(item) for all items, two at a time; a failure is raised by its own result() only."""
+    with ThreadPoolExecutor(2) as pool:
+        return {item: pool.submit(work, item) for item in items}
+
+
+def both(*works: Callable[[], object]) -> None:
+    """Call both at a time; the first failure is raised."""
+    for future in side_by_side(lambda work: work(), works).values():
+        future.result()
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in a run's folder."""
+    return sorted(int(manifest.stem) for manifest in (folder / "checkpoint").glob("*.json"))
+
+
+def has_saved(folder: Path, step: int) -> bool:
+    """Tell whether two checkpoints are kept and the newest is of `step` or later."""
+    steps = saved_steps(folder)
+    return len(steps) > 1 and steps[-1] >= step
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Return a digest of every file of a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values under joined names: {"sparsity": {"total": 0}} -> {"sparsity/total": 0}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def newest(folder: Path, kind: str) -> Path:
+    """Return the newest file of one kind in a run's checkpoint/; replay segments are ordered by their last step."""
+    return max((folder / "checkpoint").glob(kind), key=lambda path: int(path.stem.rpartition("-")[2]))
+
+
+def flip_byte(path: Path, position: int) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(data)
+
+
+def assert_same_run(resumed: Path, straight: Path) -> None:
+    """Both wrote the same model byte for byte, and the same records, times and speeds aside."""
+
+    def steady(values: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key not in VOLATILE}
+
+    assert [*map(steady, records(resumed))] == [*map(steady, records(straight))]
+    assert (resumed / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    finals = (flatten(json.loads((folder / "final.json").read_text())) for folder in (resumed, straight))
+    assert steady(next(finals)) == steady(next(finals))
+    assert_tensorboard_equals_metrics(resumed)
+    leftovers = [name for name in contents(resumed) if name.endswith(".tmp")]
+    assert not leftovers
+    assert len(saved_steps(resumed)) <= 2, "the last two checkpoints are kept"
+
+
+def assert_tensorboard_equals_metrics(folder: Path) -> None:
+    """The events, cut back where a run was resumed, are the scalars of metrics.jsonl (which are doubles) in float32."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    wanted: dict[str, list[tuple[int, float]]] = {}
+    for record in records(folder):
+        for key in record.keys() - {"step", "seconds"}:
+            wanted.setdefault(key, []).append((record["step"], torch.tensor(record[key], dtype=torch.float32).item()))
+    assert {*events.Tags()["scalars"]} == {*wanted}
+    for key, values in wanted.items():
+        assert [(event.step, event.value) for event in events.Scalars(key)] == values, key
+
+
+@pytest.fixture(scope="session", params=SCRIPTS)
+def script(request: pytest.FixtureRequest) -> str:
+    """Each training script's name."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def module(script: str) -> ModuleType:
+    """The script as a module."""
+    return load_script(script)
+
+
+@pytest.fixture(scope="session")
+def home(script: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the runs of one script."""
+    return tmp_path_factory.mktemp(script)
+
+
+@pytest.fixture(scope="session")
+def straight(script: str, home: Path) -> Straight:
+    """Return, per number of environments, a run that nothing disturbed, and what it printed."""
+
+    def work(num_envs: int) -> tuple[Path, Output]:
+        folder = home / f"straight{num_envs}"
+        flags = (SMALL, SCRIPTS[script], VARIANTS[num_envs], f"--run-dir {folder}")
+        return folder, succeed(script, *flags, cwd=home)
+
+    return side_by_side(work, VARIANTS)
+
+
+@pytest.fixture(scope="session")
+def broken_off(script: str, home: Path) -> BrokenOff:
+    """Return, per number of environments, a run killed three times and resumed.
+
+    With it: of each kill the signal, what the process said, and a copy of the folder as the kill left it.
+    """
+
+    def early(folder: Path) -> bool:
+        return (folder / "metrics.jsonl").exists()  # opened just before the first step
+
+    def writing(folder: Path) -> bool:
+        return (has_saved(folder, 600) and any((folder / "checkpoint").glob(".*"))) or has_saved(folder, 1600)
+
+    kills: dict[int, list[tuple[Callable[[Path], bool], int]]] = {
+        1: [(early, signal.SIGKILL), (partial(has_saved, step=1000), signal.SIGKILL),
+            (partial(has_saved, step=1400), signal.SIGTERM)],
+        3: [(early, signal.SIGTERM), (writing, signal.SIGKILL), (partial(has_saved, step=1200), signal.SIGINT)],
+    }  # fmt: skip
+
+    def work(num_envs: int) -> tuple[Path, list[tuple[int, Output, Path]]]:
+        folder, left = home / f"broken_off{num_envs}", []
+        flags = f"{SMALL} {SCRIPTS[script]} {VARIANTS[num_envs]} --run-dir {folder}"
+        for i, (ready, signum) in enumerate(kills[num_envs]):
+            output = Process(script, flags, cwd=home).when(partial(ready, folder)).stop(signum)
+            copy = home / f"{folder.name}_{i}"
+            shutil.copytree(folder, copy)
+            left.append((signum, output, copy))
+            flags = f"--resume {folder}"
+        succeed(script, flags, cwd=home)
+        return folder, left
+
+    return side_by_side(work, VARIANTS)
+
+
+@pytest.fixture(scope="session")
+def killed(broken_off: BrokenOff) -> Path:
+    """Return a run of one environment as SIGKILL left it half-way, with two checkpoints. Copy it, do not change it."""
+    _, left = broken_off[1].result()
+    return left[1][2]
+
+
+variants = pytest.mark.parametrize("num_envs", VARIANTS)
+
+
+# What a run leaves
+
+
+@variants
+def test_a_run_leaves_every_file(script: str, straight: Straight, num_envs: int) -> None:
+    folder, output = straight[num_envs].result()
+    names = {path.name for path in folder.iterdir()}
+    events = {name for name in names if name.startswith("events.out.tfevents.")}
+    assert len(events) == 1
+    wanted = {"args.json", "versions.json", "metrics.jsonl", "checkpoint", "model.safetensors", "final.json"}
+    assert names - events == wanted
+
+    args = json.loads((folder / "args.json").read_text())
+    assert (args["total_timesteps"], args["num_envs"], args["seed"], args["env_id"]) == (2000, num_envs, 1, "Breakout")
+    versions = flatten(json.loads((folder / "versions.json").read_text()))
+    assert {"commit", "device"} <= versions.keys()
+    assert versions["packages/torch"] == importlib.metadata.version("torch")
+    final = json.loads((folder / "final.json").read_text())
+    assert final["status"] == "finished"
+    assert final["step"] == 2000 + (1 if num_envs == 3 else 0)  # 667 steps of three
+    assert 0 < final["seconds"] < TIMEOUT
+
+    assert len(saved_steps(folder)) == 2, "the last two checkpoints are kept"
+    assert not output.complaints()
+    assert re.search(r"[\d.]+ GB", output.stdout), "the need of disk is shown"
+    assert str(folder) in output.stdout
+
+
+@variants
+def test_the_progress_is_plain_lines(straight: Straight, num_envs: int) -> None:
+    lines = [line for line in straight[num_envs].result()[1].stderr.split("\n") if line.strip()]
+    assert lines and all("\r" not in line for line in lines), "the output is no terminal"
+    assert re.search(r"\b100%.* 2\.00k/2\.00k .*step/s.* return -?[\d.]+ .*sparsity [\d.]+", lines[-1]), lines[-1]
+
+
+@variants
+def test_the_records_have_the_names_and_the_cadence_of_the_protocol(
+    straight: Straight, num_envs: int
+) -> None:
+    folder, _ = straight[num_envs].result()
+    epoch_steps = json.loads((folder / "args.json").read_text())["epoch_steps"]
+    every = records(folder)
+    for record in every:
+        assert all(KEY.fullmatch(key) for key in record.keys() - {"step", "seconds"})
+        assert isinstance(record["step"], int) and record["step"] % num_envs == 0
+        assert all(isinstance(value, int | float) and math.isfinite(value) for value in record.values())
+    for earlier, later in itertools.pairwise(every):
+        assert earlier["step"] <= later["step"] and earlier["seconds"] <= later["seconds"]
+
+    def due(*periods: int) -> list[int]:
+        steps = range(num_envs, every[-1]["step"] + 1, num_envs)
+        return [step for step in steps if any(step // p > (step - num_envs) // p for p in periods)]
+
+    learner = [record for record in every if "losses/td_loss" in record]
+    # The target is updated every 200 steps, so 1,000 is the rarer; and at each epoch's end.
+    assert [record["step"] for record in learner] == due(epoch_steps, 1000)
+    in_all = {"losses/q_values", "charts/epsilon", "charts/SPS", "sparsity/prunable", "sparsity/total"}
+    assert all(in_all <= record.keys() for record in learner)
+    assert all(0 < record["charts/SPS"] < 100_000 for record in learner)
+
+    # The mean of the episodes that ended in an epoch, which has no score when none did.
+    ends, returns = due(epoch_steps), dict[int, list[float]]()
+    for record in every:
+        if "charts/episodic_return" in record and (later := [end for end in ends if end >= record["step"]]):
+            returns.setdefault(later[0], []).append(record["charts/episodic_return"])
+    scored = {record["step"]: record["charts/epoch_return"] for record in every if "charts/epoch_return" in record}
+    assert scored == pytest.approx({end: sum(scores) / len(scores) for end, scores in returns.items()})
+    assert json.loads((folder / "final.json").read_text())["epoch_return"] == pytest.approx([*scored.values()][-1])
+
+
+@variants
+def test_each_episode_that_ended_has_a_record(straight: Straight, num_envs: int) -> None:
+    """An episode of L steps that ended at step s began at s - L * num_envs: at step 0, or where another had ended."""
+    starts, ends = [0] * num_envs, 0
+    for record in records(straight[num_envs].result()[0]):
+        if "charts/episodic_return" in record:
+            starts.remove(record["step"] - record["charts/episodic_length"] * num_envs)
+            starts.append(record["step"])
+            ends += 1
+    assert ends >= 8
+    assert all(start > 0 for start in starts), "no environment played 600 steps without an ending"
+
+
+def test_epsilon_falls_from_the_end_of_the_warm_up(straight: Straight) -> None:
+    learner = [record for record in records(straight[1].result()[0]) if "charts/epsilon" in record]
+    epsilon = {record["step"]: record["charts/epsilon"] for record in learner}
+    assert epsilon[1000] == pytest.approx(1 - 0.99 * 700 / 250_000, abs=1e-5)
+    assert epsilon[2000] == pytest.approx(1 - 0.99 * 1700 / 250_000, abs=1e-5)
+
+
+@variants
+def test_the_sparsity_records_follow_the_algorithm(
+    script: str, straight: Straight, num_envs: int
+) -> None:
+    if script != "eaudeqn_atari":
+        pytest.skip("candidates are Eau De Q-Network's")
+    learner = [record for record in records(straight[num_envs].result()[0]) if "sparsity/target" in record]
+    for record in learner:
+        candidates = [record[f"sparsity/candidate_{k}"] for k in (1, 2, 3)]
+        target = record["sparsity/target"]
+        assert candidates[0] == target
+        assert all(target <= candidate <= target + 0.01 + 1e-9 for candidate in candidates)
+        assert record.get("sparsity/selected", 1) in (1, 2, 3)
+        # Measured, of the network that would be saved, within the rounding of five layers' counts to whole weights.
+        assert min(abs(record["sparsity/prunable"] - candidate) for candidate in candidates) < 1e-4
+    assert learner[-1]["sparsity/target"] > 0 and "sparsity/selected" in learner[-1]
+    for earlier, later in itertools.pairwise(learner):
+        assert later["sparsity/target"] >= earlier["sparsity/target"]
+        # With three environments there is a record at each target update: the chosen candidate became the target.
+        # None takes place at the end of the run.
+        if num_envs == 3 and "sparsity/selected" in later and later["step"] < 2000:
+            chosen = later["sparsity/selected"]
+            assert later["sparsity/target"] == pytest.approx(earlier[f"sparsity/candidate_{chosen}"], abs=1e-12)
+            assert abs(later["sparsity/prunable"] - later["sparsity/target"]) < 1e-4, "network 1, a copy of the target"
+
+
+@variants
+def test_the_model_has_the_sparsity_that_is_reported(
+    module: ModuleType, straight: Straight, num_envs: int
+) -> None:
+    folder, output = straight[num_envs].result()
+    model = load_file(folder / "model.safetensors")
+    assert not any("target" in name for name in model)
+    network = module.QNetwork(4, "cnn", 32, 1)  # Breakout has four actions
+    network.load_state_dict(model, strict=True)
+    assert torch.isfinite(network(torch.rand(2, 4, 84, 84))).all()
+
+    weights = {name: tensor for name, tensor in model.items() if tensor.ndim > 1}
+    assert {name.removesuffix(".weight") for name in weights} == {
+        "torso.conv1", "torso.conv2", "torso.conv3", "dense", "output"
+    }  # fmt: skip
+    zeros = {name: int((tensor == 0).sum()) for name, tensor in weights.items()}
+    total = sum(tensor.numel() for tensor in model.values())
+    assert total == 8224 + 32832 + 36928 + 7744 * 32 + 32 + 32 * 4 + 4
+    assert sum(zeros.values()) > 0.01 * total
+    wanted = {
+        "prunable": sum(zeros.values()) / sum(tensor.numel() for tensor in weights.values()),
+        "total": sum(zeros.values()) / total,
+        "active_params": total - sum(zeros.values()),
+    } | {f"layer/{name.removesuffix('.weight')}": zeros[name] / weights[name].numel() for name in weights}
+    final = flatten(json.loads((folder / "final.json").read_text()))
+    last = next(record for record in reversed(records(folder)) if "sparsity/prunable" in record)
+    for key, value in wanted.items():
+        assert final[f"sparsity/{key}"] == value, key
+        assert last[f"sparsity/{key}"] == value, key
+    assert f"{total - sum(zeros.values()):,}" in output.stdout
+
+
+@variants
+def test_pruned_weights_are_zero_in_the_checkpoint(
+    script: str, straight: Straight, num_envs: int
+) -> None:
+    if script != "eaudeqn_atari":
+        pytest.skip("the names of the tensors are this script's")
+    folder, _ = straight[num_envs].result()
+    tensors = load_file(newest(folder, "*.safetensors"))
+    model = load_file(folder / "model.safetensors")
+    prunable = [name for name in tensors if name.startswith("target.") and tensors[name].ndim > 1]
+    last = next(record for record in reversed(records(folder)) if "sparsity/candidate_1" in record)
+    matches = []
+    for k in range(3):
+        masks = [tensors[f"mask.{k}.{i}"] for i in range(len(prunable))]
+        pruned = 0
+        for mask in masks:
+            (name,) = (name for name in prunable if tensors[name].shape == mask.shape)
+            weight = tensors[name.replace("target.", f"online.{k}.")]
+            assert mask.dtype == torch.bool and mask.any()
+            assert (weight[~mask] == 0).all() and (weight[mask] != 0).float().mean() > 0.99
+            assert not mask[tensors[name] == 0].any(), "masks nest: what the target lacks, its copies lack"
+            pruned += int((~mask).sum())
+        share = pruned / sum(mask.numel() for mask in masks)
+        assert share == pytest.approx(last[f"sparsity/candidate_{k + 1}"], abs=1e-4)
+        online = {name: tensors[f"online.{k}.{name}"] for name in model}
+        matches.append(all(torch.equal(online[name], model[name]) for name in model))
+    assert any(matches), "the model is one of the online networks"
+    assert len({round(last[f"sparsity/candidate_{k}"], 6) for k in (1, 2, 3)}) >= 2, "the candidates differ"
+
+
+@variants
+def test_tensorboard_has_the_same_scalars(straight: Straight, num_envs: int) -> None:
+    assert_tensorboard_equals_metrics(straight[num_envs].result()[0])
+
+
+# Kill and resume
+
+
+@variants
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    straight: Straight,
+    broken_off: BrokenOff,
+    num_envs: int,
+) -> None:
+    folder, left = broken_off[num_envs].result()
+    assert not any((copy / "final.json").exists() for _, _, copy in left)
+    if num_envs == 1:
+        assert not saved_steps(left[0][2]), "the first kill comes before the first checkpoint"
+    assert_same_run(folder, straight[num_envs].result()[0])
+
+
+@variants
+def test_a_signal_stops_the_run_and_says_how_to_go_on(
+    broken_off: BrokenOff, num_envs: int
+) -> None:
+    folder, left = broken_off[num_envs].result()
+    asked = [(output, copy) for signum, output, copy in left if signum in (signal.SIGTERM, signal.SIGINT)]
+    assert len(asked) == {1: 1, 3: 2}[num_envs]
+    for output, copy in asked:
+        assert output.status == 75
+        (line,) = output.complaints()
+        assert f"--resume {folder}" in line
+        assert f"step {saved_steps(copy)[-1]}" in line, "it stopped with a checkpoint"
+    assert all(output.status == -signal.SIGKILL for signum, output, _ in left if signum == signal.SIGKILL)
+
+
+def test_a_finished_run_has_nothing_to_resume(script: str, straight: Straight, tmp_path: Path) -> None:
+    folder, _ = straight[1].result()
+    before = contents(folder)
+    output = succeed(script, f"--resume {folder}", cwd=tmp_path)
+    assert "finished" in output.stdout and str(folder) in output.stdout
+    assert contents(folder) == before
+
+
+def test_a_run_killed_at_its_very_end_is_finished(
+    script: str, straight: Straight, tmp_path: Path
+) -> None:
+    """The last step's checkpoint is there, final.json is not; and the folder has moved meanwhile."""
+    moved = tmp_path / "moved"
+    shutil.copytree(straight[1].result()[0], moved)
+    (moved / "final.json").unlink()
+    succeed(script, "--resume moved", cwd=tmp_path)
+    assert_same_run(moved, straight[1].result()[0])
+
+
+def test_the_evaluation_survives_a_signal(script: str, home: Path) -> None:
+    """Pong, because an untrained agent ends its episodes by losing them; also: the video of the first episode."""
+    flags = f"{TINY} --env-id Pong --eval-episodes 3 --capture-video"
+
+    def whole() -> None:
+        succeed(script, flags, "--run-dir whole", cwd=home)
+
+    def cut() -> None:
+        process = Process(script, flags, "--run-dir cut", cwd=home)
+        output = process.when((home / "cut" / "model.safetensors").exists).stop(signal.SIGTERM)
+        assert output.status == 75 and "--resume cut" in output.complaints()[-1], output
+        assert not (home / "cut" / "final.json").exists()
+        succeed(script, "--resume cut", cwd=home)
+
+    both(whole, cut)
+    assert_same_run(home / "cut", home / "whole")
+    final, last = json.loads((home / "whole" / "final.json").read_text()), records(home / "whole")[-1]
+    score = last["eval/episodic_return"]
+    assert -21 <= score <= 21 and last["eval/episodes"] == 3
+    assert last["eval/human_normalized"] == pytest.approx((score + 20.7) / (14.6 + 20.7))
+    assert flatten(final).items() >= {key: last[key] for key in last if key.startswith("eval/")}.items()
+
+    import imageio_ffmpeg
+
+    video = home / "whole" / "evaluation.mp4"
+    frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(video))
+    assert 500 < frames < 27_000  # no game of Pong is lost in less
+    assert seconds == pytest.approx(frames / 15, abs=1)
+    assert 10_000 < video.stat().st_size < 10_000_000
+    assert next(imageio_ffmpeg.read_frames(str(video)))["size"] == (160, 210)
+
+
+# Damage
+
+
+@pytest.fixture(scope="session")
+def mended(script: str, home: Path, killed: Path) -> dict[str, Future[tuple[Path, Output]]]:
+    """Return, per misfortune of a killed run, the run's folder in the end, and what was said when it struck."""
+
+    def damage(kind: str) -> tuple[Path, Output]:
+        """Damage the newest file of a kind, resume, stop as soon as it is noticed, resume.
+
+        So the next checkpoint's step comes before the damaged one's.
+        """
+        folder = home / f"damaged_{kind.rpartition('.')[2]}"
+        shutil.copytree(killed, folder)
+        damaged, steps = newest(folder, kind), saved_steps(folder)
+        # A manifest is damaged where it ceases to be JSON.
+        flip_byte(damaged, damaged.read_bytes().index(b"{") if kind == "*.json" else damaged.stat().st_size // 2)
+        process = Process(script, f"--resume {folder}", cwd=home)
+        output = process.when(lambda: "damaged" in process.err.read_text()).stop(signal.SIGTERM)
+        assert output.status == 75, output
+        assert any(damaged.name in line and "damaged" in line for line in output.complaints()), output
+        assert re.search(rf"step {steps[-2] + 1}\b", output.complaints()[-1]), f"{steps}: {output}"
+        succeed(script, f"--resume {folder}", cwd=home)
+        return folder, output
+
+    def fill_the_disk(_: str) -> tuple[Path, Output]:
+        """Resume with a limit on the size of files: the tensors no longer fit, the records still do. Then without."""
+        folder = home / "disk_full"
+        shutil.copytree(killed, folder)
+        before = {name: digest for name, digest in contents(folder).items() if name.startswith("checkpoint")}
+        process = Process(script, f"--resume {folder}", cwd=home)
+        resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+        output = process.wait()
+        assert contents(folder).items() >= before.items(), "the checkpoints before are kept"
+        succeed(script, f"--resume {folder}", cwd=home)
+        return folder, output
+
+    def slow_the_disk(_: str) -> tuple[Path, Output]:
+        """Resume, and kill when the first checkpoint is whole that took as long to write as a target update to come."""
+        folder, slow = home / "slow_disk", home / "slow_disk.py"
+        shutil.copytree(killed, folder)
+        slow.write_text(SLOW_DISK.format(path=str(FOLDER / f"{script}.py")))
+        last = saved_steps(folder)[-1]
+        process = Process(slow, f"--resume {folder}", cwd=home)
+        output = process.when(lambda: saved_steps(folder)[-1] > last).stop(signal.SIGKILL)
+        succeed(script, f"--resume {folder}", cwd=home)
+        return folder, output
+
+    works = dict.fromkeys(KINDS, damage) | {"slow": slow_the_disk}
+    if hasattr(resource, "prlimit"):  # on Linux
+        works["disk"] = fill_the_disk
+    return side_by_side(lambda name: works[name](name), works)
+
+
+KINDS = ("*.json", "*.safetensors", "replay-*.gz")
+
+# Runs a script whose checkpoints are written only when 250 more steps have been made (or seconds have gone by).
+SLOW_DISK = """
+import importlib.util, sys, time
+spec = importlib.util.spec_from_file_location("script", {path!r})
+module = sys.modules["script"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+steps, recv, write_file = [0], module.AtariEnvs.recv, module.write_file
+
+def count(self):
+    steps[0] += 1
+    return recv(self)
+
+def write_late(path, data):
+    until, deadline = steps[0] + 250, time.monotonic() + 8
+    while path.suffix == ".safetensors" and steps[0] < until and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return write_file(path, data)
+
+module.AtariEnvs.recv, module.write_file = count, write_late
+module.command_line(module.main)
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    mended: dict[str, Future[tuple[Path, Output]]], straight: Straight, kind: str
+) -> None:
+    folder, output = mended[kind].result()
+    assert "Traceback" not in output.stderr
+    assert_same_run(folder, straight[1].result()[0])
+
+
+def test_a_checkpoint_is_of_one_moment(mended: dict[str, Future[tuple[Path, Output]]], straight: Straight) -> None:
+    """It is written beside the loop: what the loop changes meanwhile must not get into it."""
+    folder, _ = mended["slow"].result()
+    assert_same_run(folder, straight[1].result()[0])
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    mended: dict[str, Future[tuple[Path, Output]]], straight: Straight
+) -> None:
+    if "disk" not in mended:
+        pytest.skip("no way to limit another process here")
+    folder, output = mended["disk"].result()
+    assert output.status == 1, output
+    (line,) = output.complaints()
+    assert str(folder / "checkpoint") in line and "too large" in line  # the system's word for this kind of full
+    assert_same_run(folder, straight[1].result()[0])
+
+
+def test_with_all_checkpoints_damaged_nothing_is_changed(script: str, killed: Path, tmp_path: Path) -> None:
+    def work(how: str) -> None:
+        folder = tmp_path / how
+        shutil.copytree(killed, folder)
+        for path in (folder / "checkpoint").glob("*.json" if how == "emptied" else "*.safetensors"):
+            if how == "flipped":
+                flip_byte(path, path.stat().st_size - 100)
+            elif how == "missing":
+                path.unlink()
+            else:
+                path.write_bytes(b"")
+        before = contents(folder)
+        output = run(script, f"--resume {folder}", cwd=tmp_path)
+        assert output.status == 1 and "Traceback" not in output.stderr, output
+        assert str(folder / "checkpoint") in output.complaints()[-1]
+        assert sum("is used" in line for line in output.complaints()) <= 1, "there is none before the older one"
+        assert contents(folder) == before
+
+    for future in side_by_side(work, ["flipped", "missing", "emptied"]).values():
+        future.result()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(script: str, tmp_path: Path) -> None:
+    flags = f"{TINY} {SCRIPTS[script]} --feature-size 8 --learning-rate 1e30"
+
+    def with_a_checkpoint_at_each_step() -> None:
+        output = run(script, flags, "--checkpoint-minutes 0 --run-dir run", cwd=tmp_path)
+        assert output.status == 1, output
+        (line,) = output.complaints()
+        match = re.search(r"step (\d+)", line)
+        assert match and 104 <= int(match[1]) <= 120, "the first gradient step, 104, makes the weights infinite"
+        assert "nan" in line or "inf" in line
+        assert saved_steps(tmp_path / "run")[-1] == int(match[1]) - 1, "the last good one"
+        assert "run/checkpoint" in line
+        again = run(script, "--resume run", cwd=tmp_path)
+        assert again.status == 1 and again.complaints() == output.complaints(), "the checkpoint can be used"
+
+    def without_a_checkpoint() -> None:
+        output = run(script, flags, "--run-dir other", cwd=tmp_path)
+        assert output.status == 1 and not saved_steps(tmp_path / "other")
+        (line,) = output.complaints()
+        assert "kept" not in line, "nothing is promised that is not there"
+
+    both(with_a_checkpoint_at_each_step, without_a_checkpoint)
+
+
+# Bad input
+
+BAD = """
+--total-timesteps 0 | --learning-starts 3 | --buffer-size 7 | --buffer-size 100000000000000 | --batch-size 0
+--learning-rate 0 | --learning-rate -1 | --learning-rate nan | --learning-rate inf | --adam-eps 0 | --gamma 1.1
+--gamma -0.1 | --gamma nan | --replay-ratio 0 | --replay-ratio inf | --target-every 0 | --epsilon-end 2
+--epsilon-steps 0 | --epoch-steps 0 | --num-envs 0 | --num-envs 201 | --checkpoint-minutes -1 | --eval-episodes -1
+--seed -1 | --seed 99999999999999999999999 | --compile | --device gpu | --device cuda:99 | --env-id Pacmann
+"""
+OWN_BAD = {
+    "eaudeqn_atari": """
+--feature-size 0 | --feature-size 1000000000 | --width 0 | --num-networks 0 | --num-networks -2 | --max-exponent -1
+--max-exponent nan | --max-exponent inf | --max-sparsity-step 1.5 | --max-sparsity-step -0.1
+"""
+}
+CASES = [(name, case.strip()) for name in SCRIPTS for case in re.split(r"[|\n]", BAD + OWN_BAD[name]) if case.strip()]
+
+
+def call(
+    module: ModuleType, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Output:
+    """Run a script's command line in this process, which saves the imports; it must end there, without training."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *flags])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # those of this process stay
+    with pytest.raises(SystemExit) as end:
+        module.command_line(module.main)
+    captured = capsys.readouterr()
+    return Output(end.value.code if isinstance(end.value.code, int) else 1, captured.out, captured.err)
+
+
+@pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}:{case}" for name, case in CASES])
+def test_a_value_out_of_range_is_refused(
+    name: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = sys.modules.get(name) or load_script(name)
+    monkeypatch.chdir(tmp_path)
+    output = call(module, f"{TINY} --num-envs 2 {case}".split(), monkeypatch, capsys)
+    assert output.status == 2
+    (line,) = output.complaints()
+    flag, _, value = case.partition(" ")
+    assert flag in line and value.rstrip("0") in line, line
+    assert line.startswith(f"{name}.py: ") and len(line) < 200
+    assert not [*tmp_path.iterdir()], "nothing was begun"
+
+
+def test_each_numeric_flag_has_a_bad_value(script: str, module: ModuleType) -> None:
+    tried = {case.split()[0] for name, case in CASES if name == script}
+    numeric = {field.name for field in dataclasses.fields(module.Args) if field.type in ("int", "float")}
+    assert {"--" + name.replace("_", "-") for name in numeric} <= tried
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--env-id Brekout", ["--env-id", "Brekout", "Breakout"]),
+        ("--env-id ALE/MsPackman-v5", ["--env-id", "MsPacman"]),
+        ("--buffer-size 31 --batch-size 32", ["--buffer-size", "31", "32"]),
+        ("--num-networks 0", ["--num-networks", "0", "1"]),
+        pytest.param("--device cuda", ["--device", "cuda", "cpu"],
+                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")),
+        ("--run-dir full", ["--run-dir", "full", "--resume full"]),
+        ("--run-dir file", ["--run-dir", "file"]),
+        ("--resume full", ["--resume", "full"]),
+        ("--resume nowhere", ["--resume", "nowhere"]),
+        ("--resume other", ["--resume", "other"]),
+        ("--resume other --seed 3 --no-compile", ["--resume", "--seed", "--no-compile"]),
+        ("--resume=other --total-timesteps=9000", ["--resume", "--total-timesteps"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(
+    module: ModuleType, flags: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for folder, name, text in (("full", "notes.txt", "mine"), ("other", "args.json", '{"learning": true}')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(text)
+    (tmp_path / "file").write_text("mine")
+    before = contents(tmp_path)
+    output = call(module, [*("" if "--resume" in flags else TINY).split(), *flags.split()], monkeypatch, capsys)
+    assert output.status == 2
+    (line,) = output.complaints()
+    assert all(word in line for word in words), line
+    assert contents(tmp_path) == before
+
+
+def test_an_empty_resume_is_refused(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--resume "$RUN"` with RUN unset must not start a run of 40M frames."""
+    monkeypatch.setattr(module, "main", lambda _: sys.exit("it ran"))
+    monkeypatch.chdir(tmp_path)
+    output = call(module, ["--resume", ""], monkeypatch, capsys)
+    assert output.status == 2 and "--resume" in output.complaints()[0]
+
+
+def test_resume_refuses_other_flags_and_changes_nothing(
+    script: str, killed: Path, tmp_path: Path
+) -> None:
+    before = contents(killed)
+    output = run(script, f"--resume {killed} --total-timesteps 9000", cwd=tmp_path)
+    (line,) = output.complaints()
+    assert output.status == 2 and "--total-timesteps" in line and "--resume" in line
+    output = run(script, SMALL, SCRIPTS[script], f"--run-dir {killed}", cwd=tmp_path)
+    (line,) = output.complaints()
+    assert output.status == 2 and "--run-dir" in line and "--resume" in line
+    assert contents(killed) == before
+
+
+@pytest.mark.parametrize("flags", ["--no-such-flag 3", "--seed one", "--precision fp17", "--resume", "Breakout"])
+def test_an_unknown_flag_or_type_is_refused(
+    module: ModuleType, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = call(module, flags.split(), monkeypatch, capsys)
+    assert output.status == 2 and flags.split()[0] in output.stderr
+    assert not [*tmp_path.iterdir()]
+
+
+# Flags and source
+
+
+def declared(module: ModuleType) -> dict[str, str]:
+    """Return each flag's field and the comment behind it, which is its help."""
+    fields = [field.name for field in dataclasses.fields(module.Args)]
+    comments = {}
+    with open(str(module.__file__), "rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type == tokenize.COMMENT and (match := re.match(r"    (\w+): .*#", token.line)):
+                comments.setdefault(match[1], token.string.lstrip("# "))
+    return {name: comments.get(name, "") for name in fields}
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_help_describes_every_flag(script: str, module: ModuleType, tmp_path: Path, columns: int) -> None:
+    output = run(script, "--help", cwd=tmp_path, COLUMNS=str(columns), TERM="dumb")
+    assert output.status == 0 and not output.stderr
+    assert max(len(line) for line in output.stdout.splitlines() if line.startswith("│")) <= columns
+    text = re.sub(r"[\s│]", "", output.stdout)
+    assert "…" not in text
+    for name, comment in declared(module).items():
+        flag = "--" + name.replace("_", "-")
+        assert flag in text
+        assert len(comment) > 10, f"{flag} has no help"
+        assert re.sub(r"\s", "", comment) in text, f"the help of {flag} does not reach the user"
+    for field in dataclasses.fields(module.Args):
+        if field.type in ("int", "float"):
+            help_text = declared(module)[field.name]
+            assert ">" in help_text or "in [" in help_text, f"{field.name} has no range"
+
+
+def test_every_flag_is_read(module: ModuleType) -> None:
+    """Somewhere outside Args: args.NAME or self.args.NAME."""
+    read = set()
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value
+            name = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
+            if name == "args":
+                read.add(node.attr)
+    assert {*declared(module)} - read == set()
+    assert len(declared(module)) <= 36
+
+
+def test_a_script_is_short(script: str) -> None:
+    lines = (FOLDER / f"{script}.py").read_text().splitlines()
+    assert max(map(len, lines)) <= 120
+    fences = itertools.accumulate(
+        1 if re.match(r"\s*# >>> ", line) else -1 if re.match(r"\s*# <<< ", previous) else 0
+        for previous, line in zip(["", *lines], lines)
+    )
+    assert sum(not inside for inside in fences) <= 400, "the part of its own"
+    (main,) = (n for n in ast.parse("\n".join(lines)).body if isinstance(n, ast.FunctionDef) and n.name == "main")
+    (loop,) = (node for node in main.body if isinstance(node, ast.While))
+    assert loop.end_lineno and loop.end_lineno - loop.lineno < 60, "the main loop"
+
+
+def test_a_script_has_at_most_800_lines(script: str) -> None:
+    assert len((FOLDER / f"{script}.py").read_text().splitlines()) <= 800
+
+
+def test_a_script_imports_only_what_its_header_declares(script: str) -> None:
+    source = (FOLDER / f"{script}.py").read_text()
+    header = source.partition("# ///\n")[0]
+    packages = {name.replace("-", "_") for name in re.findall(r'"([\w-]+)[>=<\d.]*"', header)} | {"__future__"}
+    tree = ast.parse(source)
+
+    def imported(nodes: Iterable[ast.AST]) -> set[str]:
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        assert all(node.level == 0 and node.module for node in froms), "nothing relative"
+        return {name.partition(".")[0] for name in [*names, *(str(node.module) for node in froms)]}
+
+    everywhere = imported([*ast.walk(tree)])
+    assert everywhere - sys.stdlib_module_names <= packages
+    ours = {path.stem for path in FOLDER.parent.rglob("*.py")} | {"cleanrl_sparse", "benchmark", "tools", "tests"}
+    assert everywhere & ours == set()
+    assert "wandb" not in imported(tree.body), "imported only with --track"
+
+
+# Alone, and with other flags
+
+
+def assert_learned(folder: Path) -> None:
+    """A short run reached the learner and pruned, and is finished."""
+    assert json.loads((folder / "final.json").read_text())["status"] == "finished"
+    last = next(record for record in reversed(records(folder)) if "losses/td_loss" in record)
+    assert last["losses/td_loss"] > 0
+    assert any(value > 0 for key, value in last.items() if key.startswith(("sparsity/prunable", "sparsity/candidate")))
+
+
+def test_one_file_alone_trains(script: str, tmp_path: Path) -> None:
+    """Copied to an empty folder: run there, and from elsewhere under another name on a machine without git."""
+    for folder, name in (("alone", script), ("other", "my_variant")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(FOLDER / f"{script}.py", tmp_path / folder / f"{name}.py")
+    nowhere = tmp_path / "empty"
+    nowhere.mkdir()
+    runs: list[tuple[Path, Path, dict[str, str]]] = [
+        (tmp_path / "alone" / f"{script}.py", tmp_path / "alone", {}),
+        (tmp_path / "other" / "my_variant.py", tmp_path / "elsewhere", {"PATH": str(nowhere)}),
+    ]
+    before = time.time()
+    flags = f"{TINY} {SCRIPTS[script]} --feature-size 8 --seed 7"
+    both(*(partial(succeed, path, flags, cwd=cwd, **environment) for path, cwd, environment in runs))
+    for path, cwd, _ in runs:
+        (folder,) = (cwd / "runs").iterdir()
+        match = re.fullmatch(rf"Breakout__{path.stem}__7__(\d+)", folder.name)
+        assert match and int(before) <= int(match[1]) <= time.time()
+        assert_learned(folder)
+        assert json.loads((folder / "versions.json").read_text())["commit"] is None
+
+
+def test_track_works_offline_without_an_account(script: str, tmp_path: Path) -> None:
+    output = succeed(
+        script, TINY, SCRIPTS[script], "--track --run-dir run", cwd=tmp_path, HOME=str(tmp_path), WANDB_MODE="offline"
+    )
+    (log,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert b"losses/td_loss" in log.read_bytes()
+    assert not (tmp_path / "wandb").exists(), "it stays in the run's folder"
+    assert_learned(tmp_path / "run")
+    assert "finished" in output.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--precision bf16", "--network impala", "--network impala --precision bf16"])
+def test_a_variant_trains(script: str, flags: str, tmp_path: Path) -> None:
+    succeed(script, TINY, SCRIPTS[script], flags, "--run-dir run", cwd=tmp_path)
+    assert_learned(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("game", ["MsPacman", "Qbert", "Pong", "Enduro", "VideoPinball"])
+def test_games_train_and_resume(script: str, game: str, tmp_path: Path) -> None:
+    flags = f"{SMALL} {SCRIPTS[script]} --env-id {game} --num-envs 2"
+
+    def whole() -> None:
+        succeed(script, flags, "--run-dir whole", cwd=tmp_path)
+
+    def cut() -> None:
+        process = Process(script, flags, "--run-dir cut", cwd=tmp_path)
+        process.when(lambda: has_saved(tmp_path / "cut", 1000)).stop(signal.SIGKILL)
+        succeed(script, "--resume cut", cwd=tmp_path)
+
+    both(whole, cut)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    assert_learned(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_envs", [1, 2, 3, 8])
+def test_kills_at_random_moments(script: str, num_envs: int, tmp_path: Path) -> None:
+    """Eight kills each, with as many checkpoints as the disk takes and with the default number of threads."""
+    flags = f"{SMALL} {SCRIPTS[script]} --num-envs {num_envs} --checkpoint-minutes 0.003"
+    assert Process(script, flags, "--run-dir whole", cwd=tmp_path, threads=2).wait().status == 0
+    rng, kills = random.Random(num_envs), 0
+    flags = f"{flags} --run-dir cut"
+    while not (tmp_path / "cut" / "final.json").exists():
+        process = Process(script, flags, cwd=tmp_path, threads=2)
+        if kills < 8:
+            process.when((tmp_path / "cut" / "metrics.jsonl").exists)
+            time.sleep(rng.uniform(0, 5))
+            signum = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+            output = process.stop(signum)
+            assert output.status in (0, 75, -signal.SIGKILL, -signal.SIGTERM), output  # SIGTERM during the imports: -15
+            kills += 1
+        else:
+            assert process.wait().status == 0
+        flags = "--resume cut"
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_tracked_run_can_be_resumed(script: str, tmp_path: Path) -> None:
+    environment = {"HOME": str(tmp_path), "WANDB_MODE": "offline"}
+    process = Process(script, SMALL, SCRIPTS[script], "--track --run-dir run", cwd=tmp_path, **environment)
+    process.when(lambda: has_saved(tmp_path / "run", 800)).stop(signal.SIGKILL)
+    succeed(script, "--resume run", cwd=tmp_path, **environment)
+    assert_tensorboard_equals_metrics(tmp_path / "run")
+    assert len([*(tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")]) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("position", [0, 0.5, 0.999], ids=["start", "middle", "end"])
+@pytest.mark.parametrize("kind", ["*.json", "*.safetensors", "replay-*.gz"])
+def test_damage_anywhere_in_a_file_is_noticed(
+    script: str,
+    kind: str,
+    position: float,
+    broken_off: BrokenOff,
+    straight: Straight,
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(killed, folder)
+    damaged = newest(folder, kind)
+    flip_byte(damaged, int(position * damaged.stat().st_size))
+    output = succeed(script, f"--resume {folder}", cwd=tmp_path)
+    assert any(damaged.name in line and "damaged" in line for line in output.complaints())
+    assert_same_run(folder, straight[1].result()[0])
