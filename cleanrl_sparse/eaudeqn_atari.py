@@ -709,9 +709,9 @@ class Run:
             fresh = not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
             require(fresh, f"--run-dir {self.path} exists: give a new folder, or go on with --resume {self.path}")
             self.folder.mkdir(parents=True)
-            command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-            git = subprocess.run(command, capture_output=True, text=True, check=False)
-            versions = {"script": Path(__file__).name, "commit": git.stdout.strip() or None, "python": sys.version,
+            head = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+            commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
+            versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version,
                         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform(),
                         "packages": {name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py", "tyro")}}
             write_file(self.path / "args.json", json.dumps(dataclasses.asdict(args), indent=1).encode())
@@ -737,7 +737,7 @@ class Run:
                 for newer in manifests[: manifests.index(manifest)]:
                     newer.unlink()
                 break
-            print(f"{damaged[0]} is damaged; the checkpoint before it is used", file=sys.stderr)
+            print(f"{damaged[0]} is damaged; looking for the checkpoint before it", file=sys.stderr)
         if manifests and not self.checkpoint["files"]:
             raise Exit(1, f"{self.folder}: no checkpoint is whole; nothing was changed")
         if manifests:
@@ -750,6 +750,7 @@ class Run:
                         array[index] = torch.from_numpy(np.load(file)).to(array.device)
         self.metrics = open(self.path / "metrics.jsonl", "ab")
         self.metrics.truncate(self.checkpoint["metrics_bytes"])
+        self.metrics.seek(0, os.SEEK_END)
         self.board = SummaryWriter(str(self.path), purge_step=self.checkpoint["step"] + 1)
         self.start, self.saved_at = time.time() - self.checkpoint["seconds"], time.monotonic()
         if self.args.track:
@@ -778,7 +779,7 @@ class Run:
         segments = [s for s in self.checkpoint["segments"] if s[1] > oldest]
         segments.append([max(oldest, segments[-1][1] if segments else 0), replay.step])
         self.checkpoint |= {"step": step, "seconds": time.time() - self.start, "metrics_bytes": self.metrics.tell(),
-                            "segments": segments, "state": state}
+                            "segments": segments, "state": json.loads(json.dumps(state))}  # a copy: the loop goes on
         masks = {name: t.bool() for name, t in tensors.items() if name.startswith("mask")}
         copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in (tensors | masks).items()}
         replay.unsaved = segments[-1][0]
@@ -835,6 +836,7 @@ class Run:
 def parse(argv: list[str]) -> Args:
     """Return the flags of the command line; with --resume those of the run."""
     args = tyro.cli(Args, args=argv, description=(__doc__ or "").partition("\n")[0])
+    require("" not in argv, "--resume and --run-dir need the name of a folder")
     if not args.resume:
         return args
     others = [flag for flag in argv if flag.startswith("--") and not flag.startswith("--resume")]
@@ -933,7 +935,8 @@ def main(args: Args) -> None:
         losses = agent.accumulated_loss.tolist()
         if not all(map(math.isfinite, losses)):
             run.finish_saving()
-            raise Exit(1, f"the loss became {losses} at step {now}; the last good checkpoint is kept in {run.folder}")
+            last = f"step {run.checkpoint['step']} in {run.folder}" if run.checkpoint["files"] else "none yet"
+            raise Exit(1, f"the losses became {losses} at step {now}; last good checkpoint: {last}")
         # Prune and target.
         if trained and now < total and now // args.target_every > step // args.target_every:
             selected = 1 + agent.update_target(now // args.target_every * args.target_every, total)
@@ -941,7 +944,7 @@ def main(args: Args) -> None:
         # Log.
         recent = np.mean(returns[-10:] or epoch_return or 0)
         bar.set_description_str(f"return {recent:.1f} sparsity {agent.sparsity[0]:.3f}", False)
-        bar.update(args.num_envs)
+        bar.update(min(now, total) - step)
         epoch_ends, log_every = now // args.epoch_steps > step // args.epoch_steps, max(args.target_every, 1000)
         if epoch_ends or now // log_every > step // log_every:
             speed, shown = (now - shown[0]) / (time.monotonic() - shown[1]), (now, time.monotonic())

@@ -1,4 +1,4 @@
-"""Tests of tools/blocks.py: the scripts' own blocks are equal, and on made-up files the tool sees and repairs copies."""
+"""Tests of tools/blocks.py: the scripts' blocks are equal, and on made-up files it sees and repairs copies."""
 
 from __future__ import annotations
 

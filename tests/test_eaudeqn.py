@@ -262,6 +262,28 @@ def test_accumulated_loss_is_a_sum(small: ModuleType) -> None:
         assert agent.accumulated_loss.tolist() == [0.0, 0.0]
 
 
+def test_learn(small: ModuleType) -> None:
+    """As many updates as are asked for, each from a sample of its own; none where the number is negative."""
+    rng, replays = np.random.default_rng(0), []
+    record = [rng.integers(0, 256, (1, 12, 12), dtype=np.uint8) for _ in range(30)]
+    for _ in range(2):
+        replay = small.FrameReplay(20, 1, CPU, 5, frame_shape=(12, 12))
+        replay.see(record[0])
+        for i, frames in enumerate(record):
+            ended = np.array([i % 7 == 6])
+            replay.add(np.array([i % 4]), small.Steps(frames, np.array([1.0]), ended, ended, []), frames)
+        replays.append(replay)
+    agent, other = agent_of(small, batch_size=8), agent_of(small, batch_size=8)
+    agent.learn(replays[0], -2)
+    agent.learn(replays[0], 0)
+    assert all_equal(params(agent.online[0]), params(other.online[0]))
+    agent.learn(replays[0], 3)
+    for _ in range(3):
+        other.update(replays[1].sample(8))
+    assert all(all_equal(params(ours), params(theirs)) for ours, theirs in zip(agent.online, other.online))
+    assert not all_equal(params(agent.online[0]), params(agent.target))
+
+
 # The schedule
 
 
@@ -538,15 +560,16 @@ def test_network_that_acts(tiny: ModuleType, behaviour: str, losses: list[float]
 
 
 def test_exploration_is_the_same_for_all(tiny: ModuleType) -> None:
-    """When and how is explored does not depend on K, the behaviour or the losses."""
+    """When and how is explored does not depend on K, the behaviour or the losses: networks are drawn otherwise."""
     actions, states = [], []
     settings = ((1, "inverse-loss", 1.0), (5, "inverse-loss", 2.0), (5, "uniform", 0.0), (3, "argmin", 1.0))
     for num_networks, behaviour, loss in settings:
         agent = agent_of(tiny, num_networks=num_networks, behaviour=behaviour, seed=3)
-        losses = [loss * (k + 1) for k in range(num_networks)]
+        losses, untouched = [loss * (k + 1) for k in range(num_networks)], agent.rng["network"].bit_generator.state
         obs = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 1, 1), dtype=np.uint8)
         actions.append([agent.act(o, 0.5, losses).tolist() for o in obs])  # the networks are still equal
         states.append(agent.rng["act"].bit_generator.state)
+        assert behaviour != "inverse-loss" or agent.rng["network"].bit_generator.state != untouched
         agent.update_target(100, 1000)
         assert agent.rng["act"].bit_generator.state == states[-1]
     assert actions[1:] == actions[:-1] and states[1:] == states[:-1]

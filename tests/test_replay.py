@@ -458,7 +458,30 @@ def test_runs_repeat_with_the_seed(eaudeqn: ModuleType) -> None:
     records = [play(eaudeqn.AtariEnvs("breakout", 2, seed), np.random.default_rng(0), 60) for seed in (3, 3, 4)]
     assert_equal_records(records[0], records[1])
     assert any(not np.array_equal(a[0], b[0]) for a, b in zip(records[0], records[2]))
-    assert any(not np.array_equal(obs[0], obs[1]) for obs, _ in records[0])  # the two have seeds of their own
+
+
+def test_environments_have_seeds_of_their_own(eaudeqn: ModuleType) -> None:
+    """With the same actions sticky actions part them; the first one does not depend on how many there are."""
+    envs, alone = eaudeqn.AtariEnvs("breakout", 2, 3), eaudeqn.AtariEnvs("breakout", 1, 3)
+    parted = False
+    for action in np.random.default_rng(0).integers(0, 4, 60):
+        envs.send(np.array([action, action]))
+        alone.send(np.array([action]))
+        envs.recv(), alone.recv()
+        parted |= not np.array_equal(envs.obs[0], envs.obs[1])
+        assert np.array_equal(envs.obs[0], alone.obs[0])
+    assert parted
+
+
+def test_what_was_seen_stays(eaudeqn: ModuleType) -> None:
+    """Later steps and resets do not write into the arrays that were handed out."""
+    envs, rng = eaudeqn.AtariEnvs("breakout", 2, 3, max_num_frames_per_episode=40), np.random.default_rng(0)
+    kept: list[tuple[np.ndarray, np.ndarray]] = [(envs.obs, envs.obs.copy())]
+    for _ in range(25):
+        envs.send(rng.integers(0, 4, 2))
+        steps = envs.recv()
+        kept += [(array, array.copy()) for array in (envs.obs, *steps[:4])]
+    assert all(np.array_equal(array, copy) for array, copy in kept)
 
 
 def test_truncated_is_not_terminated(eaudeqn: ModuleType) -> None:
