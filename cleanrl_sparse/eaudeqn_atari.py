@@ -232,7 +232,7 @@ class AtariEnvs:
             for i in np.flatnonzero(which):
                 self.actions[i].clear()
         self.returns[which] = self.lengths[which] = 0
-        self.obs = self.envs.reset(seed=seeds, options={} if which.all() else {"reset_mask": which})[0].copy()
+        self.obs = self.envs.reset(seed=seeds, options={} if which.all() else {"reset_mask": which})[0]
 
     def send(self, actions: np.ndarray) -> None:
         """Start a step with actions [N] int64; the environments run in threads of their own until recv()."""
@@ -242,8 +242,7 @@ class AtariEnvs:
 
     def recv(self) -> Steps:
         """Wait for the step's end. What ended is reset at once, so that no reset step reaches the replay."""
-        obs, rewards, terminated, truncated, _ = self.envs.recv()
-        self.obs = obs.copy()  # ale-py writes the next step into the same array
+        self.obs, rewards, terminated, truncated, _ = self.envs.recv()
         last_frames, ended = self.obs[:, -1], terminated | truncated
         self.returns += rewards
         self.lengths += 1
@@ -252,7 +251,7 @@ class AtariEnvs:
         for which, reseed in ((ended & old, True), (ended & ~old, False)):
             if which.any():
                 self.reset(which, reseed)
-        return Steps(last_frames, rewards.copy(), terminated.copy(), ended, episodes)
+        return Steps(last_frames, rewards, terminated, ended, episodes)
 
     def state(self) -> dict[str, Any]:
         """Return what restore() needs, as JSON."""
@@ -356,7 +355,7 @@ class FrameReplay:
     def __init__(self, capacity: int, num_envs: int, device: torch.device, seed: int,
                  frame_shape: tuple[int, ...] = (84, 84)) -> None:
         self.num_envs, self.rows = num_envs, -(-capacity // num_envs) + 4  # 3 older frames of a stack, 1 newest
-        self.slots, self.endings = self.rows * num_envs, capacity // 128 + 16
+        self.slots, self.endings = self.rows * num_envs, max(capacity // 128 + 16, 2 * num_envs)
         self.frames = torch.empty(self.slots + self.endings + 1, *frame_shape, dtype=torch.uint8, device=device)
         self.frames[-1] = 0  # what lies before an episode
         self.action, self.age = torch.zeros(2, self.slots, dtype=torch.uint8, device=device)
@@ -384,7 +383,9 @@ class FrameReplay:
 
     def add(self, actions: np.ndarray, steps: Steps, frames: np.ndarray) -> None:
         """Store what N environments did (actions [N]), what came of it, and the frames [N, H, W] seen now."""
-        while self.unsaved is not None and self.unsaved <= max(self.step + 1 - self.rows, self.ending_step.min()):
+        while self.unsaved is not None:  # a row and, at most, num_envs endings are overwritten now
+            if self.unsaved > max(self.step + 1 - self.rows, np.sort(self.ending_step)[: self.num_envs].max()):
+                break
             time.sleep(0.001)
         start = self.step % self.rows * self.num_envs
         row = slice(start, start + self.num_envs)
@@ -410,7 +411,7 @@ class FrameReplay:
 
     def gather(self, slots: Tensor) -> Batch:
         """Return the transitions at slots [B]."""
-        own = self.back <= self.age[slots, None] * self.num_envs  # [B, 4]
+        own = self.back <= self.age[slots, None].long() * self.num_envs  # [B, 4]
         stack = torch.where(own, (slots[:, None] - self.back) % self.slots, len(self.frames) - 1)
         after = torch.where(self.ending[slots] < 0, (slots + self.num_envs) % self.slots, self.ending[slots])
         frames = self.frames[torch.cat([stack, after[:, None]], 1)]  # [B, 5, H, W]
@@ -489,7 +490,7 @@ def magnitude_masks(weights: list[Tensor], parents: list[Tensor], sparsity: floa
         uniform = [1 - sparsity] * len(sizes)
         densities = erk_densities([w.shape for w in weights], sparsity) if scope == "erk" else uniform
         flat = [largest(s, max(1, round(s.numel() * d))) for s, d in zip(scores, densities, strict=True)]
-    return [f.view(w.shape) for f, w in zip(flat, weights, strict=True)]
+    return [f.view(w.shape) & m for f, w, m in zip(flat, weights, parents, strict=True)]
 
 
 def prunable(network: nn.Module) -> dict[str, Tensor]:

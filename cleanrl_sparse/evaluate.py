@@ -159,7 +159,7 @@ class AtariEnvs:
             for i in np.flatnonzero(which):
                 self.actions[i].clear()
         self.returns[which] = self.lengths[which] = 0
-        self.obs = self.envs.reset(seed=seeds, options={} if which.all() else {"reset_mask": which})[0].copy()
+        self.obs = self.envs.reset(seed=seeds, options={} if which.all() else {"reset_mask": which})[0]
 
     def send(self, actions: np.ndarray) -> None:
         """Start a step with actions [N] int64; the environments run in threads of their own until recv()."""
@@ -169,8 +169,7 @@ class AtariEnvs:
 
     def recv(self) -> Steps:
         """Wait for the step's end. What ended is reset at once, so that no reset step reaches the replay."""
-        obs, rewards, terminated, truncated, _ = self.envs.recv()
-        self.obs = obs.copy()  # ale-py writes the next step into the same array
+        self.obs, rewards, terminated, truncated, _ = self.envs.recv()
         last_frames, ended = self.obs[:, -1], terminated | truncated
         self.returns += rewards
         self.lengths += 1
@@ -179,7 +178,7 @@ class AtariEnvs:
         for which, reseed in ((ended & old, True), (ended & ~old, False)):
             if which.any():
                 self.reset(which, reseed)
-        return Steps(last_frames, rewards.copy(), terminated.copy(), ended, episodes)
+        return Steps(last_frames, rewards, terminated, ended, episodes)
 
     def state(self) -> dict[str, Any]:
         """Return what restore() needs, as JSON."""

@@ -939,11 +939,14 @@ def test_one_file_alone_trains(script: str, tmp_path: Path) -> None:
     for folder, name in (("alone", script), ("other", "my_variant")):
         (tmp_path / folder).mkdir()
         shutil.copy(FOLDER / f"{script}.py", tmp_path / folder / f"{name}.py")
-    nowhere = tmp_path / "empty"
-    nowhere.mkdir()
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for program in itertools.chain(*(Path(path).glob("*") for path in os.environ["PATH"].split(os.pathsep))):
+        if program.stem != "git" and not (programs / program.name).exists():
+            (programs / program.name).symlink_to(program)
     runs: list[tuple[Path, Path, dict[str, str]]] = [
         (tmp_path / "alone" / f"{script}.py", tmp_path / "alone", {}),
-        (tmp_path / "other" / "my_variant.py", tmp_path / "elsewhere", {"PATH": str(nowhere)}),
+        (tmp_path / "other" / "my_variant.py", tmp_path / "elsewhere", {"PATH": str(programs)}),
     ]
     before = time.time()
     flags = f"{TINY} {SCRIPTS[script]} --feature-size 8 --seed 7"
