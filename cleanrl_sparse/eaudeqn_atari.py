@@ -100,7 +100,7 @@ class Args:
 
     # >>> shared: run-flags
     env_id: str = "Breakout"  # game; Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same
-    seed: int = 1  # seed of everything random (>= 0)
+    seed: int = 1  # seed of everything random, in [0, 2^32)
     total_timesteps: int = 10_000_000  # length of the run in steps, over all environments (>= 1); 10M are 40M frames
     learning_starts: int = 20_000  # steps of uniformly random play before the first gradient step (>= batch size)
     buffer_size: int = 1_000_000  # transitions in the replay (>= batch size), 7.1 KB of memory each
@@ -144,7 +144,8 @@ class Args:
                 require(accepted(value), f"--{name.replace('_', '-')} {value}: must be {text}")
 
         check("total_timesteps batch_size epsilon_steps epoch_steps num_envs", lambda x: x >= 1, "at least 1")
-        check("seed eval_episodes checkpoint_minutes", lambda x: x >= 0, "at least 0")
+        check("eval_episodes checkpoint_minutes", lambda x: x >= 0, "at least 0")
+        check("seed", lambda x: 0 <= x < 2**32, "in [0, 2^32)")
         check("learning_rate adam_eps replay_ratio", lambda x: 0 < x < math.inf, "above 0")
         check("gamma epsilon_end", lambda x: 0 <= x <= 1, "in [0, 1]")
         check("learning_starts buffer_size", lambda x: x >= self.batch_size, f"at least a batch, {self.batch_size}")
@@ -872,9 +873,13 @@ def command_line(main: Callable[[Args], None]) -> None:
     keep_freed_memory()
     try:
         main(parse(sys.argv[1:]))
-    except (Exit, OSError) as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(error.status if isinstance(error, Exit) else 1)
+    except (Exit, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # a fault of ours, which deserves its traceback
+        status = error.status if isinstance(error, Exit) else 1
+        hint = "" if isinstance(error, (Exit, OSError)) else "these flags need more memory than there is: "
+        print(f"{Path(__file__).name}: {hint}{str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(status)
 # <<< shared: entry
 
 

@@ -305,9 +305,13 @@ def command_line(main: Callable[[Args], None]) -> None:
     keep_freed_memory()
     try:
         main(parse(sys.argv[1:]))
-    except (Exit, OSError) as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(error.status if isinstance(error, Exit) else 1)
+    except (Exit, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # a fault of ours, which deserves its traceback
+        status = error.status if isinstance(error, Exit) else 1
+        hint = "" if isinstance(error, (Exit, OSError)) else "these flags need more memory than there is: "
+        print(f"{Path(__file__).name}: {hint}{str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(status)
 # <<< shared: entry
 
 
