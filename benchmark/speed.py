@@ -5,7 +5,8 @@
     python benchmark/speed.py --device cuda --num-envs 8 --compile
 
 Each row runs the script's own parts (act, environment, replay, update) in the order of its main loop (Breakout,
-1 % of the actions random, replay ratio 0.25). `update` includes `sample`, which is also timed alone. Rows are measured
+1 % of the actions random, replay ratio 0.25), without logging and, for several environments, without letting them step
+while the networks learn. `update` includes `sample`, which is also timed alone. Rows are measured
 in turn, `--repeats` times over, and the median is shown, because machines drift. With K = 5 four of the networks are at
 50 % sparsity, so that their masks are paid for; K = 1 is dense, as in plain DQN.
 """

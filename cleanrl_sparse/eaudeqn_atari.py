@@ -28,6 +28,7 @@ Differences from the paper, and guesses ([I] inferred, [D] our decision; no trai
  5. [D] One network is drawn and all K start as copies of it. Evaluated and saved: the one of the smallest loss.
  6. [D] Epsilon anneals after the warm-up (as in Dopamine), so that the methods of this repository compare.
  7. [D] With --num-envs above 1 the environments step while the networks learn, from all but that step.
+ 8. [D] An environment gets a new seed at the first ending after 25,000 steps, not at each (see AtariEnvs).
 
 Figures: the online comparison of EauDeDQN, its ablations of K, U_max and S_max. More: docs/eaudeqn_atari.md.
 """
@@ -94,6 +95,9 @@ def sha256(data: bytes) -> str:
 # <<< shared: basics
 
 
+PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # of the peak memory that the system reports, in bytes
+
+
 @dataclass
 class Args:
     """Flags; the defaults are the paper's setting. A "step" is an environment step: one decision, 4 frames."""
@@ -149,7 +153,9 @@ class Args:
         check("learning_rate adam_eps replay_ratio", lambda x: 0 < x < math.inf, "above 0")
         check("gamma epsilon_end", lambda x: 0 <= x <= 1, "in [0, 1]")
         check("learning_starts buffer_size", lambda x: x >= self.batch_size, f"at least a batch, {self.batch_size}")
-        check("target_every buffer_size", lambda x: x >= self.num_envs, f"at least --num-envs, {self.num_envs}")
+        names, text = "target_every learning_starts buffer_size", f"at least --num-envs, {self.num_envs}"
+        check(names, lambda x: x >= self.num_envs, text)
+        check("capture_video", lambda x: not x or self.eval_episodes > 0, "used with --eval-episodes above 0")
         # <<< shared: check-run-flags
         check("feature_size width num_networks", lambda x: x >= 1, "at least 1")
         check("max_exponent", lambda x: 0 <= x < math.inf, "at least 0")
@@ -384,9 +390,9 @@ class FrameReplay:
 
     def add(self, actions: np.ndarray, steps: Steps, frames: np.ndarray) -> None:
         """Store what N environments did (actions [N]), what came of it, and the frames [N, H, W] seen now."""
-        while self.unsaved is not None:  # a row and, at most, num_envs endings are overwritten now
-            if self.unsaved > max(self.step + 1 - self.rows, np.sort(self.ending_step)[: self.num_envs].max()):
-                break
+        while (low := self.unsaved) is not None and low <= max(
+            self.step + 1 - self.rows, np.sort(self.ending_step)[: self.num_envs].max()
+        ):  # a row and, at most, num_envs endings are overwritten below
             time.sleep(0.001)
         start = self.step % self.rows * self.num_envs
         row = slice(start, start + self.num_envs)
@@ -428,6 +434,8 @@ class FrameReplay:
         """Go back to a state()."""
         self.step, self.first, self.num_endings = state["counters"]
         self.ages, self.ending_step = np.array(state["ages"]), np.array(state["endings"])
+        if len(state["generator"]) != len(self.generator.get_state()):
+            raise Exit(1, "the run was begun with its replay on another kind of device (--device, GPU memory)")
         self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
 
     def pieces(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -600,7 +608,7 @@ class EauDeQN:
             if self.args.compile and self.warm and not self.graph:
                 self.graph = torch.cuda.CUDAGraph()
                 self.graph.register_generator_state(replay.generator)
-                with torch.cuda.graph(self.graph):
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                     self.update(replay.sample(self.args.batch_size))
             self.warm = True
             if self.graph:
@@ -708,19 +716,23 @@ class Run:
         self.folder, self.saver, self.saving = self.path / "checkpoint", ThreadPoolExecutor(1), Future[None]()
         self.saving.set_result(None)
         if not args.resume:
-            fresh = not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
+            free = shutil.disk_usage(next(p for p in self.path.absolute().parents if p.exists())).free
+            print(f"{self.path}: checkpoints take up to {disk_needed / 1e9:.2f} GB, {free / 1e9:.1f} GB of disk are free")
+            require(free > disk_needed, f"--run-dir {self.path}: too little disk is free for checkpoints")
+            begun = {"checkpoint", "versions.json", ".versions.json.tmp", ".args.json.tmp"}  # by a run killed at once
+            fresh = not self.path.exists() or (self.path.is_dir() and {p.name for p in self.path.iterdir()} <= begun)
             require(fresh, f"--run-dir {self.path} exists: give a new folder, or go on with --resume {self.path}")
-            self.folder.mkdir(parents=True)
             head = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
             commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
             versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version,
                         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform(),
                         "packages": {name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py", "tyro")}}
-            write_file(self.path / "args.json", json.dumps(dataclasses.asdict(args), indent=1).encode())
-            write_file(self.path / "versions.json", json.dumps(versions, indent=1).encode())
-        free = shutil.disk_usage(self.path).free
-        print(f"{self.path}: checkpoints take up to {disk_needed / 1e9:.2f} GB of disk, {free / 1e9:.1f} GB are free")
-        require(free > disk_needed, f"--run-dir {self.path}: too little disk is free for checkpoints")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_file(self.path / "versions.json", json.dumps(versions, indent=1).encode())
+                write_file(self.path / "args.json", json.dumps(dataclasses.asdict(args), indent=1).encode())
+            except OSError as error:
+                raise Exit(2, f"--run-dir {self.path} cannot be made ({error})") from None
 
     def load(self, tensors: dict[str, Tensor], replay: FrameReplay) -> dict[str, Any] | None:
         """Restore the newest whole checkpoint and cut the records back to it; return its state, None before the first.
@@ -751,6 +763,8 @@ class Run:
                     for array, index in replay.pieces(first, last):
                         array[index] = torch.from_numpy(np.load(file)).to(array.device)
         self.metrics = open(self.path / "metrics.jsonl", "ab")
+        if self.metrics.tell() < self.checkpoint["metrics_bytes"]:
+            raise Exit(1, f"{self.metrics.name} is shorter than when the checkpoint was written")
         self.metrics.truncate(self.checkpoint["metrics_bytes"])
         self.metrics.seek(0, os.SEEK_END)
         self.board = SummaryWriter(str(self.path), purge_step=self.checkpoint["step"] + 1)
@@ -777,6 +791,7 @@ class Run:
         """Copy the state and write a checkpoint beside the loop; the replay is read while it is written."""
         self.finish_saving()
         self.board.flush()
+        os.fsync(self.metrics.fileno())
         oldest = max(0, replay.step - replay.rows + 1)
         segments = [s for s in self.checkpoint["segments"] if s[1] > oldest]
         segments.append([max(oldest, segments[-1][1] if segments else 0), replay.step])
@@ -791,11 +806,14 @@ class Run:
         """Write the checkpoint, manifest last, then delete the files that no kept one needs."""
         checkpoint, name = self.checkpoint, f"{self.checkpoint['step']:012d}"
         segments = [f"replay-{first}-{last}.gz" for first, last in checkpoint["segments"]]
-        with io.BytesIO() as data:
+        data = io.BytesIO()
+        try:
             with gzip.GzipFile(fileobj=data, mode="wb", compresslevel=1, mtime=0) as file:
                 for array, index in replay.pieces(*checkpoint["segments"][-1]):
                     np.save(file, array[index].cpu().numpy())
-            new = {segments[-1]: data.getvalue(), f"{name}.safetensors": save(copies)}
+        finally:
+            replay.unsaved = None  # else the loop would wait for ever
+        new = {segments[-1]: data.getvalue(), f"{name}.safetensors": save(copies)}
         old = {segment: checkpoint["files"][segment] for segment in segments[:-1]}
         checkpoint["files"] = old | {file: write_file(self.folder / file, data) for file, data in new.items()}
         body = json.dumps(checkpoint).encode()
@@ -809,14 +827,17 @@ class Run:
     def finish(self, step: int, network: nn.Module, rom: str, title: str, epoch_return: float | None) -> None:
         """Save the network, evaluate it, write final.json and tell the user what came out."""
         self.finish_saving()
-        write_file(self.path / "model.safetensors", save({n: t.contiguous() for n, t in network.state_dict().items()}))
+        weights = {name: p.detach().contiguous() + 0.0 for name, p in network.named_parameters()}  # no -0.0
+        write_file(self.path / "model.safetensors", save(weights))
         episodes, seed = self.args.eval_episodes, self.args.seed + 1_000_000  # not the seed of training
         video = self.path / "evaluation.mp4" if self.args.capture_video else None
+        print(f"evaluating over {episodes} episodes" if episodes else "no evaluation")
         scores = evaluate(network, rom, episodes, 0.001, seed, video) if episodes else []
         result = {"eval/episodic_return": float(np.mean(scores)), "eval/episodes": episodes} if scores else {}
         if scores and (human := human_normalized(title, result["eval/episodic_return"])) is not None:
             result["eval/human_normalized"] = human
-        self.log(step, result)
+        if result:
+            self.log(step, result)
         self.board.close()
         report, seconds = {f"sparsity/{k}": v for k, v in sparsity_report(network).items()}, time.time() - self.start
         final = {"status": "finished", "step": step, "seconds": seconds, "epoch_return": epoch_return, "scores": scores}
@@ -829,7 +850,7 @@ class Run:
         """Wait until the last checkpoint is on disk; Exit if it could not be written."""
         try:
             self.saving.result()
-        except OSError as error:
+        except (OSError, MemoryError, RuntimeError, ValueError) as error:
             raise Exit(1, f"{self.folder}: no checkpoint could be written ({error}); the last one is kept") from None
 # <<< shared: run-directory
 
@@ -838,7 +859,7 @@ class Run:
 def parse(argv: list[str]) -> Args:
     """Return the flags of the command line; with --resume those of the run."""
     args = tyro.cli(Args, args=argv, description=(__doc__ or "").partition("\n")[0])
-    require("" not in argv, "--resume and --run-dir need the name of a folder")
+    require("--resume" not in argv or args.resume != "", "--resume needs the folder of a run")
     if not args.resume:
         return args
     others = [flag for flag in argv if flag.startswith("--") and not flag.startswith("--resume")]
@@ -846,7 +867,7 @@ def parse(argv: list[str]) -> Args:
     try:
         return Args(**json.loads(Path(args.resume, "args.json").read_text()) | {"resume": args.resume})
     except (OSError, ValueError, TypeError) as error:
-        raise Exit(2, f"--resume {args.resume}: its args.json has no flags of this script ({error})") from None
+        raise Exit(2, f"--resume {args.resume}: no run of this script is there ({error})") from None
 
 
 def find_device(args: Args) -> torch.device:
@@ -855,6 +876,9 @@ def find_device(args: Args) -> torch.device:
     known = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
     require(args.device in known, f"--device {args.device}: this machine has {', '.join(known)}")
     device = torch.device(("cuda" if count else "cpu") if args.device == "auto" else args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     require(device.type == "cuda" or not args.compile, "--compile: only with --device cuda; it gains nothing on CPU")
     return device
 # <<< shared: command-line
@@ -885,12 +909,12 @@ def command_line(main: Callable[[Args], None]) -> None:
 
 def main(args: Args) -> None:
     """Train, evaluate the network of the smallest loss, and leave the run folder."""
-    device, (rom, title), total = find_device(args), find_rom(args.env_id), args.total_timesteps
     if args.resume and Path(args.resume, "final.json").exists():
         print(f"{args.resume} is finished; nothing is left to do")
         return
+    device, (rom, title), total = find_device(args), find_rom(args.env_id), args.total_timesteps
     step, gradient_step, selected, epoch_return = 0, 0, 0, None
-    returns, stops = list[float](), list[int]()  # of the episodes that ended in this epoch; signals that came
+    returns, recent, stops = list[float](), [0.0], list[int]()  # of this epoch's episodes, of the latest; signals
 
     def stop(signum: int, _: Any) -> None:
         """Stop after this step with a checkpoint; at once when only the evaluation is left."""
@@ -933,35 +957,34 @@ def main(args: Args) -> None:
         replay.add(actions, steps, envs.obs[:, -1])
         for score, length in steps.episodes:
             run.log(now, {"charts/episodic_return": score, "charts/episodic_length": length})
-            returns.append(score)
+            returns, recent = [*returns, score], [*recent, score][-10:]
         # Learn.
         if args.num_envs == 1:
             agent.learn(replay, updates)
         gradient_step += max(0, updates)
-        losses = agent.accumulated_loss.tolist()
-        if not all(map(math.isfinite, losses)):
+        if updates > 0 and not all(map(math.isfinite, losses := agent.accumulated_loss.tolist())):
+            bar.close()
             run.finish_saving()
             last = f"step {run.checkpoint['step']} in {run.folder}" if run.checkpoint["files"] else "none yet"
-            raise Exit(1, f"the losses became {losses} at step {now}; last good checkpoint: {last}")
+            raise Exit(1, f"the losses became {losses} at step {now}; last checkpoint: {last}")
         # Prune and target.
         if trained and now < total and now // args.target_every > step // args.target_every:
             selected = 1 + agent.update_target(now // args.target_every * args.target_every, total)
             losses = [0.0] * args.num_networks
         # Log.
-        recent = np.mean(returns[-10:] or epoch_return or 0)
-        bar.set_description_str(f"return {recent:.1f} sparsity {agent.sparsity[0]:.3f}", False)
+        bar.set_description_str(f"return {np.mean(recent):.1f} sparsity {agent.sparsity[0]:.3f}", False)
         bar.update(min(now, total) - step)
         epoch_ends, log_every = now // args.epoch_steps > step // args.epoch_steps, max(args.target_every, 1000)
         if epoch_ends or now // log_every > step // log_every:
             speed, shown = (now - shown[0]) / (time.monotonic() - shown[1]), (now, time.monotonic())
             record = {"charts/SPS": speed, "charts/epsilon": epsilon, "charts/learning_rate": args.learning_rate,
                       "charts/buffer_size": len(replay), "memory/replay_bytes": replay.nbytes,
-                      "memory/peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+                      "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PEAK_UNIT}
             if selected:
                 record["sparsity/selected"] = selected
-            if epoch_ends and returns:
-                epoch_return, returns = sum(returns) / len(returns), []
-                record["charts/epoch_return"] = epoch_return
+            if epoch_ends:
+                epoch_return, returns = sum(returns) / len(returns) if returns else None, []
+                record |= {} if epoch_return is None else {"charts/epoch_return": epoch_return}
             run.log(now, record | agent.report(losses))
         step = now
         # Save.
@@ -971,6 +994,7 @@ def main(args: Args) -> None:
                      "envs": envs.state()}
             run.save(step, tensors, replay, state)
         if stops:
+            bar.close()
             run.finish_saving()
             raise Exit(75, f"stopped at step {step}; go on with --resume {run.path}")
 

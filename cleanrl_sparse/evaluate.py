@@ -70,7 +70,7 @@ class Args:
     run_dir: Annotated[Path, tyro.conf.Positional]  # folder of a finished run
     episodes: int = 10  # episodes to play (>= 1)
     epsilon: float = 0.001  # probability of a random action, in [0, 1]
-    seed: int = 0  # seed of the environments and of the random actions (>= 0)
+    seed: int = 0  # seed of the episodes, which are none of training's (>= 0)
     device: str = "cpu"  # cpu, cuda or cuda:INDEX
     video: Path | None = None  # write the first episode to this file (mp4)
 
@@ -79,7 +79,10 @@ class Args:
         require(self.episodes >= 1, f"--episodes {self.episodes}: must be at least 1")
         require(0 <= self.epsilon <= 1, f"--epsilon {self.epsilon}: must be in [0, 1]")
         require(self.seed >= 0, f"--seed {self.seed}: must be at least 0")
-        require(self.video is None or self.video.parent.is_dir(), f"--video {self.video}: its folder does not exist")
+        cuda = self.device.partition(":")[0] == "cuda" and torch.cuda.is_available()
+        require(self.device == "cpu" or cuda, f"--device {self.device}: must be cpu or, if this machine has it, cuda")
+        writable = self.video is None or (self.video.suffix == ".mp4" and os.access(self.video.parent, os.W_OK))
+        require(writable, f"--video {self.video}: must be an .mp4 file in a folder that can be written")
 
 
 # >>> shared: atari-env
@@ -345,7 +348,7 @@ def parse(argv: list[str]) -> Args:
 def main(args: Args) -> None:
     """Evaluate and print."""
     network, rom, title = load_network(args.run_dir, args.device)
-    scores = evaluate(network, rom, args.episodes, args.epsilon, args.seed, args.video)
+    scores = evaluate(network, rom, args.episodes, args.epsilon, args.seed + 2_000_000, args.video)
     mean, (low, high) = float(np.mean(scores)), mean_interval(scores)
     human = human_normalized(title, mean)
     weights = [p for p in network.parameters() if p.ndim >= 2]
