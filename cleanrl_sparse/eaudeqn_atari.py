@@ -717,7 +717,7 @@ class Run:
         self.saving.set_result(None)
         if not args.resume:
             free = shutil.disk_usage(next(p for p in self.path.absolute().parents if p.exists())).free
-            print(f"{self.path}: checkpoints take up to {disk_needed / 1e9:.2f} GB, {free / 1e9:.1f} GB of disk are free")
+            print(f"{self.path}: checkpoints take up to {disk_needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free")
             require(free > disk_needed, f"--run-dir {self.path}: too little disk is free for checkpoints")
             begun = {"checkpoint", "versions.json", ".versions.json.tmp", ".args.json.tmp"}  # by a run killed at once
             fresh = not self.path.exists() or (self.path.is_dir() and {p.name for p in self.path.iterdir()} <= begun)
