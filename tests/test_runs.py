@@ -586,10 +586,14 @@ def mended(script: str, home: Path, killed: Path) -> dict[str, Future[tuple[Path
         """Resume, and kill when the first checkpoint is whole that took as long to write as a target update to come."""
         folder, slow = home / "slow_disk", home / "slow_disk.py"
         shutil.copytree(killed, folder)
-        slow.write_text(SLOW_DISK.format(path=str(FOLDER / f"{script}.py")))
+        then = home / "slow_disk.json"
+        slow.write_text(SLOW_DISK.format(path=str(FOLDER / f"{script}.py"), then=str(then)))
         last = saved_steps(folder)[-1]
         process = Process(slow, f"--resume {folder}", cwd=home)
         output = process.when(lambda: saved_steps(folder)[-1] > last).stop(signal.SIGKILL)
+        step, state = json.loads(then.read_text())
+        manifest = folder / "checkpoint" / f"{step:012d}.json"
+        assert json.loads(manifest.read_bytes().partition(b"\n")[2])["state"] == state, "what the loop changed got into it"
         succeed(script, f"--resume {folder}", cwd=home)
         return folder, output
 
@@ -603,7 +607,7 @@ KINDS = ("*.json", "*.safetensors", "replay-*.gz")
 
 # Runs a script whose checkpoints take 250 steps to write (at most a minute); none is begun before the last is done.
 SLOW_DISK = """
-import importlib.util, sys, time
+import importlib.util, json, pathlib, sys, time
 spec = importlib.util.spec_from_file_location("script", {path!r})
 module = sys.modules["script"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
@@ -613,9 +617,11 @@ def count(self):
     steps[0] += 1
     return recv(self)
 
-def save_in_turn(self, *state):
+def save_in_turn(self, step, tensors, replay, state):
     if self.saving.done():
-        save(self, *state)
+        if not (then := pathlib.Path({then!r})).exists():
+            then.write_text(json.dumps([step, state]))
+        save(self, step, tensors, replay, state)
 
 def write_late(path, data):
     until, deadline = steps[0] + 250, time.monotonic() + 60
