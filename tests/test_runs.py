@@ -593,7 +593,7 @@ def mended(script: str, home: Path, killed: Path) -> dict[str, Future[tuple[Path
         output = process.when(lambda: saved_steps(folder)[-1] > last).stop(signal.SIGKILL)
         step, state = json.loads(then.read_text())
         manifest = folder / "checkpoint" / f"{step:012d}.json"
-        assert json.loads(manifest.read_bytes().partition(b"\n")[2])["state"] == state, "what the loop changed got into it"
+        assert json.loads(manifest.read_bytes().partition(b"\n")[2])["state"] == state, "changed by the loop"
         succeed(script, f"--resume {folder}", cwd=home)
         return folder, output
 
