@@ -1,9 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#   "torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12", "tyro>=0.9", "safetensors>=0.5",
-#   "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18",
-# ]
+# dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12", "tyro>=0.9", "safetensors>=0.5",
+#                 "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18"]
 # ///
 """Eau De Q-Network on Atari: a deep Q-network that starts dense and prunes itself at the pace of its learning.
 
@@ -26,23 +24,18 @@ Differences from the paper, and guesses ([I] inferred, [D] our decision; no trai
  3. [I] Each action is that of a network drawn anew, P(k) ~ 1 / (accumulated loss + 1e-6) (--behaviour).
  4. [I] The loss is the squared TD error; all K Adam states are reset at a target update, step counts included.
  5. [D] One network is drawn and all K start as copies of it. Evaluated and saved: the one of the smallest loss.
- 6. [D] Epsilon anneals after the warm-up (as in Dopamine), so that the methods of this repository compare.
+ 6. [D] Epsilon anneals after the warm-up, as in Dopamine. An environment is not seeded anew at each ending (AtariEnvs).
  7. [D] With --num-envs above 1 the environments step while the networks learn, from all but that step.
- 8. [D] An environment gets a new seed at the first ending after 25,000 steps, not at each (see AtariEnvs).
 
 Figures: the online comparison of EauDeDQN, its ablations of K, U_max and S_max. More: docs/eaudeqn_atari.md.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import ctypes
-import dataclasses
 import difflib
-import gzip
 import hashlib
-import io
 import json
 import math
 import os
@@ -56,19 +49,19 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -76,11 +69,7 @@ from tqdm import tqdm
 
 # >>> shared: basics
 class Exit(Exception):
-    """Ends the program with one line and a status: 2 bad input, 1 a fault while running, 75 stopped and resumable."""
-
-    def __init__(self, status: int, line: str) -> None:
-        super().__init__(line)
-        self.status = status
+    """Exit(status, line) ends the program: status 2 bad input, 1 a fault while running, 75 stopped and resumable."""
 
 
 def require(accepted: bool, line: str) -> None:
@@ -88,14 +77,7 @@ def require(accepted: bool, line: str) -> None:
     if not accepted:
         raise Exit(2, line)
 
-
-def sha256(data: bytes) -> str:
-    """Return the SHA-256 of data, in hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
 # <<< shared: basics
-
-
-PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # of the peak memory that the system reports, in bytes
 
 
 @dataclass
@@ -144,8 +126,9 @@ class Args:
         # >>> shared: check-run-flags
         def check(names: str, accepted: Callable[[float], bool], text: str) -> None:
             """Refuse the flags `names` whose value is not accepted."""
-            for name, value in ((name, getattr(self, name)) for name in names.split()):
-                require(accepted(value), f"--{name.replace('_', '-')} {value}: must be {text}")
+            for name in names.split():
+                flag, value = name.replace("_", "-"), getattr(self, name)
+                require(accepted(value), f"--{flag} {value}: must be {text}")
 
         check("total_timesteps batch_size epsilon_steps epoch_steps num_envs", lambda x: x >= 1, "at least 1")
         check("eval_episodes checkpoint_minutes", lambda x: x >= 0, "at least 0")
@@ -153,8 +136,8 @@ class Args:
         check("learning_rate adam_eps replay_ratio", lambda x: 0 < x < math.inf, "above 0")
         check("gamma epsilon_end", lambda x: 0 <= x <= 1, "in [0, 1]")
         check("learning_starts buffer_size", lambda x: x >= self.batch_size, f"at least a batch, {self.batch_size}")
-        names, text = "target_every learning_starts buffer_size", f"at least --num-envs, {self.num_envs}"
-        check(names, lambda x: x >= self.num_envs, text)
+        text = f"at least --num-envs {self.num_envs}"
+        check("target_every learning_starts buffer_size", lambda x: x >= self.num_envs, text)
         check("capture_video", lambda x: not x or self.eval_episodes > 0, "used with --eval-episodes above 0")
         # <<< shared: check-run-flags
         check("feature_size width num_networks", lambda x: x >= 1, "at least 1")
@@ -191,9 +174,9 @@ def find_rom(env_id: str) -> tuple[str, str]:
 
 def human_normalized(title: str, score: float) -> float | None:
     """Return (score - random) / (human - random), or None for a game without a human score."""
-    table = {name: (float(low), float(high)) for name, low, high in map(str.split, HUMAN_SCORES.split(";"))}
-    low, high = table.get(title, (0.0, 0.0))
-    return (score - low) / (high - low) if high > low else None
+    if not (found := re.search(rf"\b{title}\s(\S+)\s([^;\s]+)", HUMAN_SCORES)):
+        return None
+    return (score - float(found[1])) / (float(found[2]) - float(found[1]))
 
 
 class Steps(NamedTuple):
@@ -213,38 +196,37 @@ class AtariEnvs:
     action set, no no-op start, no FIRE reset, losing a life does not end an episode, 27,000 steps truncate it.
     `obs` [N, 4, 84, 84] uint8 is what the agent sees now: after an ending, the next episode's first frame.
 
-    An environment's state follows from its last seed and the actions since. Seeding reloads the ROM, which takes as
-    long as 200 steps, so it waits for the first episode that ends RESEED_AFTER or more steps after the last seeding.
+    What an environment did follows from its seeds and actions: a checkpoint keeps these, restore() plays them again.
+    Seeding reloads the ROM, which takes as long as 200 steps, so it is left out at most endings.
     """
 
-    RESEED_AFTER = 25_000
+    RESEED_AFTER = 25_000  # an environment is seeded anew at the first ending so many steps after its last seeding
 
     def __init__(self, rom: str, num_envs: int, seed: int, **options: Any) -> None:
         protocol = dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False, reward_clipping=False,
                         max_num_frames_per_episode=108_000, num_threads=min(num_envs, os.cpu_count() or 1))
         self.envs = AtariVectorEnv(rom, num_envs, autoreset_mode="NextStep", **(protocol | options))
         self.num_actions = len(self.envs.ale.get_action_set())
-        self.seed, self.seedings = seed, np.zeros(num_envs, np.int64)  # how often each environment was seeded
-        self.actions = [bytearray() for _ in range(num_envs)]  # and its actions since then
+        self.seed, self.actions = seed, bytearray()  # every action so far, N to a step
+        self.seeded = [list[int]() for _ in range(num_envs)]  # the steps at which each environment was seeded
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
         self.reset(np.ones(num_envs, bool), reseed=True)
 
-    def reset(self, which: np.ndarray, reseed: bool) -> None:
-        """Start an episode where the mask `which` [N] is true, from a new seed or with the next draws of the last."""
-        seeds = None
-        if reseed:
-            self.seedings += which
-            keys = [(self.seed, int(i), int(self.seedings[i])) for i in np.flatnonzero(which)]
-            seeds = np.array([np.random.SeedSequence(key).generate_state(1)[0] >> 1 for key in keys], np.int64)
-            for i in np.flatnonzero(which):
-                self.actions[i].clear()
+    def reset(self, which: np.ndarray, reseed: bool = False) -> None:
+        """Start an episode where the mask `which` [N] is true."""
+        seeds, step = [], len(self.actions) // len(which)
+        for i in np.flatnonzero(which):
+            new = reseed or step - self.seeded[i][-1] >= self.RESEED_AFTER
+            self.seeded[i] += [step] * new
+            key = (self.seed, int(i), step)
+            seeds.append(np.random.SeedSequence(key).generate_state(1)[0] >> 1 if new else -1)  # -1: no seeding
         self.returns[which] = self.lengths[which] = 0
-        self.obs = self.envs.reset(seed=seeds, options={} if which.all() else {"reset_mask": which})[0]
+        options = {} if which.all() else {"reset_mask": which}
+        self.obs = self.envs.reset(seed=np.array(seeds, np.int64), options=options)[0]
 
     def send(self, actions: np.ndarray) -> None:
         """Start a step with actions [N] int64; the environments run in threads of their own until recv()."""
-        for history, action in zip(self.actions, actions, strict=True):
-            history.append(action)
+        self.actions += actions.astype(np.uint8).tobytes()
         self.envs.send(actions)
 
     def recv(self) -> Steps:
@@ -254,31 +236,32 @@ class AtariEnvs:
         self.returns += rewards
         self.lengths += 1
         episodes = [(float(self.returns[i]), int(self.lengths[i])) for i in np.flatnonzero(ended)]
-        old = np.array([len(history) >= self.RESEED_AFTER for history in self.actions])
-        for which, reseed in ((ended & old, True), (ended & ~old, False)):
-            if which.any():
-                self.reset(which, reseed)
+        if ended.any():
+            self.reset(ended)
         return Steps(last_frames, rewards, terminated, ended, episodes)
 
-    def state(self) -> dict[str, Any]:
+    def past(self) -> dict[str, Any]:
         """Return what restore() needs, as JSON."""
-        return {"seedings": self.seedings.tolist(), "actions": [bytes(history).hex() for history in self.actions],
-                "digest": sha256(self.obs.tobytes())}
+        return {"actions": self.actions.hex(), "seeded": self.seeded, "digest": hashlib.sha256(self.obs).hexdigest()}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Replay the actions since each environment's seed, right-aligned. Exit if the game went otherwise."""
-        histories = [bytes.fromhex(text) for text in state["actions"]]
-        longest = max(map(len, histories))
-        for step in range(longest + 1):
-            begins = np.array([len(history) == longest - step for history in histories])
-            if begins.any():
-                self.seedings[begins] = np.array(state["seedings"])[begins] - 1
-                self.reset(begins, reseed=True)
-            if step < longest:
-                self.send(np.array([h[step - longest] if len(h) >= longest - step else 0 for h in histories]))
-                self.recv()
-        if sha256(self.obs.tobytes()) != state["digest"]:
-            raise Exit(1, "the replayed episodes are not the recorded ones; resume with the ale-py of versions.json")
+    def restore(self, past: dict[str, Any], first: int) -> Iterator[tuple[int, np.ndarray, Steps]]:
+        """Play a past() again, each environment from its last seed at or before step `first`.
+
+        Yields (step, actions [N], Steps). Raises Exit if the games went otherwise than recorded.
+        """
+        actions = np.frombuffer(bytes.fromhex(past["actions"]), np.uint8).reshape(-1, len(self.obs))
+        begins = np.array([max(step for step in seeded if step <= max(0, first)) for seeded in past["seeded"]])
+        self.actions = bytearray(actions[: begins.min()].tobytes())
+        self.reset(begins == begins.min(), reseed=True)
+        for step in tqdm(range(begins.min(), len(actions)), "playing again", leave=False, disable=None):
+            self.send(actions[step].astype(np.int64))
+            steps = self.recv()
+            if (begun := begins == step + 1).any():  # what this environment did until now is not in the record
+                self.reset(begun, reseed=True)
+            yield step, actions[step], steps._replace(ended=steps.ended | begun)
+        self.seeded = past["seeded"]
+        if hashlib.sha256(self.obs).hexdigest() != past["digest"]:
+            raise Exit(1, "the games went otherwise when played again; resume with the ale-py of versions.json")
 # <<< shared: atari-env
 
 
@@ -301,12 +284,13 @@ def make_torso(network: str, width: int) -> nn.Sequential:
     cnn (Mnih et al. 2015): [B, 4, 84, 84] -> [B, 64 * width, 11, 11]; impala (Espeholt et al. 2018), 15 layers without
     normalisation: -> [B, 32 * width, 11, 11].
     """
-    layers, c = OrderedDict[str, nn.Module](), 32 * width
+    c = 32 * width
     if network == "cnn":
-        layers |= {"conv1": nn.Conv2d(4, c, 8, stride=4, padding=2), "relu1": nn.ReLU()}  # 84 -> 21
-        layers |= {"pad2": nn.ZeroPad2d((1, 2, 1, 2)), "conv2": nn.Conv2d(c, 2 * c, 4, stride=2), "relu2": nn.ReLU()}
-        layers |= {"conv3": nn.Conv2d(2 * c, 2 * c, 3, padding=1), "relu3": nn.ReLU()}  # 11
-        return nn.Sequential(layers)
+        return nn.Sequential(OrderedDict(
+            conv1=nn.Conv2d(4, c, 8, stride=4, padding=2), relu1=nn.ReLU(), pad2=nn.ZeroPad2d((1, 2, 1, 2)),  # 84 -> 21
+            conv2=nn.Conv2d(c, 2 * c, 4, stride=2), relu2=nn.ReLU(),  # 21 -> 11
+            conv3=nn.Conv2d(2 * c, 2 * c, 3, padding=1), relu3=nn.ReLU()))  # fmt: skip
+    layers = OrderedDict[str, nn.Module]()
     for i, (c_in, c_out, pad) in enumerate(((4, c // 2, 0), (c // 2, c, 0), (c, c, 1)), 1):
         pool = nn.MaxPool2d(3, stride=2, padding=pad, ceil_mode=True)  # 84 -> 42 -> 21 -> 11
         layers |= {f"entry{i}": nn.Conv2d(c_in, c_out, 3, padding=1), f"pool{i}": pool}
@@ -333,9 +317,8 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
-        x = self.torso(obs)  # [B, C, 11, 11]
-        x = F.relu(self.dense(x.permute(0, 2, 3, 1).flatten(1)))  # flat in channels-last order, which needs no copy
-        return self.output(x)
+        features = self.torso(obs).permute(0, 2, 3, 1).flatten(1)  # flat in channels-last order, which needs no copy
+        return self.output(F.relu(self.dense(features)))
 # <<< shared: torsos
 
 
@@ -344,7 +327,7 @@ class Batch(NamedTuple):
     """Transitions; a truncated episode is not terminated and bootstraps from its true last observation."""
 
     obs: Tensor  # [B, 4, 84, 84] uint8
-    next_obs: Tensor  # [B, 4, 84, 84] uint8
+    next_obs: Tensor  # [B, 4, 84, 84] uint8; of no meaning where terminated
     actions: Tensor  # [B] int64
     rewards: Tensor  # [B] float32, clipped to [-1, 1]
     terminated: Tensor  # [B] bool
@@ -355,58 +338,44 @@ class FrameReplay:
 
     A ring of rows, one per step of all N environments: slot row * N + i holds the newest frame that environment i's
     agent saw, and what it did. A stack is a slot and the three rows before it, as far as they belong to the episode
-    (`age`), else zeros. The frame after an ending lies in a small ring of its own; where episodes are shorter than 128
-    steps on average that ring comes round first and the oldest transitions are forgotten early.
+    (`age`), else zeros. The last frame of a truncated episode, of `episode_cap` steps, lies in a small ring of its own.
     """
 
     def __init__(self, capacity: int, num_envs: int, device: torch.device, seed: int,
-                 frame_shape: tuple[int, ...] = (84, 84)) -> None:
+                 frame_shape: tuple[int, ...] = (84, 84), episode_cap: int = 27_000) -> None:
         self.num_envs, self.rows = num_envs, -(-capacity // num_envs) + 4  # 3 older frames of a stack, 1 newest
-        self.slots, self.endings = self.rows * num_envs, max(capacity // 128 + 16, 2 * num_envs)
-        self.frames = torch.empty(self.slots + self.endings + 1, *frame_shape, dtype=torch.uint8, device=device)
+        self.slots, self.extra = self.rows * num_envs, (self.rows // episode_cap + 2) * num_envs
+        self.frames = torch.empty(self.slots + self.extra + 1, *frame_shape, dtype=torch.uint8, device=device)
         self.frames[-1] = 0  # what lies before an episode
-        self.action, self.age = torch.zeros(2, self.slots, dtype=torch.uint8, device=device)
-        self.reward, self.terminated = torch.zeros(2, self.slots, dtype=torch.int8, device=device)
-        self.ending = torch.zeros(self.slots, dtype=torch.int32, device=device)  # slot of an ending's last frame, or -1
+        # Per slot: action, clipped reward, terminated, age (0 for an episode's first frame, at most 3), next frame.
+        self.facts = torch.zeros(self.slots, 5, dtype=torch.int32, device=device)
         self.back = torch.arange(3, -1, -1, device=device) * num_envs  # distance of a stack's frames, oldest first
         self.range = torch.zeros(2, dtype=torch.long, device=device)  # first transition to be sampled, how many
-        self.step = self.first = self.num_endings = 0  # steps stored, first step whose ending is kept, endings so far
-        self.ending_step = np.full(self.endings, -1)  # the step that each kept ending belongs to
-        self.ages = np.zeros(num_envs, np.int64)  # 0 for an episode's first frame, at most 3
-        self.unsaved: int | None = None  # first step that a checkpoint in progress has still to read
+        self.step = self.truncations = 0  # steps stored, truncations so far
+        self.ages = np.zeros(num_envs, np.int64)
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.nbytes = sum(v.nbytes for v in vars(self).values() if isinstance(v, Tensor | np.ndarray))
+        self.nbytes = self.frames.nbytes + self.facts.nbytes
 
     def __len__(self) -> int:
         """Return the number of transitions that can be sampled."""
-        return int(self.step - max(self.first, self.step - self.rows + 4, 0)) * self.num_envs
+        return min(self.step, self.rows - 4) * self.num_envs
 
     def see(self, frames: np.ndarray) -> None:
         """Write the frames [N, H, W] that the agent sees now."""
         start = self.step % self.rows * self.num_envs
         self.frames[start : start + self.num_envs] = torch.from_numpy(frames)
-        self.age[start : start + self.num_envs] = torch.from_numpy(self.ages.astype(np.uint8))
         self.range.copy_(torch.tensor([self.step * self.num_envs - len(self), len(self)]))
 
     def add(self, actions: np.ndarray, steps: Steps, frames: np.ndarray) -> None:
         """Store what N environments did (actions [N]), what came of it, and the frames [N, H, W] seen now."""
-        while (low := self.unsaved) is not None and low <= max(
-            self.step + 1 - self.rows, np.sort(self.ending_step)[: self.num_envs].max()
-        ):  # a row and, at most, num_envs endings are overwritten below
-            time.sleep(0.001)
-        start = self.step % self.rows * self.num_envs
-        row = slice(start, start + self.num_envs)
-        self.action[row] = torch.from_numpy(actions.astype(np.uint8))
-        self.reward[row] = torch.from_numpy(np.clip(steps.rewards, -1, 1).astype(np.int8))
-        self.terminated[row] = torch.from_numpy(steps.terminated)
-        self.ending[row] = -1
-        for i in np.flatnonzero(steps.ended):
-            entry = self.num_endings % self.endings
-            self.first = max(self.first, int(self.ending_step[entry]) + 1)
-            self.frames[self.slots + entry] = torch.from_numpy(steps.last_frames[i])
-            self.ending[start + i] = self.slots + entry
-            self.ending_step[entry] = self.step
-            self.num_endings += 1
+        slots = np.arange(self.num_envs) + self.step % self.rows * self.num_envs
+        after = (slots + self.num_envs) % self.slots
+        for i in np.flatnonzero(steps.ended & ~steps.terminated):
+            after[i] = self.slots + self.truncations % self.extra
+            self.frames[after[i]] = torch.from_numpy(steps.last_frames[i])
+            self.truncations += 1
+        facts = np.stack([actions, np.clip(steps.rewards, -1, 1), steps.terminated, self.ages, after], 1)
+        self.facts[slots[0] : slots[-1] + 1] = torch.from_numpy(facts.astype(np.int32))
         self.step += 1
         self.ages = np.where(steps.ended, 0, np.minimum(self.ages + 1, 3))
         self.see(frames)
@@ -418,37 +387,11 @@ class FrameReplay:
 
     def gather(self, slots: Tensor) -> Batch:
         """Return the transitions at slots [B]."""
-        own = self.back <= self.age[slots, None].long() * self.num_envs  # [B, 4]
+        actions, rewards, terminated, age, after = self.facts[slots].long().unbind(1)  # [B] each
+        own = self.back <= age[:, None] * self.num_envs  # [B, 4]
         stack = torch.where(own, (slots[:, None] - self.back) % self.slots, len(self.frames) - 1)
-        after = torch.where(self.ending[slots] < 0, (slots + self.num_envs) % self.slots, self.ending[slots])
         frames = self.frames[torch.cat([stack, after[:, None]], 1)]  # [B, 5, H, W]
-        actions, rewards = self.action[slots].long(), self.reward[slots].float()
-        return Batch(frames[:, :4], frames[:, 1:], actions, rewards, self.terminated[slots].bool())
-
-    def state(self) -> dict[str, Any]:
-        """Return the counters and the generator as JSON; pieces() gives the contents."""
-        return {"counters": (self.step, self.first, self.num_endings), "ages": self.ages.tolist(),
-                "endings": self.ending_step.tolist(), "generator": self.generator.get_state().tolist()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a state()."""
-        self.step, self.first, self.num_endings = state["counters"]
-        self.ages, self.ending_step = np.array(state["ages"]), np.array(state["endings"])
-        if len(state["generator"]) != len(self.generator.get_state()):
-            raise Exit(1, "the run was begun with its replay on another kind of device (--device, GPU memory)")
-        self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
-
-    def pieces(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (array, index) of what steps first..last-1 hold; add() waits before it overwrites what is to come."""
-        for low in range(first, last, 1024):
-            self.unsaved = low
-            index = torch.arange(low * self.num_envs, min(low + 1024, last) * self.num_envs)
-            slots = (index % self.slots).to(self.frames.device)
-            arrays = (self.ending, self.action, self.reward, self.terminated, self.age, self.frames)
-            yield from ((array, slots) for array in arrays)
-            endings = self.ending[slots].long()
-            yield self.frames, endings[endings >= 0]
-        self.unsaved = None
+        return Batch(frames[:, :4], frames[:, 1:], actions, rewards.float(), terminated.bool())
 # <<< shared: frame-replay
 
 
@@ -459,16 +402,15 @@ def erk_densities(shapes: list[torch.Size], sparsity: float) -> list[float]:
     density_l = eps * sum(shape_l) / prod(shape_l), with eps such that the total holds; a tensor that would exceed 1 is
     dense, and eps is solved again for the others.
     """
-    budget = (1 - sparsity) * sum(map(math.prod, shapes))
-    dense: set[int] = set()
-    while len(dense) < len(shapes):
-        free = [i for i in range(len(shapes)) if i not in dense]
-        eps = (budget - sum(math.prod(shapes[i]) for i in dense)) / sum(sum(shapes[i]) for i in free)
-        full = {i for i in free if eps * sum(shapes[i]) >= math.prod(shapes[i])}
+    sizes, sums = [math.prod(shape) for shape in shapes], [sum(shape) for shape in shapes]
+    free, dense = set(range(len(shapes))), set[int]()
+    while free:
+        eps = ((1 - sparsity) * sum(sizes) - sum(sizes[i] for i in dense)) / sum(sums[i] for i in free)
+        full = {i for i in free if eps * sums[i] >= sizes[i]}
         if not full:
-            return [1.0 if i in dense else eps * sum(s) / math.prod(s) for i, s in enumerate(shapes)]
-        dense |= full
-    return [1.0] * len(shapes)
+            break
+        free, dense = free - full, dense | full
+    return [1.0 if i in dense else eps * sums[i] / sizes[i] for i in range(len(shapes))]
 
 
 def largest(score: Tensor, kept: int) -> Tensor:
@@ -546,15 +488,14 @@ class EauDeQN:
         self.masks = [[torch.ones_like(w) for w in weights] for weights in self.weights]
         self.sparsity = [0.0] * args.num_networks  # nominal: the exact counts round it, and every tensor keeps a weight
         self.accumulated_loss = torch.zeros(args.num_networks, device=device, dtype=dtype)
-        self.latest = torch.zeros(2, args.num_networks, device=device, dtype=dtype)  # losses and mean Q of one update
+        self.latest = torch.full((2, args.num_networks), math.nan, device=device, dtype=dtype)  # losses, mean Q-values
         self.optimizer = torch.optim.Adam([p for network in self.online for p in network.parameters()], fused=True,
                                           lr=args.learning_rate, eps=args.adam_eps, capturable=device.type == "cuda")
         for p in self.optimizer.param_groups[0]["params"]:  # now, not in the first step: a checkpoint restores into it
-            self.optimizer.state[p] = {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(p),
-                                       "exp_avg_sq": torch.zeros_like(p)}
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
         # Each use of randomness has a generator of its own: with K = 1 the actions are those of plain DQN.
-        uses = ("act", "network", "exponent")
-        self.rng = {use: np.random.default_rng((args.seed, i)) for i, use in enumerate(uses)}
+        self.rng = {u: np.random.default_rng((args.seed, i)) for i, u in enumerate(("act", "network", "exponent"))}
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = False  # kernels are loaded and cuBLAS has its workspace once update() has run
 
@@ -594,11 +535,8 @@ class EauDeQN:
         losses.sum().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        # Dense networks need no masks, but a CUDA graph is captured once and for all.
-        sparse = [k for k in range(len(self.online)) if self.sparsity[k] > 0 or self.device.type == "cuda"]
         with torch.no_grad():
-            for k in sparse:
-                torch._foreach_mul_(self.weights[k], self.masks[k])
+            torch._foreach_mul_([w for ws in self.weights for w in ws], [m for ms in self.masks for m in ms])
             self.accumulated_loss += losses
             self.latest.copy_(torch.stack([losses, q.mean(1)]))
 
@@ -610,11 +548,11 @@ class EauDeQN:
                 self.graph.register_generator_state(replay.generator)
                 with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                     self.update(replay.sample(self.args.batch_size))
-            self.warm = True
             if self.graph:
                 self.graph.replay()
             else:
                 self.update(replay.sample(self.args.batch_size))
+            self.warm = True
 
     @torch.no_grad()
     def update_target(self, step: int, horizon: int) -> int:
@@ -625,13 +563,12 @@ class EauDeQN:
         parents = [mask.bool() for mask in self.masks[best]]
         for k in range(args.num_networks):
             exponent = self.rng["exponent"].uniform(0, args.max_exponent) if k > 0 else 0.0
-            limits = (step, horizon, args.target_every, args.max_sparsity_step)
-            self.sparsity[k] = next_sparsity(sparsity, exponent, *limits)
-            pruned = self.sparsity[k] > sparsity
-            masks = magnitude_masks(weights, parents, self.sparsity[k], args.scope) if pruned else parents
+            new = next_sparsity(sparsity, exponent, step, horizon, args.target_every, args.max_sparsity_step)
+            masks = magnitude_masks(weights, parents, new, args.scope) if new > sparsity else parents
             self.online[k].load_state_dict(self.target.state_dict())
-            for weight, mask, new in zip(self.weights[k], self.masks[k], masks):
-                weight.mul_(mask.copy_(new))
+            for weight, mask, kept in zip(self.weights[k], self.masks[k], masks):
+                weight.mul_(mask.copy_(kept))
+            self.sparsity[k] = new
         if args.reset_optimizer:
             for state in self.optimizer.state.values():
                 torch._foreach_zero_(list(state.values()))
@@ -650,8 +587,8 @@ class EauDeQN:
 
     def report(self, losses: list[float]) -> dict[str, float]:
         """Return what is logged: the latest update's means over the K networks, the sparsity of what is saved now."""
-        td_loss, q_values = self.latest.mean(1).tolist()
-        record = {"losses/td_loss": td_loss, "losses/q_values": q_values, "sparsity/target": self.sparsity[0]}
+        latest = dict(zip(("losses/td_loss", "losses/q_values"), self.latest.mean(1).tolist()))
+        record = {"sparsity/target": self.sparsity[0]} | {k: v for k, v in latest.items() if math.isfinite(v)}
         record |= {f"sparsity/{key}": value for key, value in sparsity_report(self.online[choose(losses)]).items()}
         return record | {f"sparsity/candidate_{k}": s for k, s in enumerate(self.sparsity, 1)}
 
@@ -659,15 +596,10 @@ class EauDeQN:
 # >>> shared: evaluation
 @torch.no_grad()
 def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: int, video: Path | None) -> list[float]:
-    """Play episodes on the training protocol, epsilon-greedily, together; return their unclipped returns.
-
-    `video`: record the first one there (mp4, colour, 15 frames a second, real time).
-    """
+    """Play episodes together, epsilon-greedily; return their unclipped returns. `video`: film the first there (mp4)."""
     rng, device = np.random.default_rng(seed), next(network.parameters()).device
     envs, scores = AtariEnvs(rom, episodes, seed), dict[int, float]()
     if video:  # the same game in colour: its seed and actions are the first environment's
-        import imageio_ffmpeg
-
         colour = AtariEnvs(rom, 1, seed, grayscale=False, img_height=210, img_width=160, stack_num=1)
         writer = imageio_ffmpeg.write_frames(str(video), (160, 210), fps=15, macro_block_size=2)
         writer.send(None)
@@ -690,8 +622,8 @@ def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: 
 
 
 # >>> shared: run-directory
-def write_file(path: Path, data: bytes) -> str:
-    """Write a file that a crash leaves whole or absent; return its SHA-256."""
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file that a crash leaves whole or absent."""
     with open(temporary := path.with_name(f".{path.name}.tmp"), "wb") as file:
         file.write(data)
         file.flush()
@@ -700,82 +632,73 @@ def write_file(path: Path, data: bytes) -> str:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
-    return sha256(data)
 
 
 class Run:
     """A run's folder: flags, versions, metrics.jsonl (the source of truth), TensorBoard events, checkpoints, the model.
 
-    A checkpoint is STEP.json (counters, random generators and the SHA-256 of its files; written last), STEP.safetensors
-    and the replay, in segments that hold only what is new. The last two checkpoints are kept.
+    checkpoint/STEP is the SHA-256 of the rest, a line of JSON (counters, random generators, the games' past) and the
+    tensors in safetensors' format. The last two are kept.
     """
 
     def __init__(self, args: Args, title: str, device: torch.device, disk_needed: float) -> None:
         default = Path("runs", f"{title}__{Path(__file__).stem}__{args.seed}__{int(time.time())}")
         self.args, self.path = args, Path(args.resume or args.run_dir or default)
-        self.folder, self.saver, self.saving = self.path / "checkpoint", ThreadPoolExecutor(1), Future[None]()
-        self.saving.set_result(None)
+        self.folder = self.path / "checkpoint"
         if not args.resume:
             free = shutil.disk_usage(next(p for p in self.path.absolute().parents if p.exists())).free
             print(f"{self.path}: checkpoints take up to {disk_needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free")
             require(free > disk_needed, f"--run-dir {self.path}: too little disk is free for checkpoints")
-            begun = {"checkpoint", "versions.json", ".versions.json.tmp", ".args.json.tmp"}  # by a run killed at once
-            fresh = not self.path.exists() or (self.path.is_dir() and {p.name for p in self.path.iterdir()} <= begun)
+            fresh = not self.path.exists() or (self.path.is_dir() and not any(self.path.glob("[!.]*")))
             require(fresh, f"--run-dir {self.path} exists: give a new folder, or go on with --resume {self.path}")
-            head = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-            commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
-            versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version,
-                        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform(),
-                        "packages": {name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py", "tyro")}}
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_file(self.path / "versions.json", json.dumps(versions, indent=1).encode())
-                write_file(self.path / "args.json", json.dumps(dataclasses.asdict(args), indent=1).encode())
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_file(self.path / "args.json", json.dumps(asdict(args), indent=1).encode())
             except OSError as error:
                 raise Exit(2, f"--run-dir {self.path} cannot be made ({error})") from None
+        self.folder.mkdir(exist_ok=True)
+        head = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
+        versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version,
+                    "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform(),
+                    "packages": {name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py", "tyro")}}
+        if not (self.path / "versions.json").exists():
+            write_file(self.path / "versions.json", json.dumps(versions, indent=1).encode())
 
-    def load(self, tensors: dict[str, Tensor], replay: FrameReplay) -> dict[str, Any] | None:
+    def load(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
         """Restore the newest whole checkpoint and cut the records back to it; return its state, None before the first.
 
         A damaged checkpoint is named, and the one before it is used.
         """
-        self.checkpoint: dict[str, Any] = {"step": 0, "seconds": 0.0, "metrics_bytes": 0, "files": {}, "segments": []}
-        manifests = sorted(self.folder.glob("*.json"), reverse=True)
-        for manifest in manifests:
-            digest, _, body = manifest.read_bytes().partition(b"\n")
-            files = json.loads(body)["files"] if sha256(body).encode() == digest else {manifest.name: "another"}
-            paths = {self.folder / name: digest for name, digest in files.items()}
-            damaged = [path for path in paths if not path.exists() or sha256(path.read_bytes()) != paths[path]]
-            if not damaged:
-                self.checkpoint = json.loads(body)
-                for newer in manifests[: manifests.index(manifest)]:
-                    newer.unlink()
+        facts: dict[str, Any] = {"step": 0, "seconds": 0.0, "metrics": 0, "state": None}
+        found, damaged = sorted(self.folder.glob("[0-9]*"), reverse=True), list[Path]()
+        for path in found:
+            digest, _, body = path.read_bytes().partition(b"\n")
+            if hashlib.sha256(body).hexdigest().encode() == digest:
+                line, _, data = body.partition(b"\n")
+                facts, saved = json.loads(line), load(data)
+                for name, tensor in tensors.items():
+                    tensor.detach().copy_(saved[name])
                 break
-            print(f"{damaged[0]} is damaged; looking for the checkpoint before it", file=sys.stderr)
-        if manifests and not self.checkpoint["files"]:
+            print(f"{path} is damaged; looking for the checkpoint before it", file=sys.stderr)
+            damaged.append(path)
+        if found and damaged == found:
             raise Exit(1, f"{self.folder}: no checkpoint is whole; nothing was changed")
-        if manifests:
-            saved = load_file(self.folder / f"{self.checkpoint['step']:012d}.safetensors")
-            for name, tensor in tensors.items():
-                tensor.detach().copy_(saved[name])
-            for first, last in self.checkpoint["segments"]:
-                with gzip.open(self.folder / f"replay-{first}-{last}.gz") as file:
-                    for array, index in replay.pieces(first, last):
-                        array[index] = torch.from_numpy(np.load(file)).to(array.device)
         self.metrics = open(self.path / "metrics.jsonl", "ab")
-        if self.metrics.tell() < self.checkpoint["metrics_bytes"]:
+        if self.metrics.tell() < facts["metrics"]:
             raise Exit(1, f"{self.metrics.name} is shorter than when the checkpoint was written")
-        self.metrics.truncate(self.checkpoint["metrics_bytes"])
+        for path in damaged:
+            path.unlink()
+        self.metrics.truncate(facts["metrics"])
         self.metrics.seek(0, os.SEEK_END)
-        self.board = SummaryWriter(str(self.path), purge_step=self.checkpoint["step"] + 1)
-        self.start, self.saved_at = time.time() - self.checkpoint["seconds"], time.monotonic()
+        self.board = SummaryWriter(str(self.path), purge_step=facts["step"] + 1)
+        self.start, self.saved_at, self.saved = time.time() - facts["seconds"], time.monotonic(), facts["step"]
         if self.args.track:
             import wandb
 
-            name = self.path.resolve().name
-            self.wandb = wandb.init(project=self.args.wandb_project, id=name, name=name, dir=self.path, resume="allow",
-                                    config=dataclasses.asdict(self.args))
-        return self.checkpoint.get("state")
+            project, name, flags = self.args.wandb_project, self.path.resolve().name, asdict(self.args)
+            self.wandb = wandb.init(project=project, id=name, name=name, config=flags, dir=self.path, resume="allow")
+        return facts["state"]
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one record to metrics.jsonl and give it to TensorBoard and W&B."""
@@ -787,71 +710,42 @@ class Run:
         if self.args.track:
             self.wandb.log(values, step=step)
 
-    def save(self, step: int, tensors: dict[str, Tensor], replay: FrameReplay, state: dict[str, Any]) -> None:
-        """Copy the state and write a checkpoint beside the loop; the replay is read while it is written."""
-        self.finish_saving()
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Write a checkpoint and delete all but the last two; Exit if it cannot be written."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
-        oldest = max(0, replay.step - replay.rows + 1)
-        segments = [s for s in self.checkpoint["segments"] if s[1] > oldest]
-        segments.append([max(oldest, segments[-1][1] if segments else 0), replay.step])
-        self.checkpoint |= {"step": step, "seconds": time.time() - self.start, "metrics_bytes": self.metrics.tell(),
-                            "segments": segments, "state": json.loads(json.dumps(state))}  # a copy: the loop goes on
+        facts = {"step": step, "seconds": time.time() - self.start, "state": state, "metrics": self.metrics.tell()}
         masks = {name: t.bool() for name, t in tensors.items() if name.startswith("mask")}
-        copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in (tensors | masks).items()}
-        replay.unsaved = segments[-1][0]
-        self.saving, self.saved_at = self.saver.submit(self._write, copies, replay), time.monotonic()
-
-    def _write(self, copies: dict[str, Tensor], replay: FrameReplay) -> None:
-        """Write the checkpoint, manifest last, then delete the files that no kept one needs."""
-        checkpoint, name = self.checkpoint, f"{self.checkpoint['step']:012d}"
-        segments = [f"replay-{first}-{last}.gz" for first, last in checkpoint["segments"]]
-        data = io.BytesIO()
+        copies = {name: t.detach().cpu().contiguous() for name, t in (tensors | masks).items()}
+        body = json.dumps(facts).encode() + b"\n" + save(copies)
         try:
-            with gzip.GzipFile(fileobj=data, mode="wb", compresslevel=1, mtime=0) as file:
-                for array, index in replay.pieces(*checkpoint["segments"][-1]):
-                    np.save(file, array[index].cpu().numpy())
-        finally:
-            replay.unsaved = None  # else the loop would wait for ever
-        new = {segments[-1]: data.getvalue(), f"{name}.safetensors": save(copies)}
-        old = {segment: checkpoint["files"][segment] for segment in segments[:-1]}
-        checkpoint["files"] = old | {file: write_file(self.folder / file, data) for file, data in new.items()}
-        body = json.dumps(checkpoint).encode()
-        write_file(self.folder / f"{name}.json", sha256(body).encode() + b"\n" + body)
-        kept = [(path, path.read_bytes()) for path in sorted(self.folder.glob("*.json"))[-2:]]
-        needed = {n for path, text in kept for n in (path.name, *json.loads(text.partition(b"\n")[2])["files"])}
-        for path in self.folder.iterdir():
-            if path.name not in needed:
-                path.unlink()
+            write_file(self.folder / f"{step:012d}", hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        except OSError as error:
+            raise Exit(1, f"{self.folder}: no checkpoint could be written ({error}); the last one is kept") from None
+        for path in sorted(self.folder.iterdir())[:-2]:  # .names, which interrupted writes leave, come first
+            path.unlink()
+        self.saved, self.saved_at = step, time.monotonic()
 
     def finish(self, step: int, network: nn.Module, rom: str, title: str, epoch_return: float | None) -> None:
         """Save the network, evaluate it, write final.json and tell the user what came out."""
-        self.finish_saving()
         weights = {name: p.detach().contiguous() + 0.0 for name, p in network.named_parameters()}  # no -0.0
         write_file(self.path / "model.safetensors", save(weights))
-        episodes, seed = self.args.eval_episodes, self.args.seed + 1_000_000  # not the seed of training
         video = self.path / "evaluation.mp4" if self.args.capture_video else None
-        print(f"evaluating over {episodes} episodes" if episodes else "no evaluation")
-        scores = evaluate(network, rom, episodes, 0.001, seed, video) if episodes else []
-        result = {"eval/episodic_return": float(np.mean(scores)), "eval/episodes": episodes} if scores else {}
-        if scores and (human := human_normalized(title, result["eval/episodic_return"])) is not None:
-            result["eval/human_normalized"] = human
-        if result:
+        result, seed = dict[str, Any](), self.args.seed + 1_000_000  # not the seed of training
+        if episodes := self.args.eval_episodes:
+            print(f"evaluating over {episodes} episodes")
+            scores = evaluate(network, rom, episodes, 0.001, seed, video)
+            result = {"eval/episodic_return": float(np.mean(scores)), "eval/episodes": episodes}
+            if (human := human_normalized(title, result["eval/episodic_return"])) is not None:
+                result["eval/human_normalized"] = human
             self.log(step, result)
         self.board.close()
-        report, seconds = {f"sparsity/{k}": v for k, v in sparsity_report(network).items()}, time.time() - self.start
-        final = {"status": "finished", "step": step, "seconds": seconds, "epoch_return": epoch_return, "scores": scores}
-        write_file(self.path / "final.json", json.dumps(final | result | report, indent=1).encode())
-        for key, value in (report | result).items():
+        report = {f"sparsity/{key}": value for key, value in sparsity_report(network).items()} | result
+        final = {"status": "finished", "step": step, "seconds": time.time() - self.start, "epoch_return": epoch_return}
+        write_file(self.path / "final.json", json.dumps(final | report, indent=1).encode())
+        for key, value in report.items():
             print(f"{key:28} {value:12,.6g}")
-        print(f"finished {step} steps in {seconds / 60:.1f} minutes; everything is in {self.path}")
-
-    def finish_saving(self) -> None:
-        """Wait until the last checkpoint is on disk; Exit if it could not be written."""
-        try:
-            self.saving.result()
-        except (OSError, MemoryError, RuntimeError, ValueError) as error:
-            raise Exit(1, f"{self.folder}: no checkpoint could be written ({error}); the last one is kept") from None
+        print(f"finished {step} steps in {final['seconds'] / 60:.1f} minutes; everything is in {self.path}")
 # <<< shared: run-directory
 
 
@@ -859,27 +753,26 @@ class Run:
 def parse(argv: list[str]) -> Args:
     """Return the flags of the command line; with --resume those of the run."""
     args = tyro.cli(Args, args=argv, description=(__doc__ or "").partition("\n")[0])
-    require("--resume" not in argv or args.resume != "", "--resume needs the folder of a run")
-    if not args.resume:
+    if "--resume" not in argv and not args.resume:
         return args
     others = [flag for flag in argv if flag.startswith("--") and not flag.startswith("--resume")]
     require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
     try:
-        return Args(**json.loads(Path(args.resume, "args.json").read_text()) | {"resume": args.resume})
+        return Args(**json.loads(Path(args.resume, "args.json").read_text()) | {"resume": args.resume or "."})
     except (OSError, ValueError, TypeError) as error:
         raise Exit(2, f"--resume {args.resume}: no run of this script is there ({error})") from None
 
 
 def find_device(args: Args) -> torch.device:
     """Return the device of --device; Exit if this machine has none such or it cannot do what the flags ask."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    known = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    count = torch.cuda.device_count()
+    known = ["auto", "cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
     require(args.device in known, f"--device {args.device}: this machine has {', '.join(known)}")
     device = torch.device(("cuda" if count else "cpu") if args.device == "auto" else args.device)
+    require(device.type == "cuda" or not args.compile, "--compile: only with --device cuda; it gains nothing on CPU")
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    require(device.type == "cuda" or not args.compile, "--compile: only with --device cuda; it gains nothing on CPU")
     return device
 # <<< shared: command-line
 
@@ -887,9 +780,9 @@ def find_device(args: Args) -> torch.device:
 # >>> shared: entry
 def keep_freed_memory() -> None:
     """Let glibc reuse freed blocks; else every update faults its gradients' pages in anew, a fifth of its time."""
-    with contextlib.suppress(OSError, AttributeError):  # on another C library
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            ctypes.CDLL(None).mallopt(option, value)
+            mallopt(option, value)
 
 
 def command_line(main: Callable[[Args], None]) -> None:
@@ -900,9 +793,9 @@ def command_line(main: Callable[[Args], None]) -> None:
     except (Exit, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise  # a fault of ours, which deserves its traceback
-        status = error.status if isinstance(error, Exit) else 1
-        hint = "" if isinstance(error, (Exit, OSError)) else "these flags need more memory than there is: "
-        print(f"{Path(__file__).name}: {hint}{str(error).splitlines()[0]}", file=sys.stderr)
+        hint = "" if isinstance(error, OSError) else "these flags need more memory than there is: "
+        status, line = error.args if isinstance(error, Exit) else (1, f"{hint}{str(error).splitlines()[0]}")
+        print(f"{Path(__file__).name}: {line}", file=sys.stderr)
         sys.exit(status)
 # <<< shared: entry
 
@@ -914,13 +807,15 @@ def main(args: Args) -> None:
         return
     device, (rom, title), total = find_device(args), find_rom(args.env_id), args.total_timesteps
     step, gradient_step, selected, epoch_return = 0, 0, 0, None
-    returns, recent, stops = list[float](), [0.0], list[int]()  # of this epoch's episodes, of the latest; signals
+    returns, recent = list[float](), [0.0]  # of this epoch's episodes; of the latest ten
+    run, stops, training = None, list[int](), False
 
     def stop(signum: int, _: Any) -> None:
-        """Stop after this step with a checkpoint; at once when only the evaluation is left."""
+        """Stop after this step with a checkpoint; at once before the first and after the last step."""
         stops.append(signum)
-        if step >= total:
-            raise Exit(75, f"stopped before the evaluation; go on with --resume {run.path}")
+        if not training:
+            hint = f"go on with --resume {run.path}" if run else "no run was begun"
+            raise Exit(75, f"stopped at step {step}; {hint}")
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -930,19 +825,22 @@ def main(args: Args) -> None:
     require(fits or not args.compile, f"--buffer-size {args.buffer_size}: too large for the GPU, which --compile needs")
     replay = FrameReplay(args.buffer_size, args.num_envs, device if fits else torch.device("cpu"), args.seed)
     tensors = agent.tensors()
-    run = Run(args, title, device, 700 * args.buffer_size + 2 * sum(t.nbytes for t in tensors.values()))
-    if state := run.load(tensors, replay):
+    run = Run(args, title, device, 6 * total + 3 * sum(t.nbytes for t in tensors.values()))
+    replay.see(envs.obs[:, -1])
+    if state := run.load(tensors):
         (step, gradient_step, selected, returns, epoch_return), agent.sparsity = state["counters"], state["sparsity"]
         for use, rng in agent.rng.items():
             rng.bit_generator.state = state["rng"][use]
-        replay.restore(state["replay"])
-        envs.restore(state["envs"])
-    replay.see(envs.obs[:, -1])
+        replay.generator.set_state(torch.tensor(state["sampling"], dtype=torch.uint8))
+        for row, actions, steps in envs.restore(state["games"], step // args.num_envs - replay.rows):
+            replay.step = row
+            replay.add(actions, steps, envs.obs[:, -1])
     losses, tty, shown = agent.accumulated_loss.tolist(), sys.stderr.isatty(), (step, time.monotonic())
     shape = "{percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt} {remaining} left {desc}"
     bar = tqdm(total=total, initial=step, unit="step", unit_scale=True, dynamic_ncols=True,
                mininterval=0.5 if tty else 30, bar_format="{bar:10}" + shape if tty else shape + "\n")
 
+    training = True
     while step < total:
         now, trained = step + args.num_envs, gradient_step > 0
         # Act and step.
@@ -964,8 +862,7 @@ def main(args: Args) -> None:
         gradient_step += max(0, updates)
         if updates > 0 and not all(map(math.isfinite, losses := agent.accumulated_loss.tolist())):
             bar.close()
-            run.finish_saving()
-            last = f"step {run.checkpoint['step']} in {run.folder}" if run.checkpoint["files"] else "none yet"
+            last = f"step {run.saved} in {run.folder}" if run.saved else "none yet"
             raise Exit(1, f"the losses became {losses} at step {now}; last checkpoint: {last}")
         # Prune and target.
         if trained and now < total and now // args.target_every > step // args.target_every:
@@ -979,7 +876,7 @@ def main(args: Args) -> None:
             speed, shown = (now - shown[0]) / (time.monotonic() - shown[1]), (now, time.monotonic())
             record = {"charts/SPS": speed, "charts/epsilon": epsilon, "charts/learning_rate": args.learning_rate,
                       "charts/buffer_size": len(replay), "memory/replay_bytes": replay.nbytes,
-                      "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PEAK_UNIT}
+                      "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
             if selected:
                 record["sparsity/selected"] = selected
             if epoch_ends:
@@ -990,14 +887,14 @@ def main(args: Args) -> None:
         # Save.
         if stops or step >= total or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
             state = {"counters": (step, gradient_step, selected, returns, epoch_return), "sparsity": agent.sparsity,
-                     "rng": {use: rng.bit_generator.state for use, rng in agent.rng.items()}, "replay": replay.state(),
-                     "envs": envs.state()}
-            run.save(step, tensors, replay, state)
+                     "rng": {use: rng.bit_generator.state for use, rng in agent.rng.items()}, "games": envs.past(),
+                     "sampling": replay.generator.get_state().tolist()}
+            run.save(step, tensors, state)
         if stops:
             bar.close()
-            run.finish_saving()
             raise Exit(75, f"stopped at step {step}; go on with --resume {run.path}")
 
+    training = False
     bar.close()
     run.finish(step, agent.online[choose(losses)], rom, title, epoch_return)
 

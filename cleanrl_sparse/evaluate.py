@@ -1,9 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#   "torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12", "tyro>=0.9", "safetensors>=0.5",
-#   "imageio-ffmpeg>=0.5",
-# ]
+# dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12", "tyro>=0.9", "safetensors>=0.5",
+#                 "tqdm>=4.66", "imageio-ffmpeg>=0.5"]
 # ///
 """Evaluate the network that a finished run left: play episodes, print the scores, record a video.
 
@@ -16,7 +14,6 @@ the scores are undiscounted and unclipped. It needs RUN_DIR/args.json and RUN_DI
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import difflib
 import hashlib
@@ -26,11 +23,12 @@ import os
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,15 +38,12 @@ from ale_py.vector_env import AtariVectorEnv
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 
 # >>> shared: basics
 class Exit(Exception):
-    """Ends the program with one line and a status: 2 bad input, 1 a fault while running, 75 stopped and resumable."""
-
-    def __init__(self, status: int, line: str) -> None:
-        super().__init__(line)
-        self.status = status
+    """Exit(status, line) ends the program: status 2 bad input, 1 a fault while running, 75 stopped and resumable."""
 
 
 def require(accepted: bool, line: str) -> None:
@@ -56,10 +51,6 @@ def require(accepted: bool, line: str) -> None:
     if not accepted:
         raise Exit(2, line)
 
-
-def sha256(data: bytes) -> str:
-    """Return the SHA-256 of data, in hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
 # <<< shared: basics
 
 
@@ -114,9 +105,9 @@ def find_rom(env_id: str) -> tuple[str, str]:
 
 def human_normalized(title: str, score: float) -> float | None:
     """Return (score - random) / (human - random), or None for a game without a human score."""
-    table = {name: (float(low), float(high)) for name, low, high in map(str.split, HUMAN_SCORES.split(";"))}
-    low, high = table.get(title, (0.0, 0.0))
-    return (score - low) / (high - low) if high > low else None
+    if not (found := re.search(rf"\b{title}\s(\S+)\s([^;\s]+)", HUMAN_SCORES)):
+        return None
+    return (score - float(found[1])) / (float(found[2]) - float(found[1]))
 
 
 class Steps(NamedTuple):
@@ -136,38 +127,37 @@ class AtariEnvs:
     action set, no no-op start, no FIRE reset, losing a life does not end an episode, 27,000 steps truncate it.
     `obs` [N, 4, 84, 84] uint8 is what the agent sees now: after an ending, the next episode's first frame.
 
-    An environment's state follows from its last seed and the actions since. Seeding reloads the ROM, which takes as
-    long as 200 steps, so it waits for the first episode that ends RESEED_AFTER or more steps after the last seeding.
+    What an environment did follows from its seeds and actions: a checkpoint keeps these, restore() plays them again.
+    Seeding reloads the ROM, which takes as long as 200 steps, so it is left out at most endings.
     """
 
-    RESEED_AFTER = 25_000
+    RESEED_AFTER = 25_000  # an environment is seeded anew at the first ending so many steps after its last seeding
 
     def __init__(self, rom: str, num_envs: int, seed: int, **options: Any) -> None:
         protocol = dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False, reward_clipping=False,
                         max_num_frames_per_episode=108_000, num_threads=min(num_envs, os.cpu_count() or 1))
         self.envs = AtariVectorEnv(rom, num_envs, autoreset_mode="NextStep", **(protocol | options))
         self.num_actions = len(self.envs.ale.get_action_set())
-        self.seed, self.seedings = seed, np.zeros(num_envs, np.int64)  # how often each environment was seeded
-        self.actions = [bytearray() for _ in range(num_envs)]  # and its actions since then
+        self.seed, self.actions = seed, bytearray()  # every action so far, N to a step
+        self.seeded = [list[int]() for _ in range(num_envs)]  # the steps at which each environment was seeded
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
         self.reset(np.ones(num_envs, bool), reseed=True)
 
-    def reset(self, which: np.ndarray, reseed: bool) -> None:
-        """Start an episode where the mask `which` [N] is true, from a new seed or with the next draws of the last."""
-        seeds = None
-        if reseed:
-            self.seedings += which
-            keys = [(self.seed, int(i), int(self.seedings[i])) for i in np.flatnonzero(which)]
-            seeds = np.array([np.random.SeedSequence(key).generate_state(1)[0] >> 1 for key in keys], np.int64)
-            for i in np.flatnonzero(which):
-                self.actions[i].clear()
+    def reset(self, which: np.ndarray, reseed: bool = False) -> None:
+        """Start an episode where the mask `which` [N] is true."""
+        seeds, step = [], len(self.actions) // len(which)
+        for i in np.flatnonzero(which):
+            new = reseed or step - self.seeded[i][-1] >= self.RESEED_AFTER
+            self.seeded[i] += [step] * new
+            key = (self.seed, int(i), step)
+            seeds.append(np.random.SeedSequence(key).generate_state(1)[0] >> 1 if new else -1)  # -1: no seeding
         self.returns[which] = self.lengths[which] = 0
-        self.obs = self.envs.reset(seed=seeds, options={} if which.all() else {"reset_mask": which})[0]
+        options = {} if which.all() else {"reset_mask": which}
+        self.obs = self.envs.reset(seed=np.array(seeds, np.int64), options=options)[0]
 
     def send(self, actions: np.ndarray) -> None:
         """Start a step with actions [N] int64; the environments run in threads of their own until recv()."""
-        for history, action in zip(self.actions, actions, strict=True):
-            history.append(action)
+        self.actions += actions.astype(np.uint8).tobytes()
         self.envs.send(actions)
 
     def recv(self) -> Steps:
@@ -177,31 +167,32 @@ class AtariEnvs:
         self.returns += rewards
         self.lengths += 1
         episodes = [(float(self.returns[i]), int(self.lengths[i])) for i in np.flatnonzero(ended)]
-        old = np.array([len(history) >= self.RESEED_AFTER for history in self.actions])
-        for which, reseed in ((ended & old, True), (ended & ~old, False)):
-            if which.any():
-                self.reset(which, reseed)
+        if ended.any():
+            self.reset(ended)
         return Steps(last_frames, rewards, terminated, ended, episodes)
 
-    def state(self) -> dict[str, Any]:
+    def past(self) -> dict[str, Any]:
         """Return what restore() needs, as JSON."""
-        return {"seedings": self.seedings.tolist(), "actions": [bytes(history).hex() for history in self.actions],
-                "digest": sha256(self.obs.tobytes())}
+        return {"actions": self.actions.hex(), "seeded": self.seeded, "digest": hashlib.sha256(self.obs).hexdigest()}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Replay the actions since each environment's seed, right-aligned. Exit if the game went otherwise."""
-        histories = [bytes.fromhex(text) for text in state["actions"]]
-        longest = max(map(len, histories))
-        for step in range(longest + 1):
-            begins = np.array([len(history) == longest - step for history in histories])
-            if begins.any():
-                self.seedings[begins] = np.array(state["seedings"])[begins] - 1
-                self.reset(begins, reseed=True)
-            if step < longest:
-                self.send(np.array([h[step - longest] if len(h) >= longest - step else 0 for h in histories]))
-                self.recv()
-        if sha256(self.obs.tobytes()) != state["digest"]:
-            raise Exit(1, "the replayed episodes are not the recorded ones; resume with the ale-py of versions.json")
+    def restore(self, past: dict[str, Any], first: int) -> Iterator[tuple[int, np.ndarray, Steps]]:
+        """Play a past() again, each environment from its last seed at or before step `first`.
+
+        Yields (step, actions [N], Steps). Raises Exit if the games went otherwise than recorded.
+        """
+        actions = np.frombuffer(bytes.fromhex(past["actions"]), np.uint8).reshape(-1, len(self.obs))
+        begins = np.array([max(step for step in seeded if step <= max(0, first)) for seeded in past["seeded"]])
+        self.actions = bytearray(actions[: begins.min()].tobytes())
+        self.reset(begins == begins.min(), reseed=True)
+        for step in tqdm(range(begins.min(), len(actions)), "playing again", leave=False, disable=None):
+            self.send(actions[step].astype(np.int64))
+            steps = self.recv()
+            if (begun := begins == step + 1).any():  # what this environment did until now is not in the record
+                self.reset(begun, reseed=True)
+            yield step, actions[step], steps._replace(ended=steps.ended | begun)
+        self.seeded = past["seeded"]
+        if hashlib.sha256(self.obs).hexdigest() != past["digest"]:
+            raise Exit(1, "the games went otherwise when played again; resume with the ale-py of versions.json")
 # <<< shared: atari-env
 
 
@@ -224,12 +215,13 @@ def make_torso(network: str, width: int) -> nn.Sequential:
     cnn (Mnih et al. 2015): [B, 4, 84, 84] -> [B, 64 * width, 11, 11]; impala (Espeholt et al. 2018), 15 layers without
     normalisation: -> [B, 32 * width, 11, 11].
     """
-    layers, c = OrderedDict[str, nn.Module](), 32 * width
+    c = 32 * width
     if network == "cnn":
-        layers |= {"conv1": nn.Conv2d(4, c, 8, stride=4, padding=2), "relu1": nn.ReLU()}  # 84 -> 21
-        layers |= {"pad2": nn.ZeroPad2d((1, 2, 1, 2)), "conv2": nn.Conv2d(c, 2 * c, 4, stride=2), "relu2": nn.ReLU()}
-        layers |= {"conv3": nn.Conv2d(2 * c, 2 * c, 3, padding=1), "relu3": nn.ReLU()}  # 11
-        return nn.Sequential(layers)
+        return nn.Sequential(OrderedDict(
+            conv1=nn.Conv2d(4, c, 8, stride=4, padding=2), relu1=nn.ReLU(), pad2=nn.ZeroPad2d((1, 2, 1, 2)),  # 84 -> 21
+            conv2=nn.Conv2d(c, 2 * c, 4, stride=2), relu2=nn.ReLU(),  # 21 -> 11
+            conv3=nn.Conv2d(2 * c, 2 * c, 3, padding=1), relu3=nn.ReLU()))  # fmt: skip
+    layers = OrderedDict[str, nn.Module]()
     for i, (c_in, c_out, pad) in enumerate(((4, c // 2, 0), (c // 2, c, 0), (c, c, 1)), 1):
         pool = nn.MaxPool2d(3, stride=2, padding=pad, ceil_mode=True)  # 84 -> 42 -> 21 -> 11
         layers |= {f"entry{i}": nn.Conv2d(c_in, c_out, 3, padding=1), f"pool{i}": pool}
@@ -256,24 +248,18 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
-        x = self.torso(obs)  # [B, C, 11, 11]
-        x = F.relu(self.dense(x.permute(0, 2, 3, 1).flatten(1)))  # flat in channels-last order, which needs no copy
-        return self.output(x)
+        features = self.torso(obs).permute(0, 2, 3, 1).flatten(1)  # flat in channels-last order, which needs no copy
+        return self.output(F.relu(self.dense(features)))
 # <<< shared: torsos
 
 
 # >>> shared: evaluation
 @torch.no_grad()
 def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: int, video: Path | None) -> list[float]:
-    """Play episodes on the training protocol, epsilon-greedily, together; return their unclipped returns.
-
-    `video`: record the first one there (mp4, colour, 15 frames a second, real time).
-    """
+    """Play episodes together, epsilon-greedily; return their unclipped returns. `video`: film the first there (mp4)."""
     rng, device = np.random.default_rng(seed), next(network.parameters()).device
     envs, scores = AtariEnvs(rom, episodes, seed), dict[int, float]()
     if video:  # the same game in colour: its seed and actions are the first environment's
-        import imageio_ffmpeg
-
         colour = AtariEnvs(rom, 1, seed, grayscale=False, img_height=210, img_width=160, stack_num=1)
         writer = imageio_ffmpeg.write_frames(str(video), (160, 210), fps=15, macro_block_size=2)
         writer.send(None)
@@ -298,9 +284,9 @@ def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: 
 # >>> shared: entry
 def keep_freed_memory() -> None:
     """Let glibc reuse freed blocks; else every update faults its gradients' pages in anew, a fifth of its time."""
-    with contextlib.suppress(OSError, AttributeError):  # on another C library
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            ctypes.CDLL(None).mallopt(option, value)
+            mallopt(option, value)
 
 
 def command_line(main: Callable[[Args], None]) -> None:
@@ -311,9 +297,9 @@ def command_line(main: Callable[[Args], None]) -> None:
     except (Exit, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise  # a fault of ours, which deserves its traceback
-        status = error.status if isinstance(error, Exit) else 1
-        hint = "" if isinstance(error, (Exit, OSError)) else "these flags need more memory than there is: "
-        print(f"{Path(__file__).name}: {hint}{str(error).splitlines()[0]}", file=sys.stderr)
+        hint = "" if isinstance(error, OSError) else "these flags need more memory than there is: "
+        status, line = error.args if isinstance(error, Exit) else (1, f"{hint}{str(error).splitlines()[0]}")
+        print(f"{Path(__file__).name}: {line}", file=sys.stderr)
         sys.exit(status)
 # <<< shared: entry
 

@@ -689,7 +689,7 @@ def learn_catch(
     total, warm_up = 24_000, 1_000
     args = module.Args(feature_size=feature_size, learning_rate=learning_rate, seed=seed, target_every=80)
     agent, env = module.EauDeQN(args, 3, CPU), Catch(module, seed)
-    replay = module.FrameReplay(30 * total, 1, CPU, seed, frame_shape=(42, 42))  # with room for every ending
+    replay = module.FrameReplay(total, 1, CPU, seed, frame_shape=(42, 42))
     replay.see(env.obs[:, -1])
     losses, returns, curve = [0.0] * 5, list[float](), list[tuple[float, float]]()
     for step in range(1, total + 1):
