@@ -8,7 +8,7 @@ Each row runs the script's own parts (act, environment, replay, update) in the o
 1 % of the actions random, replay ratio 0.25), without logging and, for several environments, without letting them step
 while the networks learn. `update` includes `sample`, which is also timed alone. Rows are measured
 in turn, `--repeats` times over, and the median is shown, because machines drift. With K = 5 four of the networks are at
-50 % sparsity, so that their masks are paid for; K = 1 is dense, as in plain DQN.
+50 % sparsity; masks are applied at every update, also to a dense network.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class Row:
         self.num_envs, self.device = num_envs, torch.device(args.device)
         flags = script.Args(network=network, num_networks=k, precision=precision, num_envs=num_envs, buffer_size=20_000,
                             feature_size=args.feature_size, compile=args.compile)
-        self.batch_size, self.losses = flags.batch_size, [0.0] * k
+        self.batch_size = flags.batch_size
         self.envs = script.AtariEnvs("breakout", num_envs, 1)
         self.agent = script.EauDeQN(flags, self.envs.num_actions, self.device)
-        self.replay = script.FrameReplay(flags.buffer_size, num_envs, self.device, 1)
+        self.replay = script.FrameReplay(flags.buffer_size, num_envs, self.device, 1, flags.gamma)
         self.replay.see(self.envs.obs[:, -1])
         if k > 1:
             self.agent.args = dataclasses.replace(flags, max_sparsity_step=0.5, max_exponent=1e9)
-            self.agent.update_target(0, 10**9)
+            self.agent.update_target(0)
             self.agent.args = flags
         self.times: list[dict[str, float]] = []
 
@@ -75,7 +75,7 @@ class Row:
         spent, done, steps = dict.fromkeys(COLUMNS, 0.0), 0, 0
         while done < updates:
             t0 = self.clock()
-            actions = self.agent.act(self.envs.obs, 0.01, self.losses)
+            actions = self.agent.act(self.envs.obs, 0.01)
             t1 = self.clock()
             self.envs.send(actions)
             outcome = self.envs.recv()
@@ -84,7 +84,6 @@ class Row:
             t3 = self.clock()
             due = (steps + self.num_envs) // 4 - steps // 4
             self.agent.learn(self.replay, due)
-            self.losses = self.agent.accumulated_loss.tolist()
             t4 = self.clock()
             for part, seconds in zip(COLUMNS, (t1 - t0, t2 - t1, t3 - t2, t4 - t3)):
                 spent[part] += seconds

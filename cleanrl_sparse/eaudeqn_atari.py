@@ -57,7 +57,6 @@ from typing import Any, Literal, NamedTuple
 import imageio_ffmpeg
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
@@ -272,10 +271,11 @@ class Residual(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output, shaped like x."""
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+        return x + self.conv2(self.relu(self.conv1(self.relu(x))))
 
 
 def make_torso(network: str, width: int) -> nn.Sequential:
@@ -305,7 +305,7 @@ class QNetwork(nn.Module):
         super().__init__()
         self.torso = make_torso(network, width)
         self.dense = nn.Linear(11 * 11 * width * (64 if network == "cnn" else 32), feature_size)
-        self.output = nn.Linear(feature_size, num_actions)
+        self.relu, self.output = nn.ReLU(), nn.Linear(feature_size, num_actions)
         for name, p in self.named_parameters():  # Dopamine's initialisation
             if p.ndim == 1:
                 nn.init.zeros_(p)
@@ -318,19 +318,19 @@ class QNetwork(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
         features = self.torso(obs).permute(0, 2, 3, 1).flatten(1)  # flat in channels-last order, which needs no copy
-        return self.output(F.relu(self.dense(features)))
+        return self.output(self.relu(self.dense(features)))
 # <<< shared: torsos
 
 
 # >>> shared: frame-replay
 class Batch(NamedTuple):
-    """Transitions; a truncated episode is not terminated and bootstraps from its true last observation."""
+    """Transitions over n steps, fewer where the episode ends; a truncated one bootstraps from its true last frames."""
 
     obs: Tensor  # [B, 4, 84, 84] uint8
-    next_obs: Tensor  # [B, 4, 84, 84] uint8; of no meaning where terminated
+    next_obs: Tensor  # [B, 4, 84, 84] uint8; of no meaning where the episode terminated
     actions: Tensor  # [B] int64
-    rewards: Tensor  # [B] float32, clipped to [-1, 1]
-    terminated: Tensor  # [B] bool
+    rewards: Tensor  # [B] float32, discounted sum of rewards clipped to [-1, 1]
+    discounts: Tensor  # [B] float32, of the value of next_obs: gamma ** steps, 0 where the episode terminated
 
 
 class FrameReplay:
@@ -341,15 +341,17 @@ class FrameReplay:
     (`age`), else zeros. The last frame of a truncated episode, of `episode_cap` steps, lies in a small ring of its own.
     """
 
-    def __init__(self, capacity: int, num_envs: int, device: torch.device, seed: int,
+    def __init__(self, capacity: int, num_envs: int, device: torch.device, seed: int, gamma: float, n_step: int = 1,
                  frame_shape: tuple[int, ...] = (84, 84), episode_cap: int = 27_000) -> None:
-        self.num_envs, self.rows = num_envs, -(-capacity // num_envs) + 4  # 3 older frames of a stack, 1 newest
+        self.num_envs, self.n_step = num_envs, n_step
+        self.rows = -(-capacity // num_envs) + n_step + 3  # 3 older frames of the first stack, n newer of the last
         self.slots, self.extra = self.rows * num_envs, (self.rows // episode_cap + 2) * num_envs
         self.frames = torch.empty(self.slots + self.extra + 1, *frame_shape, dtype=torch.uint8, device=device)
         self.frames[-1] = 0  # what lies before an episode
         # Per slot: action, clipped reward, terminated, age (0 for an episode's first frame, at most 3), next frame.
         self.facts = torch.zeros(self.slots, 5, dtype=torch.int32, device=device)
         self.back = torch.arange(3, -1, -1, device=device) * num_envs  # distance of a stack's frames, oldest first
+        self.ahead, self.powers = torch.arange(n_step, device=device), gamma ** torch.arange(n_step + 1, device=device)
         self.range = torch.zeros(2, dtype=torch.long, device=device)  # first transition to be sampled, how many
         self.step = self.truncations = 0  # steps stored, truncations so far
         self.ages = np.zeros(num_envs, np.int64)
@@ -358,13 +360,14 @@ class FrameReplay:
 
     def __len__(self) -> int:
         """Return the number of transitions that can be sampled."""
-        return min(self.step, self.rows - 4) * self.num_envs
+        return max(0, min(self.step - self.n_step + 1, self.rows - self.n_step - 3)) * self.num_envs
 
     def see(self, frames: np.ndarray) -> None:
         """Write the frames [N, H, W] that the agent sees now."""
         start = self.step % self.rows * self.num_envs
         self.frames[start : start + self.num_envs] = torch.from_numpy(frames)
-        self.range.copy_(torch.tensor([self.step * self.num_envs - len(self), len(self)]))
+        end = max(0, self.step - self.n_step + 1) * self.num_envs  # what starts here has not come to its end yet
+        self.range.copy_(torch.tensor([end - len(self), len(self)]))
 
     def add(self, actions: np.ndarray, steps: Steps, frames: np.ndarray) -> None:
         """Store what N environments did (actions [N]), what came of it, and the frames [N, H, W] seen now."""
@@ -385,13 +388,22 @@ class FrameReplay:
         draw = torch.rand(batch_size, dtype=torch.float64, device=self.frames.device, generator=self.generator)
         return self.gather(((draw * self.range[1]).long() + self.range[0]) % self.slots)
 
+    def stack(self, slots: Tensor, age: Tensor) -> Tensor:
+        """Return where the frames [B, 4] of the stacks at slots [B] lie."""
+        own = self.back <= age[:, None] * self.num_envs
+        return torch.where(own, (slots[:, None] - self.back) % self.slots, len(self.frames) - 1)
+
     def gather(self, slots: Tensor) -> Batch:
-        """Return the transitions at slots [B]."""
-        actions, rewards, terminated, age, after = self.facts[slots].long().unbind(1)  # [B] each
-        own = self.back <= age[:, None] * self.num_envs  # [B, 4]
-        stack = torch.where(own, (slots[:, None] - self.back) % self.slots, len(self.frames) - 1)
-        frames = self.frames[torch.cat([stack, after[:, None]], 1)]  # [B, 5, H, W]
-        return Batch(frames[:, :4], frames[:, 1:], actions, rewards.float(), terminated.bool())
+        """Return the transitions that start at slots [B]."""
+        path = (slots[:, None] + self.ahead * self.num_envs) % self.slots  # [B, n]
+        actions, rewards, terminated, age, after = self.facts[path].unbind(2)  # [B, n] each
+        on = ((terminated == 0) & (after < self.slots)).long()[:, :-1].cumprod(1)  # is there a step k + 1?
+        steps = 1 + on.sum(1, keepdim=True)  # [B, 1]
+        last, last_age, over, after = (x.gather(1, steps - 1)[:, 0] for x in (path, age, terminated, after))
+        return Batch(self.frames[self.stack(slots, age[:, 0])],
+                     self.frames[torch.cat([self.stack(last, last_age)[:, 1:], after[:, None]], 1)],
+                     actions[:, 0].long(), (rewards * self.powers[:-1] * (self.ahead < steps)).sum(1),
+                     self.powers[steps[:, 0]] * (over == 0))  # fmt: skip
 # <<< shared: frame-replay
 
 
@@ -424,23 +436,25 @@ def largest(score: Tensor, kept: int) -> Tensor:
     return above | (ties & (ties.cumsum(0) <= kept - above.sum()))
 
 
-def magnitude_masks(weights: list[Tensor], parents: list[Tensor], sparsity: float, scope: str) -> list[Tensor]:
+def magnitude_masks(weights: list[Tensor], parents: list[Tensor], sparsity: float, scope: str,
+                    progress: float = 1.0) -> list[Tensor]:
     """Return bool masks (True: kept) of the largest |weights| at a total sparsity in [0, 1]; counts are exact.
 
     What a parent mask has pruned stays pruned, every tensor keeps at least one weight. `scope`: erk and uniform give
-    each tensor its own count, global ranks all weights together.
+    each tensor a sparsity of its own, global ranks all weights together. `progress`: the share of it to reach.
     """
     scores = [torch.where(m, w.detach().abs(), -1.0).flatten() for w, m in zip(weights, parents, strict=True)]
     sizes = [s.numel() for s in scores]
     if scope == "global":
         for s in scores:
             s[s.argmax()] = math.inf
-        kept = max(len(scores), round(sum(sizes) * (1 - sparsity)))
+        kept = max(len(scores), round(sum(sizes) * (1 - progress * sparsity)))
         flat = list(largest(torch.cat(scores), kept).split(sizes))
     else:
         uniform = [1 - sparsity] * len(sizes)
         densities = erk_densities([w.shape for w in weights], sparsity) if scope == "erk" else uniform
-        flat = [largest(s, max(1, round(s.numel() * d))) for s, d in zip(scores, densities, strict=True)]
+        kept_shares = [1 - progress * (1 - d) if progress < 1 else d for d in densities]
+        flat = [largest(s, max(1, round(s.numel() * d))) for s, d in zip(scores, kept_shares, strict=True)]
     return [f.view(w.shape) & m for f, w, m in zip(flat, weights, parents, strict=True)]
 
 
@@ -487,6 +501,7 @@ class EauDeQN:
         self.weights = [list(prunable(network).values()) for network in self.online]
         self.masks = [[torch.ones_like(w) for w in weights] for weights in self.weights]
         self.sparsity = [0.0] * args.num_networks  # nominal: the exact counts round it, and every tensor keeps a weight
+        self.losses, self.selected, self.gradient_step = [0.0] * args.num_networks, 0, 0
         self.accumulated_loss = torch.zeros(args.num_networks, device=device, dtype=dtype)
         self.latest = torch.full((2, args.num_networks), math.nan, device=device, dtype=dtype)  # losses, mean Q-values
         self.optimizer = torch.optim.Adam([p for network in self.online for p in network.parameters()], fused=True,
@@ -499,6 +514,7 @@ class EauDeQN:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = False  # kernels are loaded and cuBLAS has its workspace once update() has run
 
+    # >>> shared: inputs
     def to_input(self, frames: Tensor) -> Tensor:
         """Scale uint8 frames to [0, 1], channels-last, on the device."""
         return frames.to(self.device, self.dtype, memory_format=torch.channels_last).div_(255)
@@ -507,15 +523,16 @@ class EauDeQN:
         """Return Q-values [B, num_actions] of a to_input() batch under --precision."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             return network(obs).to(self.dtype)
+    # <<< shared: inputs
 
     @torch.no_grad()
-    def act(self, obs: np.ndarray, epsilon: float, losses: list[float]) -> np.ndarray:
+    def act(self, obs: np.ndarray, epsilon: float) -> np.ndarray:
         """Return epsilon-greedy actions [N] for obs [N, 4, 84, 84], each of a network drawn for it."""
         explore = self.rng["act"].random(len(obs)) < epsilon
         actions = self.rng["act"].integers(self.num_actions, size=len(obs))
-        odds = np.array([1 / (loss + 1e-6) if self.args.behaviour == "inverse-loss" else 1.0 for loss in losses])
-        drawn = self.rng["network"].choice(len(losses), size=len(obs), p=odds / odds.sum())
-        drawn = np.full(len(obs), choose(losses)) if self.args.behaviour == "argmin" else drawn
+        odds = np.array([1 / (loss + 1e-6) if self.args.behaviour == "inverse-loss" else 1.0 for loss in self.losses])
+        drawn = self.rng["network"].choice(len(odds), size=len(obs), p=odds / odds.sum())
+        drawn = np.full(len(obs), choose(self.losses)) if self.args.behaviour == "argmin" else drawn
         for k in set(drawn[~explore]):
             mine = ~explore & (drawn == k)
             q_values = self.q_values(self.online[k], self.to_input(torch.from_numpy(obs[mine])))
@@ -527,8 +544,7 @@ class EauDeQN:
         batch = Batch(*(tensor.to(self.device) for tensor in batch))  # moves nothing if the replay is on the device
         obs, next_obs = self.to_input(batch.obs), self.to_input(batch.next_obs)
         with torch.no_grad():
-            next_q = self.q_values(self.target, next_obs).max(1).values
-            td_target = batch.rewards + self.args.gamma * next_q * ~batch.terminated  # [B]
+            td_target = batch.rewards + batch.discounts * self.q_values(self.target, next_obs).max(1).values  # [B]
         # A loop over modules: vmap and grouped convolutions were slower (docs/eaudeqn_atari.md has the numbers).
         q = torch.cat([self.q_values(net, obs).gather(1, batch.actions[:, None]) for net in self.online], 1).T  # [K, B]
         losses = (q - td_target).square().mean(1)  # [K]
@@ -540,30 +556,38 @@ class EauDeQN:
             self.accumulated_loss += losses
             self.latest.copy_(torch.stack([losses, q.mean(1)]))
 
-    def learn(self, replay: FrameReplay, updates: int) -> None:
-        """Sample and update `updates` times; with --compile by replaying a CUDA graph, after one plain call."""
-        for _ in range(updates):
-            if self.args.compile and self.warm and not self.graph:
-                self.graph = torch.cuda.CUDAGraph()
-                self.graph.register_generator_state(replay.generator)
-                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                    self.update(replay.sample(self.args.batch_size))
-            if self.graph:
-                self.graph.replay()
-            else:
+    # >>> shared: captured-update
+    def captured_update(self, replay: FrameReplay) -> None:
+        """Sample and update once; with --compile by replaying a CUDA graph, which the second call captures."""
+        if self.args.compile and self.warm and not self.graph:
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.register_generator_state(replay.generator)
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.update(replay.sample(self.args.batch_size))
-            self.warm = True
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.update(replay.sample(self.args.batch_size))
+        self.gradient_step, self.warm = self.gradient_step + 1, True
+    # <<< shared: captured-update
+
+    def learn(self, replay: FrameReplay, updates: int) -> None:
+        """Sample and update `updates` times."""
+        for _ in range(updates):
+            self.captured_update(replay)
+        self.losses = self.accumulated_loss.tolist() if updates > 0 else self.losses
 
     @torch.no_grad()
-    def update_target(self, step: int, horizon: int) -> int:
-        """Make the best network the target, network 1 its copy, the others its pruned copies; return its index."""
+    def update_target(self, step: int) -> None:
+        """Make the best network the target, network 1 its copy, the others its pruned copies."""
         args, best = self.args, choose(self.accumulated_loss.tolist())
         self.target.load_state_dict(self.online[best].state_dict())
         weights, sparsity = list(prunable(self.target).values()), self.sparsity[best]
         parents = [mask.bool() for mask in self.masks[best]]
         for k in range(args.num_networks):
             exponent = self.rng["exponent"].uniform(0, args.max_exponent) if k > 0 else 0.0
-            new = next_sparsity(sparsity, exponent, step, horizon, args.target_every, args.max_sparsity_step)
+            limits = (args.total_timesteps, args.target_every, args.max_sparsity_step)
+            new = next_sparsity(sparsity, exponent, step, *limits)
             masks = magnitude_masks(weights, parents, new, args.scope) if new > sparsity else parents
             self.online[k].load_state_dict(self.target.state_dict())
             for weight, mask, kept in zip(self.weights[k], self.masks[k], masks):
@@ -573,7 +597,7 @@ class EauDeQN:
             for state in self.optimizer.state.values():
                 torch._foreach_zero_(list(state.values()))
         self.accumulated_loss.zero_()
-        return best
+        self.losses, self.selected = [0.0] * args.num_networks, best + 1
 
     def tensors(self) -> dict[str, Tensor]:
         """Return by name every tensor that the next step depends on."""
@@ -585,12 +609,28 @@ class EauDeQN:
                 named |= {f"online.{k}.{name}": p} | {f"{m}.{k}.{name}": t for m, t in self.optimizer.state[p].items()}
         return named
 
-    def report(self, losses: list[float]) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
+        """Return the rest of what the next step depends on, as JSON."""
+        numbers = {name: getattr(self, name) for name in ("gradient_step", "losses", "selected", "sparsity")}
+        return {"numbers": numbers, "rng": {use: rng.bit_generator.state for use, rng in self.rng.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a state()."""
+        vars(self).update(state["numbers"])
+        for use, rng in self.rng.items():
+            rng.bit_generator.state = state["rng"][use]
+
+    def best(self) -> QNetwork:
+        """Return the network to evaluate and to save, that of the smallest loss."""
+        return self.online[choose(self.losses)]
+
+    def report(self) -> dict[str, float]:
         """Return what is logged: the latest update's means over the K networks, the sparsity of what is saved now."""
         latest = dict(zip(("losses/td_loss", "losses/q_values"), self.latest.mean(1).tolist()))
         record = {"sparsity/target": self.sparsity[0]} | {k: v for k, v in latest.items() if math.isfinite(v)}
-        record |= {f"sparsity/{key}": value for key, value in sparsity_report(self.online[choose(losses)]).items()}
-        return record | {f"sparsity/candidate_{k}": s for k, s in enumerate(self.sparsity, 1)}
+        record |= {f"sparsity/{key}": value for key, value in sparsity_report(self.best()).items()}
+        record |= {f"sparsity/candidate_{k}": s for k, s in enumerate(self.sparsity, 1)}
+        return record | ({"sparsity/selected": self.selected} if self.selected else {})
 
 
 # >>> shared: evaluation
@@ -802,12 +842,12 @@ def command_line(main: Callable[[Args], None]) -> None:
 
 def main(args: Args) -> None:
     """Train, evaluate the network of the smallest loss, and leave the run folder."""
+    # >>> shared: start
     if args.resume and Path(args.resume, "final.json").exists():
         print(f"{args.resume} is finished; nothing is left to do")
         return
     device, (rom, title), total = find_device(args), find_rom(args.env_id), args.total_timesteps
-    step, gradient_step, selected, epoch_return = 0, 0, 0, None
-    returns, recent = list[float](), [0.0]  # of this epoch's episodes; of the latest ten
+    step, epoch_return, returns, recent = 0, None, list[float](), [0.0]  # of the episodes of this epoch, of the latest
     run, stops, training = None, list[int](), False
 
     def stop(signum: int, _: Any) -> None:
@@ -815,37 +855,40 @@ def main(args: Args) -> None:
         stops.append(signum)
         if not training:
             hint = f"go on with --resume {run.path}" if run else "no run was begun"
-            raise Exit(75, f"stopped at step {step}; {hint}")
+            os.write(2, f"{Path(__file__).name}: stopped at step {step}; {hint}\n".encode())
+            os._exit(75)  # an exception could come up in the middle of anything
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     envs = AtariEnvs(rom, args.num_envs, args.seed)
-    agent = EauDeQN(args, envs.num_actions, device)
     fits = device.type == "cpu" or 7130 * args.buffer_size < 0.8 * torch.cuda.mem_get_info(device)[0]
     require(fits or not args.compile, f"--buffer-size {args.buffer_size}: too large for the GPU, which --compile needs")
-    replay = FrameReplay(args.buffer_size, args.num_envs, device if fits else torch.device("cpu"), args.seed)
-    tensors = agent.tensors()
+    # <<< shared: start
+    agent = EauDeQN(args, envs.num_actions, device)
+    home, tensors = device if fits else torch.device("cpu"), agent.tensors()
+    replay = FrameReplay(args.buffer_size, args.num_envs, home, args.seed, args.gamma)
+    # >>> shared: go-on
     run = Run(args, title, device, 6 * total + 3 * sum(t.nbytes for t in tensors.values()))
     replay.see(envs.obs[:, -1])
     if state := run.load(tensors):
-        (step, gradient_step, selected, returns, epoch_return), agent.sparsity = state["counters"], state["sparsity"]
-        for use, rng in agent.rng.items():
-            rng.bit_generator.state = state["rng"][use]
+        step, epoch_return, returns = state["counters"]
+        agent.restore(state["agent"])
         replay.generator.set_state(torch.tensor(state["sampling"], dtype=torch.uint8))
         for row, actions, steps in envs.restore(state["games"], step // args.num_envs - replay.rows):
             replay.step = row
             replay.add(actions, steps, envs.obs[:, -1])
-    losses, tty, shown = agent.accumulated_loss.tolist(), sys.stderr.isatty(), (step, time.monotonic())
+    tty, shown = sys.stderr.isatty(), (step, time.monotonic())
     shape = "{percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt} {remaining} left {desc}"
     bar = tqdm(total=total, initial=step, unit="step", unit_scale=True, dynamic_ncols=True,
                mininterval=0.5 if tty else 30, bar_format="{bar:10}" + shape if tty else shape + "\n")
+    # <<< shared: go-on
 
     training = True
     while step < total:
-        now, trained = step + args.num_envs, gradient_step > 0
+        now, trained = step + args.num_envs, agent.gradient_step > 0
         # Act and step.
         epsilon = 1 + (args.epsilon_end - 1) * min(1.0, max(0.0, (step - args.learning_starts) / args.epsilon_steps))
-        actions = agent.act(envs.obs, epsilon, losses)
+        actions = agent.act(envs.obs, epsilon)
         envs.send(actions)
         updates = math.floor(now * args.replay_ratio) - math.floor(max(step, args.learning_starts) * args.replay_ratio)
         if args.num_envs > 1:  # the environments step meanwhile; one alone keeps the paper's order of events
@@ -859,15 +902,13 @@ def main(args: Args) -> None:
         # Learn.
         if args.num_envs == 1:
             agent.learn(replay, updates)
-        gradient_step += max(0, updates)
-        if updates > 0 and not all(map(math.isfinite, losses := agent.accumulated_loss.tolist())):
+        if not all(map(math.isfinite, agent.losses)):
             bar.close()
             last = f"step {run.saved} in {run.folder}" if run.saved else "none yet"
-            raise Exit(1, f"the losses became {losses} at step {now}; last checkpoint: {last}")
+            raise Exit(1, f"the losses became {agent.losses} at step {now}; last checkpoint: {last}")
         # Prune and target.
         if trained and now < total and now // args.target_every > step // args.target_every:
-            selected = 1 + agent.update_target(now // args.target_every * args.target_every, total)
-            losses = [0.0] * args.num_networks
+            agent.update_target(now // args.target_every * args.target_every)
         # Log.
         bar.set_description_str(f"return {np.mean(recent):.1f} sparsity {agent.sparsity[0]:.3f}", False)
         bar.update(min(now, total) - step)
@@ -877,17 +918,14 @@ def main(args: Args) -> None:
             record = {"charts/SPS": speed, "charts/epsilon": epsilon, "charts/learning_rate": args.learning_rate,
                       "charts/buffer_size": len(replay), "memory/replay_bytes": replay.nbytes,
                       "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-            if selected:
-                record["sparsity/selected"] = selected
             if epoch_ends:
                 epoch_return, returns = sum(returns) / len(returns) if returns else None, []
                 record |= {} if epoch_return is None else {"charts/epoch_return": epoch_return}
-            run.log(now, record | agent.report(losses))
+            run.log(now, record | agent.report())
         step = now
         # Save.
         if stops or step >= total or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
-            state = {"counters": (step, gradient_step, selected, returns, epoch_return), "sparsity": agent.sparsity,
-                     "rng": {use: rng.bit_generator.state for use, rng in agent.rng.items()}, "games": envs.past(),
+            state = {"counters": (step, epoch_return, returns), "agent": agent.state(), "games": envs.past(),
                      "sampling": replay.generator.get_state().tolist()}
             run.save(step, tensors, state)
         if stops:
@@ -896,7 +934,7 @@ def main(args: Args) -> None:
 
     training = False
     bar.close()
-    run.finish(step, agent.online[choose(losses)], rom, title, epoch_return)
+    run.finish(step, agent.best(), rom, title, epoch_return)
 
 
 if __name__ == "__main__":

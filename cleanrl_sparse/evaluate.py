@@ -31,7 +31,6 @@ from typing import Annotated, Any, NamedTuple
 import imageio_ffmpeg
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
@@ -203,10 +202,11 @@ class Residual(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output, shaped like x."""
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+        return x + self.conv2(self.relu(self.conv1(self.relu(x))))
 
 
 def make_torso(network: str, width: int) -> nn.Sequential:
@@ -236,7 +236,7 @@ class QNetwork(nn.Module):
         super().__init__()
         self.torso = make_torso(network, width)
         self.dense = nn.Linear(11 * 11 * width * (64 if network == "cnn" else 32), feature_size)
-        self.output = nn.Linear(feature_size, num_actions)
+        self.relu, self.output = nn.ReLU(), nn.Linear(feature_size, num_actions)
         for name, p in self.named_parameters():  # Dopamine's initialisation
             if p.ndim == 1:
                 nn.init.zeros_(p)
@@ -249,7 +249,7 @@ class QNetwork(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
         features = self.torso(obs).permute(0, 2, 3, 1).flatten(1)  # flat in channels-last order, which needs no copy
-        return self.output(F.relu(self.dense(features)))
+        return self.output(self.relu(self.dense(features)))
 # <<< shared: torsos
 
 

@@ -13,8 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 def test_sample_and_update_never_wait_for_the_device(eaudeqn: ModuleType) -> None:
     """Fake tensors have shapes but no values: any .item(), nonzero() or boolean index would raise."""
     agent = eaudeqn.EauDeQN(eaudeqn.Args(num_networks=2, feature_size=16), 4, torch.device("cpu"))
-    agent.sparsity = [0.5, 0.5]  # masks are applied
-    replay = eaudeqn.FrameReplay(500, 1, torch.device("cpu"), seed=1)
+    replay = eaudeqn.FrameReplay(500, 1, torch.device("cpu"), 1, 0.99)
     replay.see(np.zeros((1, 84, 84), np.uint8))
     with FakeTensorMode(allow_non_fake_inputs=True):
         batch = replay.sample(32)

@@ -7,6 +7,8 @@ Adam by its formula.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import math
 from collections.abc import Iterator
 from types import ModuleType
@@ -64,6 +66,20 @@ def agent_of(module: ModuleType, num_actions: int = 4, dtype: torch.dtype = torc
     return module.EauDeQN(module.Args(**flags), num_actions, CPU, dtype)
 
 
+def update_target(agent: Any, step: int, horizon: int) -> int:
+    """Update the target at a step of a run of `horizon` steps; return the index of the network chosen."""
+    agent.args = dataclasses.replace(agent.args, total_timesteps=horizon)
+    agent.update_target(step)
+    return int(agent.selected) - 1
+
+
+def act(agent: Any, obs: np.ndarray, epsilon: float, losses: list[float]) -> np.ndarray:
+    """Return the actions of an agent whose networks have had these losses."""
+    agent.losses = losses
+    actions: np.ndarray = agent.act(obs, epsilon)
+    return actions
+
+
 def batches(module: ModuleType, size: int = 4, seed: int = 0) -> Iterator[Any]:
     """Yield random batches for 4 actions; a quarter of the transitions are terminal."""
     frame = {Small: (12, 12), Tiny: (1, 1)}.get(module.QNetwork, (84, 84))
@@ -72,7 +88,7 @@ def batches(module: ModuleType, size: int = 4, seed: int = 0) -> Iterator[Any]:
         obs, next_obs = torch.randint(0, 256, (2, size, 4, *frame), dtype=torch.uint8, generator=rng)
         actions = torch.randint(0, 4, (size,), generator=rng)
         rewards = torch.randint(-1, 2, (size,), generator=rng).float()
-        yield module.Batch(obs, next_obs, actions, rewards, torch.rand(size, generator=rng) < 0.25)
+        yield module.Batch(obs, next_obs, actions, rewards, 0.99 * (torch.rand(size, generator=rng) >= 0.25))
 
 
 def params(network: nn.Module) -> list[Tensor]:
@@ -99,16 +115,16 @@ def test_one_network_is_plain_dqn(eaudeqn: ModuleType) -> None:
 
         obs, next_obs = (o.contiguous(memory_format=torch.channels_last) / 255 for o in (batch.obs, batch.next_obs))
         with torch.no_grad():
-            bootstrap = torch.where(batch.terminated, 0.0, target(next_obs).max(1).values)
+            bootstrap = batch.discounts * target(next_obs).max(1).values
         q = online(obs)[torch.arange(4), batch.actions]
-        loss = F.mse_loss(q, batch.rewards + 0.99 * bootstrap)
+        loss = F.mse_loss(q, batch.rewards + bootstrap)
         adam.zero_grad()
         loss.backward()
         adam.step()
 
         assert all_equal(params(agent.online[0]), params(online)), f"update {i}"
         if i % 8 == 0:
-            assert agent.update_target(i * 100, 5000) == 0
+            assert update_target(agent, i * 100, 5000) == 0
             target.load_state_dict(online.state_dict())
             assert all_equal(params(agent.target), params(target))
         if i == 36:
@@ -125,7 +141,7 @@ def test_no_exponent_keeps_all_dense_and_equal(small: ModuleType) -> None:
         losses = agent.accumulated_loss.tolist()
         assert losses == [losses[0]] * 3 and losses[0] > 0
         if step % 3 == 0:
-            assert agent.update_target(100 * step, 1000) == 0  # ties choose the first
+            assert update_target(agent, 100 * step, 1000) == 0  # ties choose the first
     assert agent.sparsity == [0.0] * 3
     assert all(mask.all() for masks in agent.masks for mask in masks)
     assert small.sparsity_report(agent.online[2])["prunable"] == 0
@@ -151,15 +167,13 @@ class Alone:
         self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.network.parameters()]
         self.steps, self.loss = 0, 0.0
 
-    def update(self, batch: Any, target: nn.Module, rate: float, eps: float, gamma: float, dtype: torch.dtype) -> None:
+    def update(self, batch: Any, target: nn.Module, rate: float, eps: float, dtype: torch.dtype) -> None:
         obs, next_obs = batch.obs.to(dtype) / 255, batch.next_obs.to(dtype) / 255
         after = target(next_obs).detach()
         q = self.network(obs)
         loss = torch.zeros((), dtype=dtype)
         for i in range(len(q)):
-            wanted = float(batch.rewards[i])
-            if not batch.terminated[i]:
-                wanted += gamma * max(after[i].tolist())
+            wanted = float(batch.rewards[i]) + float(batch.discounts[i]) * max(after[i].tolist())
             loss = loss + (q[i, batch.actions[i]] - wanted) ** 2
         loss = loss / len(q)
         parameters = list(self.network.parameters())
@@ -190,17 +204,17 @@ def masked(agent: Any, k: int) -> dict[int, Tensor]:
 def test_networks_learn_as_if_alone(eaudeqn: ModuleType, network: str, dtype: torch.dtype, tolerance: float) -> None:
     """Four candidates of different masks; one of them dense. A step moves weights by the learning rate, 1e-3."""
     flags = {"num_networks": 4, "max_sparsity_step": 1.0, "learning_rate": 1e-3, "adam_eps": 1e-5, "target_every": 400}
-    agent = agent_of(eaudeqn, dtype=dtype, network=network, feature_size=8, gamma=0.9, **flags)
+    agent = agent_of(eaudeqn, dtype=dtype, network=network, feature_size=8, **flags)
     stream = batches(eaudeqn)
     agent.update(next(stream))
-    agent.update_target(400, 1000)  # a third is left of the run, so that up to 0.96 is pruned
+    update_target(agent, 400, 1000)  # a third is left of the run, so that up to 0.96 is pruned
     assert len(set(agent.sparsity)) == 4 and agent.sparsity[0] == 0 and max(agent.sparsity) > 0.4
     alone = [Alone(online, masked(agent, k)) for k, online in enumerate(agent.online)]
     for _ in range(3):
         batch = next(stream)
         agent.update(batch)
         for other in alone:
-            other.update(batch, agent.target, 1e-3, 1e-5, 0.9, dtype)
+            other.update(batch, agent.target, 1e-3, 1e-5, dtype)
     start = params(agent.target)
     for k, other in enumerate(alone):
         for p, q, before in zip(agent.online[k].parameters(), other.network.parameters(), start):
@@ -220,12 +234,12 @@ def constant(network: nn.Module, values: list[float]) -> None:
 
 def test_loss_by_hand(tiny: ModuleType) -> None:
     """Squared TD error, mean over the batch; a terminal state masks the bootstrap, the reward stays."""
-    agent = agent_of(tiny, num_actions=2, num_networks=2, gamma=0.5)
+    agent = agent_of(tiny, num_actions=2, num_networks=2)
     constant(agent.target, [3.0, 1.0])
     constant(agent.online[0], [0.5, 2.0])
     constant(agent.online[1], [1.0, -6.0])
     obs = torch.zeros(2, 4, 1, 1, dtype=torch.uint8)
-    batch = tiny.Batch(obs, obs, torch.tensor([0, 1]), torch.tensor([1.0, -1.0]), torch.tensor([False, True]))
+    batch = tiny.Batch(obs, obs, torch.tensor([0, 1]), torch.tensor([1.0, -1.0]), torch.tensor([0.5, 0.0]))
     agent.update(batch)
     # Targets 1 + 0.5 * 3 = 2.5 and -1. First network: (0.5 - 2.5)^2 = 4 and 3^2 = 9. Second: 1.5^2 = 2.25 and 5^2 = 25.
     assert agent.accumulated_loss.tolist() == [6.5, 13.625]
@@ -251,14 +265,14 @@ def test_accumulated_loss_is_a_sum(small: ModuleType) -> None:
         for _ in range(3):
             batch = next(stream)
             with torch.no_grad():
-                after = agent.target(batch.next_obs / 255).max(1).values * (1 - batch.terminated.float())
+                after = agent.target(batch.next_obs / 255).max(1).values * batch.discounts
                 for k, online in enumerate(agent.online):
                     q = online(batch.obs / 255).gather(1, batch.actions[:, None])[:, 0]
-                    sums[k] += float(F.mse_loss(q, batch.rewards + 0.99 * after))
+                    sums[k] += float(F.mse_loss(q, batch.rewards + after))
             agent.update(batch)
             assert agent.accumulated_loss.tolist() == pytest.approx(sums, rel=1e-4)
         assert sums[0] != sums[1] or round_ == 0
-        agent.update_target(100 + round_, 1000)
+        update_target(agent, 100 + round_, 1000)
         assert agent.accumulated_loss.tolist() == [0.0, 0.0]
 
 
@@ -267,7 +281,7 @@ def test_learn(small: ModuleType) -> None:
     rng, replays = np.random.default_rng(0), []
     record = [rng.integers(0, 256, (1, 12, 12), dtype=np.uint8) for _ in range(30)]
     for _ in range(2):
-        replay = small.FrameReplay(20, 1, CPU, 5, frame_shape=(12, 12))
+        replay = small.FrameReplay(20, 1, CPU, 5, 0.99, frame_shape=(12, 12))
         replay.see(record[0])
         for i, frames in enumerate(record):
             ended = np.array([i % 7 == 6])
@@ -346,7 +360,7 @@ def test_update_target_chooses_the_smallest(tiny: ModuleType) -> None:
         for k, network in enumerate(agent.online):
             constant(network, [float(k), 0.0, 0.0, 0.0])
         agent.accumulated_loss.copy_(torch.tensor(losses))
-        assert agent.update_target(100, 1000) == best
+        assert update_target(agent, 100, 1000) == best
         assert agent.target.output.bias.tolist()[0] == best
         assert all(network.output.bias.tolist()[0] == best for network in agent.online)
 
@@ -359,7 +373,7 @@ def forced_run(module: ModuleType, winner: str, seed: int, horizon: int, last: i
         sparsest = max(range(len(agent.sparsity)), key=lambda k: agent.sparsity[k])
         best = {"first": 0, "sparsest": sparsest, "random": int(rng.integers(len(agent.sparsity)))}[winner]
         agent.accumulated_loss.fill_(1.0)[best] = 0.5
-        assert agent.update_target(step, horizon) == best
+        assert update_target(agent, step, horizon) == best
     return agent
 
 
@@ -423,7 +437,7 @@ def test_generations(eaudeqn: ModuleType, scope: str) -> None:
         chosen = {"params": params(agent.online[winner]), "masks": [m.bool() for m in agent.masks[winner]]}
         sparsity = agent.sparsity[winner]
         agent.accumulated_loss.fill_(2.0)[winner] = 1.0
-        assert agent.update_target(200 * generation, 2000) == winner
+        assert update_target(agent, 200 * generation, 2000) == winner
 
         assert all_equal(params(agent.target), chosen["params"])
         for weight, mask in zip(eaudeqn.prunable(agent.target).values(), chosen["masks"]):
@@ -460,7 +474,7 @@ def test_optimiser_state_at_a_target_update(small: ModuleType, reset: bool) -> N
     before = copy.deepcopy(list(agent.optimizer.state.values()))
     assert len(before) == 24 and all(float(state["step"]) == 2 for state in before)
     assert all(state["exp_avg"].any() and state["exp_avg_sq"].any() for state in before)
-    agent.update_target(100, 1000)
+    update_target(agent, 100, 1000)
     for state, old in zip(agent.optimizer.state.values(), before):
         for name in ("step", "exp_avg", "exp_avg_sq"):
             assert torch.equal(state[name], torch.zeros_like(old[name]) if reset else old[name])
@@ -471,7 +485,7 @@ def test_optimiser_state_at_a_target_update(small: ModuleType, reset: bool) -> N
 def test_candidates_go_their_own_ways(small: ModuleType) -> None:
     """After a target update the networks share nothing: one changes, and neither the others nor the target do."""
     agent = agent_of(small, num_networks=3, max_sparsity_step=0.5, max_exponent=9.0)
-    agent.update_target(100, 1000)
+    update_target(agent, 100, 1000)
     others = [params(network) for network in (agent.target, agent.online[0], agent.online[2])]
     masks = [m.clone() for k in (0, 2) for m in agent.masks[k]]
     with torch.no_grad():
@@ -488,7 +502,7 @@ def test_exponents_are_drawn_anew(tiny: ModuleType) -> None:
     agent = agent_of(tiny, num_networks=4, max_sparsity_step=1.0, target_every=100)
     drawn = []
     for _ in range(500):
-        agent.update_target(500, 1000)  # no losses: network 1, dense, is chosen; the base is 400 / 500
+        update_target(agent, 500, 1000)  # no losses: network 1, dense, is chosen; the base is 400 / 500
         assert agent.sparsity[0] == 0
         drawn += [math.log(1 - s) / math.log(0.8) for s in agent.sparsity[1:]]
     assert len(set(drawn)) == 1500 and 0 <= min(drawn) < 0.02 and 2.98 < max(drawn) <= 3.0 + 1e-9
@@ -503,7 +517,7 @@ def test_fully_random_actions(tiny: ModuleType) -> None:
     agent = agent_of(tiny)
     for network in agent.online:
         constant(network, [0.0, 0.0, 9.0, 0.0])
-    actions = agent.act(np.zeros((20_000, 4, 1, 1), np.uint8), 1.0, [0.0] * 5)
+    actions = act(agent, np.zeros((20_000, 4, 1, 1), np.uint8), 1.0, [0.0] * 5)
     counts = np.bincount(actions, minlength=4)
     assert len(counts) == 4 and ((counts - 5000) ** 2 / 5000).sum() < 25  # mean 3, variance 6
 
@@ -514,8 +528,8 @@ def test_epsilon_greedy(tiny: ModuleType) -> None:
     for network in agent.online:
         constant(network, [0.0, 0.0, 9.0, 0.0])
     obs = np.zeros((20_000, 4, 1, 1), np.uint8)
-    assert (agent.act(obs[:1000], 0.0, [1.0] * 5) == 2).all()
-    shares = np.bincount(agent.act(obs, 0.4, [1.0] * 5), minlength=4) / len(obs)
+    assert (act(agent, obs[:1000], 0.0, [1.0] * 5) == 2).all()
+    shares = np.bincount(act(agent, obs, 0.4, [1.0] * 5), minlength=4) / len(obs)
     assert shares == pytest.approx([0.1, 0.1, 0.7, 0.1], abs=0.015)
 
 
@@ -532,8 +546,8 @@ def test_greedy_for_each_observation(tiny: ModuleType) -> None:
     obs = np.zeros((200, 4, 1, 1), np.uint8)
     obs[:, 3, 0, 0] = np.random.default_rng(0).integers(0, 2, 200) * 255
     bright = obs[:, 3, 0, 0] == 255
-    assert (agent.act(obs, 0.0, [0.0, 1e9]) == np.where(bright, 0, 1)).all()
-    assert (agent.act(obs, 0.0, [1e9, 0.0]) == np.where(bright, 1, 0)).all()
+    assert (act(agent, obs, 0.0, [0.0, 1e9]) == np.where(bright, 0, 1)).all()
+    assert (act(agent, obs, 0.0, [1e9, 0.0]) == np.where(bright, 1, 0)).all()
 
 
 @pytest.mark.parametrize(
@@ -551,11 +565,11 @@ def test_network_that_acts(tiny: ModuleType, behaviour: str, losses: list[float]
     agent = agent_of(tiny, num_networks=4, behaviour=behaviour)
     for k, network in enumerate(agent.online):
         constant(network, [float(k == action) for action in range(4)])
-    counts = np.bincount(agent.act(np.zeros((16_000, 4, 1, 1), np.uint8), 0.0, losses), minlength=4)
+    counts = np.bincount(act(agent, np.zeros((16_000, 4, 1, 1), np.uint8), 0.0, losses), minlength=4)
     shares = np.array(odds) / sum(odds)
     assert np.abs(counts / 16_000 - shares).max() <= 4 * math.sqrt(0.25 / 16_000) * (max(shares) < 1)
     # One at a time the network is drawn anew for each action, too.
-    alone = [int(agent.act(np.zeros((1, 4, 1, 1), np.uint8), 0.0, losses)[0]) for _ in range(400)]
+    alone = [int(act(agent, np.zeros((1, 4, 1, 1), np.uint8), 0.0, losses)[0]) for _ in range(400)]
     assert np.abs(np.bincount(alone, minlength=4) / 400 - shares).max() <= 0.1
 
 
@@ -567,10 +581,10 @@ def test_exploration_is_the_same_for_all(tiny: ModuleType) -> None:
         agent = agent_of(tiny, num_networks=num_networks, behaviour=behaviour, seed=3)
         losses, untouched = [loss * (k + 1) for k in range(num_networks)], agent.rng["network"].bit_generator.state
         obs = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 1, 1), dtype=np.uint8)
-        actions.append([agent.act(o, 0.5, losses).tolist() for o in obs])  # the networks are still equal
+        actions.append([act(agent, o, 0.5, losses).tolist() for o in obs])  # the networks are still equal
         states.append(agent.rng["act"].bit_generator.state)
         assert behaviour != "inverse-loss" or agent.rng["network"].bit_generator.state != untouched
-        agent.update_target(100, 1000)
+        update_target(agent, 100, 1000)
         assert agent.rng["act"].bit_generator.state == states[-1]
     assert actions[1:] == actions[:-1] and states[1:] == states[:-1]
     assert len({tuple(a) for a in actions[0]}) > 20
@@ -589,7 +603,7 @@ def test_tensors_are_the_whole_state(small: ModuleType) -> None:
         for batch in [next(stream) for _ in range(2)]:
             for each in agents:
                 each.update(batch)
-        chosen = [each.update_target(step, 1000) for each in agents]
+        chosen = [update_target(each, step, 1000) for each in agents]
         assert len(set(chosen)) == 1
 
     go_on([agent], 100)
@@ -600,9 +614,7 @@ def test_tensors_are_the_whole_state(small: ModuleType) -> None:
         assert saved.keys() == other.tensors().keys()
         for name, tensor in other.tensors().items():
             tensor.copy_(saved[name])
-    other.sparsity = list(agent.sparsity)
-    for use, rng in agent.rng.items():
-        other.rng[use].bit_generator.state = rng.bit_generator.state
+    other.restore(json.loads(json.dumps(agent.state())))
     go_on([agent, other], 300)
     go_on([agent, other], 400)
     assert agent.sparsity == other.sparsity and agent.sparsity[1] > 0
@@ -612,14 +624,14 @@ def test_tensors_are_the_whole_state(small: ModuleType) -> None:
 
 def test_report(tiny: ModuleType) -> None:
     agent = agent_of(tiny, num_networks=3, max_sparsity_step=0.5, max_exponent=9.0)
-    agent.update_target(500, 1000)
+    update_target(agent, 500, 1000)
     batch = next(batches(tiny, 8))
     with torch.no_grad():
         q = [network(batch.obs / 255).gather(1, batch.actions[:, None]).mean() for network in agent.online]
     agent.update(batch)
-    losses = agent.accumulated_loss.tolist()
+    losses = agent.losses = agent.accumulated_loss.tolist()
     best = losses.index(min(losses))
-    report = agent.report(losses)
+    report = agent.report()
     assert report["losses/td_loss"] == pytest.approx(sum(losses) / 3)
     assert report["losses/q_values"] == pytest.approx(float(sum(q)) / 3, rel=1e-4)
     assert report["sparsity/target"] == 0
@@ -689,12 +701,12 @@ def learn_catch(
     total, warm_up = 24_000, 1_000
     args = module.Args(feature_size=feature_size, learning_rate=learning_rate, seed=seed, target_every=80)
     agent, env = module.EauDeQN(args, 3, CPU), Catch(module, seed)
-    replay = module.FrameReplay(total, 1, CPU, seed, frame_shape=(42, 42))
+    replay = module.FrameReplay(total, 1, CPU, seed, 0.99, frame_shape=(42, 42))
     replay.see(env.obs[:, -1])
     losses, returns, curve = [0.0] * 5, list[float](), list[tuple[float, float]]()
     for step in range(1, total + 1):
         epsilon = max(0.01, min(1.0, 1 - 0.99 * (step - warm_up) / 2_400))
-        actions = agent.act(env.obs, epsilon, losses)
+        actions = act(agent, env.obs, epsilon, losses)
         steps = env.step(int(actions[0]))
         replay.add(actions, steps, env.obs[:, -1])
         returns += [episode[0] for episode in steps.episodes]
@@ -702,7 +714,7 @@ def learn_catch(
             agent.learn(replay, 1)
             losses = agent.accumulated_loss.tolist()
         if step > warm_up + 4 and step % 80 == 0 and step < total:
-            agent.update_target(step, total)
+            update_target(agent, step, total)
             losses = [0.0] * 5
         if step % 1_200 == 0:
             curve.append((sum(returns) / len(returns), agent.sparsity[0]))

@@ -6,6 +6,7 @@ real game showed. The environments are compared with themselves, interrupted and
 
 from __future__ import annotations
 
+import itertools
 import json
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from ale_py.vector_env import AtariVectorEnv
 
 CPU = torch.device("cpu")
 SHAPE = (2, 2)
+GAMMA = 0.75
 
 
 # The slow reference
@@ -29,7 +31,8 @@ class Transition(NamedTuple):
     next_obs: np.ndarray
     action: int
     reward: float
-    terminated: bool
+    discount: float  # of the value of next_obs
+    ended: bool
 
 
 class World:
@@ -70,7 +73,8 @@ class World:
         for i in range(self.num_envs):
             after = [*self.stacks[i][1:], self.frame()]
             obs, reward = np.array(self.stacks[i]), min(1.0, max(-1.0, float(rewards[i])))
-            row.append(Transition(obs, np.array(after), int(actions[i]), reward, bool(terminated[i])))
+            discount = 0.0 if terminated[i] else GAMMA
+            row.append(Transition(obs, np.array(after), int(actions[i]), reward, discount, bool(ended[i])))
             last_frames.append(after[-1])
             self.stacks[i] = after
             if ended[i]:
@@ -83,14 +87,28 @@ class World:
         steps = self.module.Steps(np.array(last_frames), rewards, terminated, ended, [])
         return actions, steps, self.now()
 
-    def window(self, capacity: int) -> list[Transition]:
-        """Return the transitions that the replay should still have."""
-        kept = -(-capacity // self.num_envs)
-        return [transition for row in self.steps[-kept:] for transition in row]
+    def window(self, capacity: int, n_step: int = 1) -> list[Transition]:
+        """Return the transitions of n steps that the replay should still have."""
+        starts = range(len(self.steps) - n_step + 1)[-(-capacity // self.num_envs) * -1 :]
+        return [self.over(start, i, n_step) for start in starts for i in range(self.num_envs)]
+
+    def over(self, start: int, i: int, n_step: int) -> Transition:
+        """Walk n steps, or to the episode's end."""
+        first = last = self.steps[start][i]
+        reward, discount = first.reward, 1.0
+        for k in range(1, n_step):
+            if last.ended:
+                break
+            last, discount = self.steps[start + k][i], discount * GAMMA
+            reward += discount * last.reward
+        discount *= last.discount
+        return first._replace(next_obs=last.next_obs, reward=reward, discount=discount, ended=last.ended)
 
 
-def replay_of(module: ModuleType, capacity: int, num_envs: int, seed: int = 0, longest: int = 12) -> Any:
-    return module.FrameReplay(capacity, num_envs, CPU, seed, frame_shape=SHAPE, episode_cap=longest)
+def replay_of(
+    module: ModuleType, capacity: int, num_envs: int, seed: int = 0, longest: int = 12, n_step: int = 1
+) -> Any:
+    return module.FrameReplay(capacity, num_envs, CPU, seed, GAMMA, n_step, frame_shape=SHAPE, episode_cap=longest)
 
 
 def everything(replay: Any) -> Any:
@@ -101,17 +119,17 @@ def everything(replay: Any) -> Any:
 
 def assert_same(batch: Any, transitions: list[Transition]) -> None:
     assert len(batch.obs) == len(transitions)
-    for name, column in zip(("obs", "next_obs", "actions", "rewards", "terminated"), zip(*transitions)):
-        given, wanted = getattr(batch, name).numpy(), np.array(column)
-        if name == "next_obs":  # of no meaning after a terminal step
-            given, wanted = given[~batch.terminated.numpy()], wanted[~batch.terminated.numpy()]
-        assert np.array_equal(given, wanted), name
-    assert batch.actions.dtype == torch.int64 and batch.rewards.dtype == torch.float32
-    assert batch.obs.dtype == batch.next_obs.dtype == torch.uint8 and batch.terminated.dtype == torch.bool
+    obs, next_obs, actions, rewards, discounts, _ = map(np.array, zip(*transitions))
+    terminated = discounts == 0
+    assert np.array_equal(batch.obs, obs) and np.array_equal(batch.actions, actions)
+    assert np.array_equal(batch.next_obs[~terminated], next_obs[~terminated])  # of no meaning after a terminal step
+    assert np.array_equal(batch.rewards, rewards) and np.array_equal(batch.discounts, discounts)  # exact in binary
+    assert batch.actions.dtype == torch.int64 and batch.rewards.dtype == batch.discounts.dtype == torch.float32
+    assert batch.obs.dtype == batch.next_obs.dtype == torch.uint8
 
 
 def check(replay: Any, world: World, capacity: int) -> None:
-    window = world.window(capacity)
+    window = world.window(capacity, replay.n_step)
     assert len(replay) == len(window)
     if window:
         assert_same(everything(replay), window)
@@ -120,11 +138,12 @@ def check(replay: Any, world: World, capacity: int) -> None:
 # The replay against the reference
 
 
+@pytest.mark.parametrize("n_step", [1, 2, 3, 5])
 @pytest.mark.parametrize(("capacity", "num_envs"), [(40, 1), (7, 1), (61, 3), (9, 3), (200, 8)])
-def test_every_transition(eaudeqn: ModuleType, capacity: int, num_envs: int) -> None:
+def test_every_transition(eaudeqn: ModuleType, capacity: int, num_envs: int, n_step: int) -> None:
     """Many small episodes, checked after every step: before the ring is full, at its seam, and many rounds later."""
     for seed in range(3):
-        world, replay = World(eaudeqn, num_envs, seed), replay_of(eaudeqn, capacity, num_envs)
+        world, replay = World(eaudeqn, num_envs, seed), replay_of(eaudeqn, capacity, num_envs, n_step=n_step)
         replay.see(world.now())
         check(replay, world, capacity)
         for _ in range(12 * replay.rows + 5):
@@ -144,6 +163,18 @@ def test_truncations_as_often_as_can_be(eaudeqn: ModuleType) -> None:
             replay.add(*world.step())
             check(replay, world, capacity)
         assert world.endings == world.truncations == 4 * replay.rows // longest * num_envs
+
+
+def test_every_episode_under_n_steps(eaudeqn: ModuleType) -> None:
+    """All ways in which six steps may end, by termination or truncation: 3 ** 6 worlds, over 3 steps each."""
+    for ends in itertools.product((None, True, False), repeat=6):
+        world, replay = World(eaudeqn, 1, 0), replay_of(eaudeqn, 3, 1, longest=1, n_step=3)
+        replay.see(world.now())
+        for terminates in ends:
+            world.left[:], world.capped[:] = (99, False) if terminates is None else (1, not terminates)
+            replay.add(*world.step())
+        assert len(replay) == 3
+        check(replay, world, 3)
 
 
 def test_episodes_that_fill_the_ring(eaudeqn: ModuleType) -> None:
@@ -222,7 +253,7 @@ def test_samples_repeat_with_the_seed(eaudeqn: ModuleType) -> None:
 @pytest.mark.parametrize("num_envs", [1, 8])
 def test_memory(eaudeqn: ModuleType, num_envs: int) -> None:
     """A million transitions of the paper's frames, 7,130 bytes each; none of it is touched here."""
-    replay = eaudeqn.FrameReplay(1_000_000, num_envs, CPU, 0)
+    replay = eaudeqn.FrameReplay(1_000_000, num_envs, CPU, 0, GAMMA)
     arrays = [v for v in vars(replay).values() if isinstance(v, torch.Tensor | np.ndarray)]
     assert replay.nbytes == pytest.approx(sum(array.nbytes for array in arrays), rel=1e-6)
     assert 7_056 * 1_000_000 < replay.nbytes <= 7_130 * 1_000_000
@@ -235,7 +266,7 @@ def test_memory(eaudeqn: ModuleType, num_envs: int) -> None:
 def test_replay_gives_what_the_agent_saw(eaudeqn: ModuleType, cap: int) -> None:
     """Breakout with random actions: episodes that terminate, and with a cap of 80 steps episodes that are truncated."""
     envs, rng = eaudeqn.AtariEnvs("breakout", 2, 5, max_num_frames_per_episode=cap), np.random.default_rng(0)
-    replay = eaudeqn.FrameReplay(600, 2, CPU, 0, episode_cap=cap // 4)
+    replay = eaudeqn.FrameReplay(600, 2, CPU, 0, GAMMA, episode_cap=cap // 4)
     replay.see(envs.obs[:, -1])
     rows: list[list[Transition]] = []
     endings = truncations = 0
@@ -248,7 +279,8 @@ def test_replay_gives_what_the_agent_saw(eaudeqn: ModuleType, cap: int) -> None:
         for i in range(2):
             after = np.concatenate([obs[i, 1:], steps.last_frames[i][None]]) if steps.ended[i] else envs.obs[i].copy()
             reward = float(np.sign(steps.rewards[i]))
-            row.append(Transition(obs[i], after, int(actions[i]), reward, bool(steps.terminated[i])))
+            discount = 0.0 if steps.terminated[i] else GAMMA
+            row.append(Transition(obs[i], after, int(actions[i]), reward, discount, bool(steps.ended[i])))
         rows.append(row)
         endings += int(steps.ended.sum())
         truncations += int((steps.ended & ~steps.terminated).sum())
@@ -293,7 +325,7 @@ def test_restored_games_and_replay_go_on(
 
     def begin() -> tuple[Any, Any]:
         envs = eaudeqn.AtariEnvs("breakout", num_envs, 9, max_num_frames_per_episode=720)
-        replay = eaudeqn.FrameReplay(capacity, num_envs, CPU, 3, episode_cap=180)
+        replay = eaudeqn.FrameReplay(capacity, num_envs, CPU, 3, GAMMA, episode_cap=180)
         replay.see(envs.obs[:, -1])
         return envs, replay
 
@@ -329,7 +361,7 @@ def test_restored_games_and_replay_go_on(
     assert np.array_equal(other.returns, returns) and np.array_equal(other.lengths, lengths)
     assert again.range.tolist() == replay.range.tolist() and np.array_equal(again.ages, replay.ages)
     for ours, theirs, name in zip(everything(again), contents, contents._fields):
-        ok = slice(None) if name != "next_obs" else ~contents.terminated
+        ok = slice(None) if name != "next_obs" else contents.discounts > 0
         assert torch.equal(ours[ok], theirs[ok]), name
     bits = rng.bit_generator.state
     future = play_on(envs, replay, rng, 200)

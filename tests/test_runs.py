@@ -31,6 +31,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import pytest
 import torch
 from conftest import SCRIPTS as FOLDER
@@ -39,7 +40,10 @@ from safetensors.torch import load, load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # Each training script with its own small flags; those of SMALL and TINY mean the same in every script.
-SCRIPTS = {"eaudeqn_atari": "--feature-size 16 --num-networks 3 --max-exponent 1 --max-sparsity-step 0.1"}
+SCRIPTS = {
+    "eaudeqn_atari": "--feature-size 16 --num-networks 3 --max-exponent 1 --max-sparsity-step 0.1",
+    "dqn_atari_gmp": "--feature-size 16 --prune-every 7 --n-step 2 --analysis-every 900",
+}
 
 # 2,000 steps with nine target updates, a replay that wraps round and two checkpoints a second: about 10 s.
 SMALL = (
@@ -311,6 +315,10 @@ def test_a_run_leaves_every_file(script: str, straight: Straight, num_envs: int)
     names = {path.name for path in folder.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents.")}
     assert len(events) == 1
+    if script == "dqn_atari_gmp":
+        analyses = {f"gradient_covariance-{now:09d}.npy" for now in (900, 1800)}
+        assert names >= analyses and np.load(folder / max(analyses)).shape == (32, 32)
+        names -= analyses
     wanted = {"args.json", "versions.json", "metrics.jsonl", "checkpoint", "model.safetensors", "final.json"}
     assert names - events == wanted
 
@@ -682,7 +690,11 @@ OWN_BAD = {
     "eaudeqn_atari": """
 --feature-size 0 | --width 0 | --num-networks 0 | --num-networks -2 | --max-exponent -1
 --max-exponent nan | --max-exponent inf | --max-sparsity-step 1.5 | --max-sparsity-step -0.1
-"""
+""",
+    "dqn_atari_gmp": """
+--feature-size 0 | --width 0 | --n-step 0 | --n-step 51 | --sparsity 1 | --sparsity -0.1 | --prune-start 1.1
+--prune-end 0.1 | --prune-end nan | --prune-every 0 | --prune-exponent 0 | --prune-exponent inf | --analysis-every -1
+""",
 }
 CASES = [(name, case.strip()) for name in SCRIPTS for case in re.split(r"[|\n]", BAD + OWN_BAD[name]) if case.strip()]
 
@@ -738,7 +750,7 @@ def test_each_numeric_flag_has_a_bad_value(script: str, module: ModuleType) -> N
         ("--env-id Brekout", ["--env-id", "Brekout", "Breakout"]),
         ("--env-id ALE/MsPackman-v5", ["--env-id", "MsPacman"]),
         ("--buffer-size 31 --batch-size 32", ["--buffer-size", "31", "32"]),
-        ("--num-networks 0", ["--num-networks", "0", "1"]),
+        ("--num-envs 0", ["--num-envs", "0", "1"]),
         pytest.param("--device cuda", ["--device", "cuda", "cpu"],
                      marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")),
         ("--run-dir full", ["--run-dir", "full", "--resume full"]),
