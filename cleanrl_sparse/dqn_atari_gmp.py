@@ -484,9 +484,9 @@ def sparsity_report(network: nn.Module) -> dict[str, float]:
 
 def pruning_progress(step: int, start: int, end: int, exponent: float) -> float:
     """Return the share of the final sparsity at a gradient step: 1 - (1 - (t - t0) / (t1 - t0)) ** n, in [0, 1]."""
-    if step >= end:
-        return 1.0
-    return 1 - (1 - max(0, step - start) / (end - start)) ** exponent
+    if not start <= step < end:
+        return float(step >= end)
+    return 1 - (1 - (step - start) / (end - start)) ** exponent
 
 
 class DQN:

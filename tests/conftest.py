@@ -28,3 +28,9 @@ def load_script(name: str) -> ModuleType:
 def eaudeqn() -> ModuleType:
     """Return cleanrl_sparse/eaudeqn_atari.py as a module."""
     return load_script("eaudeqn_atari")
+
+
+@pytest.fixture(scope="session")
+def dqn() -> ModuleType:
+    """Return cleanrl_sparse/dqn_atari_gmp.py as a module."""
+    return load_script("dqn_atari_gmp")

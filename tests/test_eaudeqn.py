@@ -18,33 +18,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tasks import CPU, Catch, CatchNetwork, Small, Tiny, all_equal, constant, params
 from torch import Tensor, nn
-
-CPU = torch.device("cpu")
-
-
-class Small(nn.Module):
-    """A network of two convolutions and two matrices on obs [B, 4, 12, 12]."""
-
-    def __init__(self, num_actions: int, network: str, feature_size: int, width: int) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(4, 8, 3, stride=2), nn.Conv2d(8, 8, 3)  # 12 -> 5 -> 3
-        self.dense, self.output = nn.Linear(72, feature_size), nn.Linear(feature_size, num_actions)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        x = F.relu(self.conv2(F.relu(self.conv1(obs))))
-        return self.output(F.relu(self.dense(x.flatten(1))))
-
-
-class Tiny(nn.Module):
-    """A network of 30 weights on obs [B, 4, 1, 1], for what needs many calls."""
-
-    def __init__(self, num_actions: int, network: str, feature_size: int, width: int) -> None:
-        super().__init__()
-        self.dense, self.output = nn.Linear(4, 6), nn.Linear(6, num_actions)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        return self.output(F.relu(self.dense(obs.flatten(1))))
 
 
 @pytest.fixture
@@ -89,14 +64,6 @@ def batches(module: ModuleType, size: int = 4, seed: int = 0) -> Iterator[Any]:
         actions = torch.randint(0, 4, (size,), generator=rng)
         rewards = torch.randint(-1, 2, (size,), generator=rng).float()
         yield module.Batch(obs, next_obs, actions, rewards, 0.99 * (torch.rand(size, generator=rng) >= 0.25))
-
-
-def params(network: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in network.parameters()]
-
-
-def all_equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
-    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
 # The degenerate cases
@@ -222,14 +189,6 @@ def test_networks_learn_as_if_alone(eaudeqn: ModuleType, network: str, dtype: to
             assert float((p - before).detach().abs().max()) > 5e-4
     losses = [other.loss for other in alone]
     assert agent.accumulated_loss.tolist() == pytest.approx(losses, rel=1e-12 if dtype == torch.float64 else 1e-5)
-
-
-def constant(network: nn.Module, values: list[float]) -> None:
-    """Make a Tiny network answer `values` whatever it sees."""
-    with torch.no_grad():
-        for p in network.parameters():
-            p.zero_()
-        network.output.bias.copy_(torch.tensor(values))
 
 
 def test_loss_by_hand(tiny: ModuleType) -> None:
@@ -641,57 +600,6 @@ def test_report(tiny: ModuleType) -> None:
 
 
 # The method as a whole
-
-
-class CatchNetwork(nn.Module):
-    """A small network on obs [B, 4, 42, 42]; the first convolution's windows are Catch's cells."""
-
-    def __init__(self, num_actions: int, network: str, feature_size: int, width: int) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(4, 16, 6, stride=6), nn.Conv2d(16, 16, 3)  # 42 -> 7 -> 5
-        self.dense, self.output = nn.Linear(400, feature_size), nn.Linear(feature_size, num_actions)
-        for p in self.parameters():
-            if p.ndim == 1:
-                nn.init.zeros_(p)
-            else:
-                nn.init.xavier_uniform_(p)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        x = F.relu(self.conv2(F.relu(self.conv1(obs))))
-        return self.output(F.relu(self.dense(x.flatten(1))))
-
-
-class Catch:
-    """A ball falls through 7x7 cells of 6x6 pixels in six steps; the paddle below it moves left, stays or moves right.
-
-    The reward is 1 for a catch, -1 for a miss, and either ends the episode.
-    """
-
-    def __init__(self, module: ModuleType, seed: int) -> None:
-        self.module, self.rng = module, np.random.default_rng(seed)
-        self.begin()
-
-    def begin(self) -> None:
-        self.row, self.ball, self.paddle = 0, int(self.rng.integers(7)), 3
-        self.obs = np.zeros((1, 4, 42, 42), np.uint8)
-        self.draw()
-
-    def draw(self) -> None:
-        cells = np.zeros((7, 7), np.uint8)
-        cells[6, self.paddle] = 128
-        cells[self.row, self.ball] = 255
-        self.obs = np.concatenate([self.obs[:, 1:], cells.repeat(6, 0).repeat(6, 1)[None, None]], 1)
-
-    def step(self, action: int) -> Any:
-        self.paddle = min(max(self.paddle + action - 1, 0), 6)
-        self.row += 1
-        self.draw()
-        last_frames, ended = self.obs[:, -1], self.row == 6
-        reward = float(ended and (1 if self.ball == self.paddle else -1))
-        if ended:
-            self.begin()
-        episodes = [(reward, 6)] if ended else []
-        return self.module.Steps(last_frames, np.array([reward]), np.array([ended]), np.array([ended]), episodes)
 
 
 def learn_catch(
