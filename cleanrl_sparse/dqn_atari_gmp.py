@@ -26,7 +26,7 @@ Differences from the paper, and guesses ([C] read in the paper or its authors' c
  3. [D] The schedule counts this run's gradient steps: 499,000 to 1,996,000 here, 500,000 to 2,000,000 in the paper.
  4. [I] --width multiplies the channels of the convolutions; the dense layer stays at --feature-size.
  5. [D] Analyses: Q-variance is the variance of all Q(s, a) over states and actions, Q-norm the mean over states of
-    |Q(s, .)|_2, srank and dormant neurons as in their papers, gradient covariance as cosines (docs/dqn_atari_gmp.md).
+    |Q(s, .)|_2, srank and dormant neurons as in their papers, gradient covariance as cosines.
  6. [D] An environment is not seeded anew at each ending (AtariEnvs). With --num-envs above 1 the environments step
     while the network learns, from all but that step.
 
@@ -482,11 +482,13 @@ def sparsity_report(network: nn.Module) -> dict[str, float]:
 # <<< shared: sparsity
 
 
+# >>> shared: schedule
 def pruning_progress(step: int, start: int, end: int, exponent: float) -> float:
     """Return the share of the final sparsity at a gradient step: 1 - (1 - (t - t0) / (t1 - t0)) ** n, in [0, 1]."""
     if not start <= step < end:
         return float(step >= end)
     return 1 - (1 - (step - start) / (end - start)) ** exponent
+# <<< shared: schedule
 
 
 class DQN:
@@ -524,16 +526,6 @@ class DQN:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             return network(obs).to(self.dtype)
     # <<< shared: inputs
-
-    @torch.no_grad()
-    def act(self, obs: np.ndarray, epsilon: float) -> np.ndarray:
-        """Return epsilon-greedy actions [N] for obs [N, 4, 84, 84]."""
-        explore = self.rng.random(len(obs)) < epsilon
-        actions = self.rng.integers(self.num_actions, size=len(obs))
-        if not explore.all():
-            q_values = self.q_values(self.online, self.to_input(torch.from_numpy(obs[~explore])))
-            actions[~explore] = q_values.argmax(1).cpu().numpy()
-        return actions
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the squared TD error and Q(s, a) of each transition, [B] both."""
@@ -575,6 +567,17 @@ class DQN:
             self.prune()
             self.captured_update(replay)
         self.losses = self.latest[:1].tolist() if updates > 0 else self.losses
+
+    # >>> shared: pruned-agent
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, epsilon: float) -> np.ndarray:
+        """Return epsilon-greedy actions [N] for obs [N, 4, 84, 84]."""
+        explore = self.rng.random(len(obs)) < epsilon
+        actions = self.rng.integers(self.num_actions, size=len(obs))
+        if not explore.all():
+            q_values = self.q_values(self.online, self.to_input(torch.from_numpy(obs[~explore])))
+            actions[~explore] = q_values.argmax(1).cpu().numpy()
+        return actions
 
     def prune(self) -> None:
         """Take the masks of this gradient step from the weights; what is pruned stays pruned, also in Adam's sense.
@@ -619,10 +622,11 @@ class DQN:
         latest = dict(zip(("losses/td_loss", "losses/q_values"), self.latest.tolist()))
         record = {"sparsity/target": self.sparsity[0]} | {k: v for k, v in latest.items() if math.isfinite(v)}
         return record | {f"sparsity/{key}": value for key, value in sparsity_report(self.online).items()}
+    # <<< shared: pruned-agent
 
 
 # >>> shared: analysis
-def analyse(agent: DQN, replay: FrameReplay, seed: int) -> tuple[dict[str, float], np.ndarray]:
+def analyse(agent: Any, replay: FrameReplay, seed: int) -> tuple[dict[str, float], np.ndarray]:
     """Return measures of the online network on 2,048 states, and the gradient covariance of 32 transitions.
 
     dormant_T: share of the units after a ReLU (a channel is one) whose mean |h| is at most T times their layer's mean
@@ -739,20 +743,18 @@ class Run:
         if not (self.path / "versions.json").exists():
             write_file(self.path / "versions.json", json.dumps(versions, indent=1).encode())
 
-    def load(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-        """Restore the newest whole checkpoint and cut the records back to it; return its state, None before the first.
+    def load(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+        """Return state and tensors of the newest whole checkpoint, None before the first; cut the records back to it.
 
         A damaged checkpoint is named, and the one before it is used.
         """
         facts: dict[str, Any] = {"step": 0, "seconds": 0.0, "metrics": 0, "state": None}
-        found, damaged = sorted(self.folder.glob("[0-9]*"), reverse=True), list[Path]()
+        found, damaged, tensors = sorted(self.folder.glob("[0-9]*"), reverse=True), list[Path](), dict[str, Tensor]()
         for path in found:
             digest, _, body = path.read_bytes().partition(b"\n")
             if hashlib.sha256(body).hexdigest().encode() == digest:
                 line, _, data = body.partition(b"\n")
-                facts, saved = json.loads(line), load(data)
-                for name, tensor in tensors.items():
-                    tensor.detach().copy_(saved[name])
+                facts, tensors = json.loads(line), load(data)
                 break
             print(f"{path} is damaged; looking for the checkpoint before it", file=sys.stderr)
             damaged.append(path)
@@ -772,7 +774,7 @@ class Run:
 
             project, name, flags = self.args.wandb_project, self.path.resolve().name, asdict(self.args)
             self.wandb = wandb.init(project=project, id=name, name=name, config=flags, dir=self.path, resume="allow")
-        return facts["state"]
+        return facts["state"], tensors
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one record to metrics.jsonl and give it to TensorBoard and W&B."""
@@ -904,13 +906,16 @@ def main(args: Args) -> None:
     # >>> shared: go-on
     run = Run(args, title, device, 6 * total + 3 * sum(t.nbytes for t in tensors.values()))
     replay.see(envs.obs[:, -1])
-    if state := run.load(tensors):
+    state, saved = run.load()
+    if state:
         step, epoch_return, returns = state["counters"]
         agent.restore(state["agent"])
         replay.generator.set_state(torch.tensor(state["sampling"], dtype=torch.uint8))
         for row, actions, steps in envs.restore(state["games"], step // args.num_envs - replay.rows):
             replay.step = row
             replay.add(actions, steps, envs.obs[:, -1])
+        for name, tensor in tensors.items():
+            tensor.detach().copy_(saved[name])
     tty, shown = sys.stderr.isatty(), (step, time.monotonic())
     shape = "{percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt} {remaining} left {desc}"
     bar = tqdm(total=total, initial=step, unit="step", unit_scale=True, dynamic_ncols=True,

@@ -705,20 +705,18 @@ class Run:
         if not (self.path / "versions.json").exists():
             write_file(self.path / "versions.json", json.dumps(versions, indent=1).encode())
 
-    def load(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-        """Restore the newest whole checkpoint and cut the records back to it; return its state, None before the first.
+    def load(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+        """Return state and tensors of the newest whole checkpoint, None before the first; cut the records back to it.
 
         A damaged checkpoint is named, and the one before it is used.
         """
         facts: dict[str, Any] = {"step": 0, "seconds": 0.0, "metrics": 0, "state": None}
-        found, damaged = sorted(self.folder.glob("[0-9]*"), reverse=True), list[Path]()
+        found, damaged, tensors = sorted(self.folder.glob("[0-9]*"), reverse=True), list[Path](), dict[str, Tensor]()
         for path in found:
             digest, _, body = path.read_bytes().partition(b"\n")
             if hashlib.sha256(body).hexdigest().encode() == digest:
                 line, _, data = body.partition(b"\n")
-                facts, saved = json.loads(line), load(data)
-                for name, tensor in tensors.items():
-                    tensor.detach().copy_(saved[name])
+                facts, tensors = json.loads(line), load(data)
                 break
             print(f"{path} is damaged; looking for the checkpoint before it", file=sys.stderr)
             damaged.append(path)
@@ -738,7 +736,7 @@ class Run:
 
             project, name, flags = self.args.wandb_project, self.path.resolve().name, asdict(self.args)
             self.wandb = wandb.init(project=project, id=name, name=name, config=flags, dir=self.path, resume="allow")
-        return facts["state"]
+        return facts["state"], tensors
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one record to metrics.jsonl and give it to TensorBoard and W&B."""
@@ -870,13 +868,16 @@ def main(args: Args) -> None:
     # >>> shared: go-on
     run = Run(args, title, device, 6 * total + 3 * sum(t.nbytes for t in tensors.values()))
     replay.see(envs.obs[:, -1])
-    if state := run.load(tensors):
+    state, saved = run.load()
+    if state:
         step, epoch_return, returns = state["counters"]
         agent.restore(state["agent"])
         replay.generator.set_state(torch.tensor(state["sampling"], dtype=torch.uint8))
         for row, actions, steps in envs.restore(state["games"], step // args.num_envs - replay.rows):
             replay.step = row
             replay.add(actions, steps, envs.obs[:, -1])
+        for name, tensor in tensors.items():
+            tensor.detach().copy_(saved[name])
     tty, shown = sys.stderr.isatty(), (step, time.monotonic())
     shape = "{percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt} {remaining} left {desc}"
     bar = tqdm(total=total, initial=step, unit="step", unit_scale=True, dynamic_ncols=True,

@@ -253,6 +253,32 @@ class QNetwork(nn.Module):
 # <<< shared: torsos
 
 
+# >>> shared: c51
+ATOMS, V_MAX = 51, 10.0  # the distribution's support is [-V_MAX, V_MAX]
+
+
+class C51Network(QNetwork):
+    """A categorical distribution of the return for each action (Bellemare et al. 2017)."""
+
+    def __init__(self, num_actions: int, network: str, feature_size: int, width: int) -> None:
+        super().__init__(num_actions * ATOMS, network, feature_size, width)
+        if network == "cnn":  # Dopamine's Rainbow: variance scaling 1 / sqrt(3) of the fan-in, uniform
+            for p in self.parameters():
+                limit = math.sqrt(math.sqrt(3) / p[0].numel())
+                nn.init.uniform_(p, -limit, limit) if p.ndim > 1 else nn.init.zeros_(p)
+
+    def logits(self, obs: Tensor) -> Tensor:
+        """Map obs [B, 4, 84, 84], floats in [0, 1], to logits [B, num_actions, ATOMS]."""
+        return super().forward(obs).unflatten(1, (-1, ATOMS))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions], the means."""
+        logits = self.logits(obs)
+        support = torch.linspace(-V_MAX, V_MAX, ATOMS, device=logits.device, dtype=logits.dtype)
+        return (logits.softmax(2) * support).sum(2)
+# <<< shared: c51
+
+
 # >>> shared: evaluation
 @torch.no_grad()
 def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: int, video: Path | None) -> list[float]:
@@ -310,7 +336,9 @@ def load_network(run_dir: Path, device: str) -> tuple[QNetwork, str, str]:
         flags = json.loads((run_dir / "args.json").read_text())
         weights = load_file(run_dir / "model.safetensors")
         rom, title = find_rom(flags["env_id"])
-        network = QNetwork(len(weights["output.bias"]), flags["network"], flags["feature_size"], flags["width"])
+        num_actions, outputs = AtariEnvs(rom, 1, 0).num_actions, len(weights["output.bias"])
+        kind = QNetwork if outputs == num_actions else C51Network
+        network = kind(num_actions, flags["network"], flags["feature_size"], flags["width"])
         network.load_state_dict(weights)
         return network.to(device), rom, title
     except FileNotFoundError as error:
