@@ -34,3 +34,9 @@ def eaudeqn() -> ModuleType:
 def dqn() -> ModuleType:
     """Return cleanrl_sparse/dqn_atari_gmp.py as a module."""
     return load_script("dqn_atari_gmp")
+
+
+@pytest.fixture(scope="session")
+def rainbow() -> ModuleType:
+    """Return cleanrl_sparse/rainbow_resnet_gmp.py as a module."""
+    return load_script("rainbow_resnet_gmp")

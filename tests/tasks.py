@@ -13,6 +13,23 @@ from torch import Tensor, nn
 CPU = torch.device("cpu")
 
 
+def filled_replay(
+    module: ModuleType, kind: type, size: int, steps: int, capacity: int | None = None, **flags: Any
+) -> Any:
+    """Return a replay of random frames [size, size], where three steps in ten end an episode, by itself or cut."""
+    rng = np.random.default_rng(0)
+    flags = {"gamma": 0.9, "n_step": 3, **flags}
+    replay = kind(capacity or steps, 1, CPU, 0, frame_shape=(size, size), episode_cap=1, **flags)
+    frames = rng.integers(0, 256, (1, size, size), dtype=np.uint8)
+    replay.see(frames)
+    for _ in range(steps):
+        ended = rng.random(1) < 0.3
+        terminated = ended & (rng.random(1) < 0.5)
+        last, frames = rng.integers(0, 256, (2, 1, size, size), dtype=np.uint8)
+        replay.add(rng.integers(0, 4, 1), module.Steps(last, rng.normal(size=1) * 9, terminated, ended, []), frames)
+    return replay
+
+
 class Small(nn.Module):
     """A network of two convolutions and two matrices on obs [B, 4, 12, 12]."""
 

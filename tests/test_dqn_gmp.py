@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SCRIPTS
 from safetensors.torch import load_file
-from tasks import CPU, Catch, CatchNetwork, Small, Tiny, all_equal, constant, params
+from tasks import CPU, Catch, CatchNetwork, Small, Tiny, all_equal, constant, filled_replay, params
 from test_runs import TINY, side_by_side, succeed
 from torch import Tensor
 
@@ -28,19 +28,8 @@ def agent_of(module: ModuleType, dtype: torch.dtype = torch.float32, num_actions
     return module.DQN(module.Args(**flags), num_actions, CPU, dtype)
 
 
-def filled(module: ModuleType, size: int, steps: int, seed: int = 0, **flags: Any) -> Any:
-    """Return a replay of random frames [size, size], where episodes of 1 to 9 steps end by themselves or are cut."""
-    rng = np.random.default_rng(seed)
-    flags = {"gamma": 0.9, "n_step": 3, **flags}
-    replay = module.FrameReplay(steps, 1, CPU, seed, frame_shape=(size, size), episode_cap=1, **flags)
-    frames = rng.integers(0, 256, (1, size, size), dtype=np.uint8)
-    replay.see(frames)
-    for _ in range(steps):
-        ended = rng.random(1) < 0.3
-        terminated = ended & (rng.random(1) < 0.5)
-        last, frames = rng.integers(0, 256, (2, 1, size, size), dtype=np.uint8)
-        replay.add(rng.integers(0, 4, 1), module.Steps(last, rng.normal(size=1) * 9, terminated, ended, []), frames)
-    return replay
+def filled(module: ModuleType, size: int, steps: int, **flags: Any) -> Any:
+    return filled_replay(module, module.FrameReplay, size, steps, **flags)
 
 
 # The schedule
@@ -181,8 +170,8 @@ def test_loss_and_gradients_in_float64(dqn: ModuleType, monkeypatch: pytest.Monk
         q = other(batch.obs[i : i + 1].double() / 255)[0, int(batch.actions[i])]
         after = max(agent.target(batch.next_obs[i : i + 1].double() / 255)[0].tolist())
         wanted = float(batch.rewards[i]) + float(batch.discounts[i]) * after
-        assert float(losses[i]) == pytest.approx((float(q) - wanted) ** 2, abs=1e-9)
-        assert float(q_values[i]) == pytest.approx(float(q), abs=1e-12)
+        assert losses[i].item() == pytest.approx((q.item() - wanted) ** 2, abs=1e-9)
+        assert q_values[i].item() == pytest.approx(q.item(), abs=1e-12)
         total = total + (q - wanted) ** 2 / 64
     total.backward()
     for ours, theirs in zip(agent.online.parameters(), other.parameters()):

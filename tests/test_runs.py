@@ -43,6 +43,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 SCRIPTS = {
     "eaudeqn_atari": "--feature-size 16 --num-networks 3 --max-exponent 1 --max-sparsity-step 0.1",
     "dqn_atari_gmp": "--feature-size 16 --prune-every 7 --n-step 2 --analysis-every 900",
+    "rainbow_resnet_gmp": "--network cnn --feature-size 16 --prune-every 7 --analysis-every 900",
 }
 
 # 2,000 steps with nine target updates, a replay that wraps round and two checkpoints a second: about 10 s.
@@ -315,7 +316,7 @@ def test_a_run_leaves_every_file(script: str, straight: Straight, num_envs: int)
     names = {path.name for path in folder.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents.")}
     assert len(events) == 1
-    if script == "dqn_atari_gmp":
+    if script != "eaudeqn_atari":
         analyses = {f"gradient_covariance-{now:09d}.npy" for now in (900, 1800)}
         assert names >= analyses and np.load(folder / max(analyses)).shape == (32, 32)
         names -= analyses
@@ -425,11 +426,14 @@ def test_the_sparsity_records_follow_the_algorithm(script: str, straight: Straig
 
 
 @variants
-def test_the_model_has_the_sparsity_that_is_reported(module: ModuleType, straight: Straight, num_envs: int) -> None:
+def test_the_model_has_the_sparsity_that_is_reported(
+    script: str, module: ModuleType, straight: Straight, num_envs: int
+) -> None:
     folder, output = straight[num_envs].result()
     model = load_file(folder / "model.safetensors")
     assert not any("target" in name for name in model)
-    network = module.QNetwork(4, "cnn", 16, 1)  # Breakout has four actions
+    distributional = script == "rainbow_resnet_gmp"
+    network = (module.C51Network if distributional else module.QNetwork)(4, "cnn", 16, 1)  # Breakout has four actions
     network.load_state_dict(model, strict=True)
     assert torch.isfinite(network(torch.rand(2, 4, 84, 84))).all()
 
@@ -439,7 +443,8 @@ def test_the_model_has_the_sparsity_that_is_reported(module: ModuleType, straigh
     }  # fmt: skip
     zeros = {name: int((tensor == 0).sum()) for name, tensor in weights.items()}
     total = sum(tensor.numel() for tensor in model.values())
-    assert total == 8224 + 32832 + 36928 + 7744 * 16 + 16 + 16 * 4 + 4
+    outputs = 4 * 51 if distributional else 4
+    assert total == 8224 + 32832 + 36928 + 7744 * 16 + 16 + 16 * outputs + outputs
     assert sum(zeros.values()) > 0.01 * total
     wanted = {
         "prunable": sum(zeros.values()) / sum(tensor.numel() for tensor in weights.values()),
@@ -686,15 +691,17 @@ BAD = """
 --epsilon-steps 0 | --epoch-steps 0 | --num-envs 0 | --num-envs 201 | --checkpoint-minutes -1 | --eval-episodes -1
 --seed -1 | --seed 99999999999999999999999 | --compile | --device gpu | --device cuda:99 | --env-id Pacmann
 """
+GMP_BAD = """
+--feature-size 0 | --width 0 | --n-step 0 | --n-step 51 | --sparsity 1 | --sparsity -0.1 | --prune-start 1.1
+--prune-end 0.1 | --prune-end nan | --prune-every 0 | --prune-exponent 0 | --prune-exponent inf | --analysis-every -1
+"""
 OWN_BAD = {
     "eaudeqn_atari": """
 --feature-size 0 | --width 0 | --num-networks 0 | --num-networks -2 | --max-exponent -1
 --max-exponent nan | --max-exponent inf | --max-sparsity-step 1.5 | --max-sparsity-step -0.1
 """,
-    "dqn_atari_gmp": """
---feature-size 0 | --width 0 | --n-step 0 | --n-step 51 | --sparsity 1 | --sparsity -0.1 | --prune-start 1.1
---prune-end 0.1 | --prune-end nan | --prune-every 0 | --prune-exponent 0 | --prune-exponent inf | --analysis-every -1
-""",
+    "dqn_atari_gmp": GMP_BAD,
+    "rainbow_resnet_gmp": GMP_BAD,
 }
 CASES = [(name, case.strip()) for name in SCRIPTS for case in re.split(r"[|\n]", BAD + OWN_BAD[name]) if case.strip()]
 

@@ -1,0 +1,276 @@
+"""Tests of rainbow_resnet_gmp.py: C51, prioritised replay over n steps, the update, and that it learns sparse.
+
+What it shares with dqn_atari_gmp.py (schedule, masks, analyses) is tested there.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tasks import CPU, Catch, CatchNetwork, Small, filled_replay
+from torch import Tensor
+
+SUPPORT = [-10 + 0.4 * i for i in range(51)]
+
+
+def agent_of(module: ModuleType, dtype: torch.dtype = torch.float32, **flags: Any) -> Any:
+    flags = {"feature_size": 16, "learning_starts": 100, "network": "cnn", **flags}
+    return module.Rainbow(module.Args(**flags), 4, CPU, dtype)
+
+
+@pytest.fixture
+def small(rainbow: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return the script with a small network of 4 x 51 outputs."""
+
+    class SmallC51(Small):
+        """Small with logits."""
+
+        def __init__(self, num_actions: int, network: str, feature_size: int, width: int) -> None:
+            super().__init__(num_actions * 51, network, feature_size, width)
+
+        def logits(self, obs: Tensor) -> Tensor:
+            return Small.forward(self, obs).unflatten(1, (-1, 51))
+
+        def forward(self, obs: Tensor) -> Tensor:
+            return (self.logits(obs).softmax(2) * torch.tensor(SUPPORT, dtype=obs.dtype)).sum(2)
+
+    monkeypatch.setattr(rainbow, "C51Network", SmallC51)
+    return rainbow
+
+
+def filled(module: ModuleType, steps: int, capacity: int | None = None, **flags: Any) -> Any:
+    return filled_replay(module, module.PrioritisedReplay, 12, steps, capacity=capacity, **flags)
+
+
+# C51
+
+
+def slow_projection(probabilities: list[float], returns: list[float]) -> list[float]:
+    """Bellemare et al. (2017), algorithm 1, atom by atom."""
+    mass = [0.0] * 51
+    for p, z in zip(probabilities, returns):
+        b = (min(10.0, max(-10.0, z)) + 10) / 0.4
+        low, high = math.floor(b), math.ceil(b)
+        if low == high:
+            mass[low] += p
+        else:
+            mass[low] += p * (high - b)
+            mass[high] += p * (b - low)
+    return mass
+
+
+@pytest.mark.parametrize(
+    ("reward", "discount"),
+    [(0.0, 1.0), (1.0, 0.99), (-1.0, 0.99**3), (2.71, 0.970299), (0.0, 0.0), (1.0, 0.0), (-3.0, 0.0), (9.9, 0.99),
+     (-9.9, 0.99), (30.0, 0.99), (-30.0, 0.5), (10.0, 0.0), (-10.0, 0.0), (0.2, 1.0), (0.4, 0.0), (0.1, 1e-3)],
+)  # fmt: skip
+def test_projection(rainbow: ModuleType, reward: float, discount: float) -> None:
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.full(51, 0.3), 5)
+    returns = np.tile([reward + discount * z for z in SUPPORT], (5, 1))
+    found = rainbow.project(torch.from_numpy(probabilities), torch.from_numpy(returns))
+    wanted = np.array([slow_projection(p, z) for p, z in zip(probabilities.tolist(), returns.tolist())])
+    assert np.abs(found.numpy() - wanted).max() < 1e-12
+    assert found.sum(1).tolist() == pytest.approx([1.0] * 5, abs=1e-12)
+    if discount == 0 and abs(reward) <= 10:
+        assert (found.numpy() @ SUPPORT) == pytest.approx([reward] * 5, abs=1e-9), "all of it at the reward"
+
+
+def test_q_values_are_means(rainbow: ModuleType) -> None:
+    torch.manual_seed(0)
+    network, obs = rainbow.C51Network(6, "cnn", 8, 1), torch.rand(3, 4, 84, 84)
+    logits = network.logits(obs)
+    assert logits.shape == (3, 6, 51)
+    odds = torch.exp(logits.double())
+    wanted = (odds / odds.sum(2, keepdim=True)) @ torch.tensor(SUPPORT, dtype=torch.float64)
+    assert network(obs).shape == (3, 6) and torch.allclose(network(obs).double(), wanted, atol=1e-5)
+    bound = math.sqrt(math.sqrt(3) / (64 * 11 * 11))  # variance scaling 1 / sqrt(3) by fan-in, uniform
+    weight = network.dense.weight.detach()
+    assert 0.999 * bound < float(weight.abs().max()) <= bound
+    assert float(weight.var()) == pytest.approx(bound**2 / 3, rel=0.02)
+    assert not any(p.any() for p in network.parameters() if p.ndim == 1)
+
+
+def test_loss_in_float64(small: ModuleType) -> None:
+    """Cross-entropy, gradients and Q(s, a) against loops over single transitions, to 1e-9."""
+    agent, replay = agent_of(small, torch.float64), filled(small, 300)
+    with torch.no_grad():
+        for p in agent.target.parameters():
+            p.add_(0.2 * torch.randn(p.shape, dtype=p.dtype))
+    batch, _, _ = replay.draw(64)
+    weights = torch.rand(64)
+    assert len(set(batch.discounts.tolist())) == 4, "episodes that went on, were cut after 1 and 2 steps, terminated"
+    losses, q_values = agent.loss(batch)
+    (losses * weights).mean().backward()
+    other, total = copy.deepcopy(agent.online), torch.zeros((), dtype=torch.float64)
+    other.zero_grad()
+    for i in range(64):
+        after = agent.target.logits(batch.next_obs[i : i + 1].double() / 255)[0].softmax(1).tolist()
+        best = max(range(4), key=lambda a: sum(p * z for p, z in zip(after[a], SUPPORT)))
+        returns = [float(batch.rewards[i]) + float(batch.discounts[i]) * z for z in SUPPORT]
+        target = slow_projection(after[best], returns)
+        logits = other.logits(batch.obs[i : i + 1].double() / 255)[0, int(batch.actions[i])]
+        p = logits.exp() / logits.exp().sum()
+        loss = -sum(t * torch.log(x) for t, x in zip(target, p))
+        assert float(losses[i]) == pytest.approx(float(loss), abs=1e-9)
+        assert float(q_values[i]) == pytest.approx(sum(float(x) * z for x, z in zip(p, SUPPORT)), abs=1e-9)
+        total = total + float(weights[i]) * loss / 64
+    total.backward()
+    for ours, theirs in zip(agent.online.parameters(), other.parameters()):
+        assert float((ours.grad - theirs.grad).abs().max()) < 1e-9 and float(theirs.grad.abs().max()) > 1e-6
+
+
+def test_an_update_sets_priorities(small: ModuleType) -> None:
+    """sqrt(loss + 1e-10) for what was drawn, the highest so far for what is new; weights are 1 / sqrt(p), scaled."""
+    agent, replay = agent_of(small), filled(small, 100)
+    assert set(replay.priority.flatten().tolist()) == {0.0, 1.0}
+    batch, slots, weights = replay.draw(32)
+    assert weights.tolist() == [1.0] * 32
+    with torch.no_grad():
+        losses = agent.loss(batch)[0]
+    replay.prioritise(slots, agent.update(batch, weights))
+    for slot, loss in zip(slots.tolist(), losses.tolist()):
+        assert float(replay.priority.flatten()[slot]) == pytest.approx(math.sqrt(loss + 1e-10), rel=1e-5)
+    highest = max(1.0, *(math.sqrt(loss) for loss in losses.tolist()))
+    assert highest > 1 and float(replay.highest) == pytest.approx(highest, rel=1e-5)
+    assert replay.sums.tolist() == pytest.approx(replay.priority.double().sum(1).tolist(), abs=1e-9)
+    _, slots, weights = replay.draw(500)
+    priorities = replay.priority.flatten()[slots].double()
+    wanted = 1 / (priorities + 1e-10).sqrt()
+    assert weights.tolist() == pytest.approx((wanted / wanted.max()).tolist(), rel=1e-5)
+    assert len(set(weights.tolist())) > 5 and float(weights.max()) == 1
+    count = replay.step
+    frames, ended = np.zeros((1, 12, 12), np.uint8), np.array([False])
+    replay.add(np.array([1]), small.Steps(frames, np.ones(1), ended, ended, []), frames)
+    newest = (count + 1 - replay.n_step) % replay.rows
+    assert float(replay.priority.flatten()[newest]) == float(replay.highest)
+
+
+# Prioritised replay
+
+
+@pytest.mark.parametrize(("size", "draws"), [(10_000, 1_000_000), (1_000_000, 4_000_000)])
+def test_frequencies(rainbow: ModuleType, size: int, draws: int) -> None:
+    """Chi-squared against the priorities, in bins of like expectation; what has none is never drawn."""
+    replay = rainbow.PrioritisedReplay(size, 1, CPU, 3, 0.99, 3, frame_shape=(1, 1))
+    rng = np.random.default_rng(0)
+    priorities = rng.random(size) ** 4 * (rng.random(size) < 0.7)
+    priorities[size // 2] = 50.0  # one stands out
+    replay.priority.view(-1)[:size] = torch.from_numpy(priorities)
+    replay.sums[:] = replay.priority.double().sum(1)
+    exact = replay.priority.double().flatten()[:size].numpy()
+    counts = np.zeros(size)
+    for _ in range(draws // 20_000):
+        _, slots, weights = replay.draw(20_000)
+        counts += np.bincount(slots.numpy(), minlength=size)[:size]
+    assert counts.sum() == draws and not counts[exact == 0].any()
+    assert weights.numpy() == pytest.approx((lambda w: w / w.max())(1 / np.sqrt(exact[slots] + 1e-10)), rel=1e-5)
+    order = np.argsort(exact, kind="stable")
+    expected = exact[order] / exact.sum() * draws
+    bins = (expected.cumsum() / 2_000).astype(int)  # neighbours in priority, about 2,000 draws each
+    wanted, found = np.bincount(bins, expected), np.bincount(bins, counts[order])
+    keep = wanted > 100
+    chi_squared = float(((found[keep] - wanted[keep]) ** 2 / wanted[keep]).sum())
+    assert abs(chi_squared - keep.sum()) < 5 * math.sqrt(2 * keep.sum())
+    # And by place: a thousand stretches of the ring.
+    places = np.arange(size) * 1000 // size
+    wanted, found = np.bincount(places, exact / exact.sum() * draws), np.bincount(places, counts)
+    chi_squared = float(((found - wanted) ** 2 / wanted).sum())
+    assert abs(chi_squared - 1000) < 5 * math.sqrt(2000)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "num_envs", "n_step"), [(50, 1, 3), (60, 3, 2), (2500, 1, 1), (3000, 7, 5), (24, 8, 3)]
+)
+def test_what_can_be_drawn(rainbow: ModuleType, capacity: int, num_envs: int, n_step: int) -> None:
+    """At any time exactly the transitions of the uniform replay's window have a priority, also over the ring's seam."""
+    replay = rainbow.PrioritisedReplay(capacity, num_envs, CPU, 0, 0.9, n_step, frame_shape=(1, 1))
+    frames, no = np.zeros((num_envs, 1, 1), np.uint8), np.zeros(num_envs, bool)
+    replay.see(frames)
+    for step in range(3 * replay.rows):
+        replay.add(no.astype(int), rainbow.Steps(frames, no.astype(float), no, no, []), frames)
+        if step % 7 == 0 or step < 20 or step == 3 * replay.rows - 1:
+            first, count = replay.range.tolist()
+            wanted = {slot % replay.slots for slot in range(first, first + count)}
+            assert set(replay.priority.flatten().nonzero().flatten().tolist()) == wanted
+            assert replay.sums.tolist() == replay.priority.double().sum(1).tolist()
+    _, slots, _ = replay.draw(50 * capacity)
+    assert set(slots.tolist()) == wanted
+
+
+@pytest.mark.parametrize("spike", [0, 1023, 1024, 2047, 2499])
+def test_the_ends_of_blocks(rainbow: ModuleType, spike: int) -> None:
+    """One transition alone has a priority, from tiny to huge: it is what is drawn, wherever it lies."""
+    replay = rainbow.PrioritisedReplay(2_500, 1, CPU, 0, 0.99, 1, frame_shape=(1, 1))
+    for size in (1e-30, 1e-5, 1.0, 1e30):
+        replay.priority.zero_().view(-1)[spike] = size
+        replay.sums[:] = replay.priority.double().sum(1)
+        assert set(replay.draw(10_000)[1].tolist()) == {spike}
+
+
+def test_memory(rainbow: ModuleType) -> None:
+    replay = rainbow.PrioritisedReplay(1_000_000, 1, CPU, 0, 0.99, 3)
+    arrays = [v for v in vars(replay).values() if isinstance(v, torch.Tensor | np.ndarray)]
+    assert replay.nbytes == pytest.approx(sum(array.nbytes for array in arrays), rel=1e-6)
+    assert 7_056 * 1_000_000 < replay.nbytes <= 7.3e9
+
+
+def test_drawing_never_waits_for_the_device(rainbow: ModuleType) -> None:
+    """Fake tensors have shapes but no values: any .item(), nonzero() or boolean index would raise."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    agent = agent_of(rainbow)
+    replay = rainbow.PrioritisedReplay(500, 1, CPU, 1, 0.99, 3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        batch, slots, weights = replay.draw(32)
+        assert batch.obs.shape == (32, 4, 84, 84)
+        replay.prioritise(slots, agent.update(batch, weights))
+
+
+# It learns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sparsity", [0.0, 0.95])
+def test_catch(rainbow: ModuleType, monkeypatch: pytest.MonkeyPatch, sparsity: float) -> None:
+    """Catch in 24,000 steps with 512 units, dense and at 95 % sparsity: 90 % of the best return (2 minutes)."""
+
+    class CatchC51(rainbow.C51Network):  # type: ignore[name-defined,misc]
+        """The small task's network with logits."""
+
+        def __init__(self, num_actions: int, network: str, feature_size: int, width: int) -> None:
+            torch.nn.Module.__init__(self)
+            self.inner = CatchNetwork(num_actions * 51, network, feature_size, width)
+
+        def logits(self, obs: Tensor) -> Tensor:
+            return self.inner(obs).unflatten(1, (-1, 51))
+
+    monkeypatch.setattr(rainbow, "C51Network", CatchC51)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        args = rainbow.Args(feature_size=512, learning_rate=2e-4, sparsity=sparsity, prune_every=50,
+                            total_timesteps=24_000, learning_starts=1_000)
+        agent, env = rainbow.Rainbow(args, 3, CPU), Catch(rainbow, 1)
+        replay, returns = rainbow.PrioritisedReplay(24_000, 1, CPU, 1, 0.99, 3, frame_shape=(42, 42)), list[float]()
+        replay.see(env.obs[:, -1])
+        for step in range(1, 24_001):
+            actions = agent.act(env.obs, max(0.01, min(1.0, 1 - 0.99 * (step - 1_000) / 2_400)))
+            steps = env.step(int(actions[0]))
+            replay.add(actions, steps, env.obs[:, -1])
+            returns += [score for score, _ in steps.episodes]
+            if step > 1_000 and step % 4 == 0:
+                agent.learn(replay, 1)
+            if step > 1_004 and step % 80 == 0:
+                agent.update_target()
+    finally:
+        torch.set_num_threads(threads)
+    print(f"\nsparsity {sparsity}: returns", *(f"{np.mean(returns[i:i + 400]):.2f}" for i in range(0, 4000, 400)))
+    assert np.mean(returns[-200:]) >= 0.9
+    assert rainbow.sparsity_report(agent.online)["prunable"] == pytest.approx(sparsity, abs=1e-3)
