@@ -1,14 +1,14 @@
-"""Speed of a training script: steps per second after warm-up, and where the time goes.
+"""Speed of the Atari scripts: steps per second after warm-up, and where the time goes.
 
-    python benchmark/speed.py                                  # the whole table, about 6 minutes on 2 CPU cores
-    python benchmark/speed.py --networks cnn --num-networks 1 --precisions fp32 --repeats 5
+    python benchmark/speed.py                                  # the whole table, about 10 minutes on 2 CPU cores
+    python benchmark/speed.py --scripts eaudeqn_atari --networks cnn --num-networks 1 --precisions fp32 --repeats 5
     python benchmark/speed.py --device cuda --num-envs 8 --compile
 
-Each row runs the script's own parts (act, environment, replay, update) in the order of its main loop (Breakout,
+Each row runs a script's own parts (act, environment, replay, update) in the order of its main loop (Breakout,
 1 % of the actions random, replay ratio 0.25), without logging and, for several environments, without letting them step
-while the networks learn. `update` includes `sample`, which is also timed alone. Rows are measured
-in turn, `--repeats` times over, and the median is shown, because machines drift. With K = 5 four of the networks are at
-50 % sparsity; masks are applied at every update, also to a dense network.
+while the networks learn. `update` includes `sample` (of Rainbow: drawing by priority, and setting priorities), which is
+also timed alone. Rows are measured in turn, `--repeats` times over, and the median is shown, because machines drift.
+With K = 5 four of the networks are at 50 % sparsity; masks are applied at every update, also to a dense network.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ COLUMNS = ("act", "env", "store", "update", "sample")
 class Args:
     """Flags; lists are measured in all combinations."""
 
+    scripts: tuple[str, ...] = ("eaudeqn_atari", "dqn_atari_gmp", "rainbow_resnet_gmp")
     networks: tuple[str, ...] = ("cnn", "impala")  # cnn, impala
-    num_networks: tuple[int, ...] = (1, 5)  # K
+    num_networks: tuple[int, ...] = (1, 5)  # K, of eaudeqn_atari
     precisions: tuple[str, ...] = ("fp32", "bf16")  # fp32, bf16
     num_envs: tuple[int, ...] = (1,)  # environments
     feature_size: int = 512  # units of the dense layer
+    width: int = 1  # multiplies the channels of the convolutions
+    buffer_size: int = 20_000  # transitions that the replay has room for; it is not filled
     updates: int = 60  # timed updates per row and repeat; a row takes four times as many steps
     repeats: int = 3  # times that every row is measured
     device: str = "cpu"  # cpu or cuda
@@ -49,14 +52,20 @@ class Row:
     """One configuration, kept ready: its agent, environments and replay."""
 
     def __init__(self, script: ModuleType, args: Args, network: str, k: int, precision: str, num_envs: int) -> None:
-        self.name = f"{network} | {k} | {precision} | {num_envs}"
+        self.name = f"{script.__name__} | {network} | {k} | {precision} | {num_envs}"
         self.num_envs, self.device = num_envs, torch.device(args.device)
-        flags = script.Args(network=network, num_networks=k, precision=precision, num_envs=num_envs, buffer_size=20_000,
-                            feature_size=args.feature_size, compile=args.compile)
-        self.batch_size = flags.batch_size
+        own = {"num_networks": k} if script.__name__ == "eaudeqn_atari" else {"analysis_every": 0}
+        flags = script.Args(network=network, precision=precision, num_envs=num_envs, buffer_size=args.buffer_size,
+                            feature_size=args.feature_size, width=args.width, compile=args.compile, **own)
         self.envs = script.AtariEnvs("breakout", num_envs, 1)
-        self.agent = script.EauDeQN(flags, self.envs.num_actions, self.device)
-        self.replay = script.FrameReplay(flags.buffer_size, num_envs, self.device, 1, flags.gamma)
+        agent = {"eaudeqn_atari": "EauDeQN", "dqn_atari_gmp": "DQN", "rainbow_resnet_gmp": "Rainbow"}[script.__name__]
+        self.agent = getattr(script, agent)(flags, self.envs.num_actions, self.device)
+        rest = (flags.gamma, getattr(flags, "n_step", 1))
+        if agent == "Rainbow":
+            self.replay = script.PrioritisedReplay(flags.buffer_size, num_envs, self.device, 1, *rest)
+        else:
+            self.replay = script.FrameReplay(flags.buffer_size, num_envs, self.device, 1, *rest)
+        self.batch_size, self.prioritised = flags.batch_size, agent == "Rainbow"
         self.replay.see(self.envs.obs[:, -1])
         if k > 1:
             self.agent.args = dataclasses.replace(flags, max_sparsity_step=0.5, max_exponent=1e9)
@@ -90,7 +99,11 @@ class Row:
             done, steps = done + due, steps + self.num_envs
         begin = self.clock()
         for _ in range(done):
-            self.replay.sample(self.batch_size)
+            if self.prioritised:
+                _, slots, weights = self.replay.draw(self.batch_size)
+                self.replay.prioritise(slots, weights)
+            else:
+                self.replay.sample(self.batch_size)
         return spent | {"sample": self.clock() - begin, "updates": done, "steps": steps}
 
     def table_row(self) -> str:
@@ -109,19 +122,22 @@ class Row:
 def main(args: Args) -> None:
     """Measure and print one table."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "cleanrl_sparse"))
-    script = importlib.import_module("eaudeqn_atari")
-    script.keep_freed_memory()
+    scripts = [importlib.import_module(name) for name in args.scripts]
+    scripts[0].keep_freed_memory()
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, F = {args.feature_size}\n")
-    choices = itertools.product(args.networks, args.num_networks, args.precisions, args.num_envs)
-    rows = [Row(script, args, *choice) for choice in choices]
+    rows = []
+    for script, network, k in itertools.product(scripts, args.networks, args.num_networks):
+        if script.__name__ == "eaudeqn_atari" or k == args.num_networks[0]:  # the others have one network
+            k = k if script.__name__ == "eaudeqn_atari" else 1
+            rows += [Row(script, args, network, k, p, n) for p in args.precisions for n in args.num_envs]
     for row in rows:
         row.run(20)  # fills the replay and settles caches
     for _ in range(args.repeats):
         for row in rows:
             row.times.append(row.run(args.updates))
-    print("| network | K | precision | envs | steps/s | update ms | sample ms | act ms/step | env ms/step | store ms |")
-    print("|---" * 10 + "|")
+    print("| script | network | K | precision | envs | steps/s | update ms | sample ms | act, env, store ms/step | | |")
+    print("|---" * 11 + "|")
     for row in rows:
         print(row.table_row())
 

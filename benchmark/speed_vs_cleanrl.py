@@ -1,11 +1,12 @@
-"""Steps per second of eaudeqn_atari.py with K = 1 against CleanRL's dqn_atari.py, in turn on one machine.
+"""Steps per second of our scripts against CleanRL's dqn_atari.py and rainbow_atari.py, in turn on one machine.
 
     python benchmark/speed_vs_cleanrl.py --cleanrl ../cleanrl --cleanrl-python ../cleanrl/.venv/bin/python
+    python benchmark/speed_vs_cleanrl.py --peers rainbow_atari --repeats 3 ...
 
-CLEANRL is a checkout of github.com/vwxyzjn/cleanrl, CLEANRL_PYTHON an interpreter that can run its dqn_atari.py. Its
-network is given our SAME padding (7,744 instead of 3,136 features) from outside, by patching torch.nn; all else is as
-it is there: batch 32, one update per 4 steps, Breakout; 1 % of the actions are random. Its speed is 4 steps per
-optimiser step. Both programs use the same number of threads, and nothing else should run.
+CLEANRL is a checkout of github.com/vwxyzjn/cleanrl, CLEANRL_PYTHON an interpreter that can run these scripts. Their
+network is given our SAME padding (7,744 instead of 3,136 features) from outside; all else is as it is there: batch 32,
+one update per 4 steps, Breakout; 1 % of DQN's actions are random. Their speed is 4 steps per optimiser step. All
+programs use the same number of threads, and nothing else should run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import tyro
@@ -26,17 +28,16 @@ WARM_UP, UPDATES = 75, 150  # updates not timed, updates timed
 
 # Runs in CleanRL's interpreter: SAME padding, a clock on Adam, then the script as it stands.
 PEER = """
-import json, runpy, sys, time
+import json, sys, time
 import torch, torch.nn as nn
 import ale_py
 torch.set_num_threads(int(sys.argv[1]))
-conv, linear, adam = nn.Conv2d, nn.Linear, torch.optim.Adam
+conv, adam = nn.Conv2d, torch.optim.Adam
 def same_conv(c_in, c_out, kernel, stride=1):
     if kernel == 4:
         return nn.Sequential(nn.ZeroPad2d((1, 2, 1, 2)), conv(c_in, c_out, kernel, stride))
     return conv(c_in, c_out, kernel, stride, padding={8: 2, 3: 1}[kernel])
 nn.Conv2d = same_conv
-nn.Linear = lambda n, m: linear(7744 if n == 3136 else n, m)
 clock, goal = [], int(sys.argv[2])
 class Adam(adam):
     def step(self, *args, **kwargs):
@@ -48,7 +49,8 @@ torch.optim.Adam = Adam
 script = sys.argv[3]
 sys.argv = [script] + sys.argv[4:]
 sys.path.insert(0, script.rsplit("/", 2)[0])
-runpy.run_path(script, run_name="__main__")
+source = open(script).read().replace("3136", "7744")
+exec(compile(source, script, "exec"), {"__name__": "__main__", "__file__": script})
 """
 
 
@@ -58,16 +60,18 @@ class Args:
 
     cleanrl: Path  # checkout of CleanRL
     cleanrl_python: Path  # interpreter that can run it
+    peers: tuple[str, ...] = ("dqn_atari", "rainbow_atari")  # their scripts
     repeats: int = 5  # times that each program runs
     threads: int = os.cpu_count() or 1  # threads of each
 
 
-def peer(args: Args) -> float:
-    """Return CleanRL's steps per second."""
+def peer(args: Args, name: str) -> float:
+    """Return the steps per second of a script of CleanRL's."""
     steps = 4 * (WARM_UP + UPDATES) + 520
     flags = ["--env-id", "BreakoutNoFrameskip-v4", "--buffer-size", "20000", "--learning-starts", "500",
-             "--start-e", "0.01", "--end-e", "0.01", "--total-timesteps", str(steps)]
-    script = args.cleanrl.resolve() / "cleanrl" / "dqn_atari.py"
+             "--total-timesteps", str(steps)]
+    flags += ["--start-e", "0.01", "--end-e", "0.01"] if name == "dqn_atari" else []
+    script = args.cleanrl.resolve() / "cleanrl" / f"{name}.py"
     python, updates = str(args.cleanrl_python.absolute()), str(WARM_UP + UPDATES)
     command = [python, "-W", "ignore", "-c", PEER, str(args.threads), updates, str(script), *flags]
     with tempfile.TemporaryDirectory() as folder:
@@ -79,29 +83,39 @@ def peer(args: Args) -> float:
     return 4 * (len(clock) - 1 - WARM_UP) / (clock[-1] - clock[WARM_UP])
 
 
-def ours(args: Args, precision: str, num_envs: int) -> float:
-    """Return our steps per second."""
-    command = [sys.executable, str(Path(__file__).with_name("speed.py")), "--networks", "cnn", "--num-networks", "1",
-               "--precisions", precision, "--num-envs", str(num_envs), "--repeats", "1", "--updates", str(UPDATES)]
+def ours(args: Args, script: str, precision: str = "fp32", num_envs: int = 1) -> float:
+    """Return the steps per second of a script of ours."""
+    command = [sys.executable, str(Path(__file__).with_name("speed.py")), "--scripts", script, "--networks", "cnn",
+               "--num-networks", "1", "--precisions", precision, "--num-envs", str(num_envs), "--repeats", "1",
+               "--updates", str(UPDATES)]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    return float(output.splitlines()[-1].split("|")[5])
+    return float(output.splitlines()[-1].split("|")[6])
 
 
 def main(args: Args) -> None:
-    """Measure all in turn and print the medians and ratios."""
-    programs = {"CleanRL dqn_atari.py, SAME padding": lambda: peer(args),
-                "K = 1, fp32, 1 environment": lambda: ours(args, "fp32", 1),
-                "K = 1, bf16, 4 environments": lambda: ours(args, "bf16", 4)}
+    """Measure all in turn and print the medians and, against the peer above them, the ratios."""
+    groups: dict[str, dict[str, Callable[[], float]]] = {
+        "dqn_atari": {
+            "eaudeqn_atari.py, K = 1": lambda: ours(args, "eaudeqn_atari"),
+            "eaudeqn_atari.py, K = 1, bf16, 4 environments": lambda: ours(args, "eaudeqn_atari", "bf16", 4),
+            "dqn_atari_gmp.py": lambda: ours(args, "dqn_atari_gmp"),
+        },
+        "rainbow_atari": {"rainbow_resnet_gmp.py --network cnn": lambda: ours(args, "rainbow_resnet_gmp")},
+    }
+    programs: dict[str, Callable[[], float]] = {}
+    for name in args.peers:
+        programs |= {f"CleanRL {name}.py, SAME padding": lambda name=name: peer(args, name)} | groups[name]
     speeds: dict[str, list[float]] = {name: [] for name in programs}
     for repeat in range(args.repeats):
         for name, measure in programs.items():
             speeds[name].append(measure())
             print(f"{time.strftime('%H:%M:%S')} run {repeat + 1}: {name}: {speeds[name][-1]:.0f} steps/s", flush=True)
-    base = statistics.median(next(iter(speeds.values())))
     print("\n| program | steps/s, median | lowest | highest | ratio |\n|---|---|---|---|---|")
+    base = 1.0
     for name, values in speeds.items():
         median = statistics.median(values)
+        base = median if name.startswith("CleanRL") else base
         print(f"| {name} | {median:.0f} | {min(values):.0f} | {max(values):.0f} | {median / base:.2f} |")
 
 

@@ -253,6 +253,17 @@ class QNetwork(nn.Module):
 # <<< shared: torsos
 
 
+# >>> shared: l2-features
+class NormalisedQNetwork(QNetwork):
+    """A QNetwork whose features have length 1."""
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
+        features = self.relu(self.dense(self.torso(obs).permute(0, 2, 3, 1).flatten(1)))
+        return self.output(nn.functional.normalize(features, dim=1))
+# <<< shared: l2-features
+
+
 # >>> shared: c51
 ATOMS, V_MAX = 51, 10.0  # the distribution's support is [-V_MAX, V_MAX]
 
@@ -337,7 +348,8 @@ def load_network(run_dir: Path, device: str) -> tuple[QNetwork, str, str]:
         weights = load_file(run_dir / "model.safetensors")
         rom, title = find_rom(flags["env_id"])
         num_actions, outputs = AtariEnvs(rom, 1, 0).num_actions, len(weights["output.bias"])
-        kind = QNetwork if outputs == num_actions else C51Network
+        kind = NormalisedQNetwork if flags.get("regulariser") == "l2-features" else QNetwork
+        kind = kind if outputs == num_actions else C51Network
         network = kind(num_actions, flags["network"], flags["feature_size"], flags["width"])
         network.load_state_dict(weights)
         return network.to(device), rom, title

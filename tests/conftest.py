@@ -14,6 +14,20 @@ import pytest
 SCRIPTS = Path(os.environ.get("SCRIPTS_DIR") or Path(__file__).resolve().parent.parent / "cleanrl_sparse")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is `shared` is text that all scripts have in common: the quick suite tries it through the first one only.
+
+    Of the baselines, which have most in common with dqn_atari_gmp.py, it makes no whole runs of test_runs.py.
+    """
+    whole = {"straight", "broken_off", "killed"}
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        repeated = item.get_closest_marker("shared") and "eaudeqn_atari" not in item.name
+        if repeated or ("dqn_atari_baselines" in item.name and whole.intersection(names)):
+            item.add_marker(pytest.mark.slow)
+
+
 def load_script(name: str) -> ModuleType:
     """Import cleanrl_sparse/NAME.py, which is a script and no package's module."""
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
@@ -40,3 +54,9 @@ def dqn() -> ModuleType:
 def rainbow() -> ModuleType:
     """Return cleanrl_sparse/rainbow_resnet_gmp.py as a module."""
     return load_script("rainbow_resnet_gmp")
+
+
+@pytest.fixture(scope="session")
+def baselines() -> ModuleType:
+    """Return cleanrl_sparse/dqn_atari_baselines.py as a module."""
+    return load_script("dqn_atari_baselines")

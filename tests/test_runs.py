@@ -44,6 +44,7 @@ SCRIPTS = {
     "eaudeqn_atari": "--feature-size 16 --num-networks 3 --max-exponent 1 --max-sparsity-step 0.1",
     "dqn_atari_gmp": "--feature-size 16 --prune-every 7 --n-step 2 --analysis-every 900",
     "rainbow_resnet_gmp": "--network cnn --feature-size 16 --prune-every 7 --analysis-every 900",
+    "dqn_atari_baselines": "--feature-size 16 --pruner rigl --regulariser redo --prune-every 9",
 }
 
 # 2,000 steps with nine target updates, a replay that wraps round and two checkpoints a second: about 10 s.
@@ -316,7 +317,7 @@ def test_a_run_leaves_every_file(script: str, straight: Straight, num_envs: int)
     names = {path.name for path in folder.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents.")}
     assert len(events) == 1
-    if script != "eaudeqn_atari":
+    if script in ("dqn_atari_gmp", "rainbow_resnet_gmp"):
         analyses = {f"gradient_covariance-{now:09d}.npy" for now in (900, 1800)}
         assert names >= analyses and np.load(folder / max(analyses)).shape == (32, 32)
         names -= analyses
@@ -507,6 +508,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert_same_run(folder, straight[num_envs].result()[0])
 
 
+@pytest.mark.shared
 @variants
 def test_a_signal_stops_the_run_and_says_how_to_go_on(broken_off: BrokenOff, num_envs: int) -> None:
     folder, left = broken_off[num_envs].result()
@@ -520,6 +522,7 @@ def test_a_signal_stops_the_run_and_says_how_to_go_on(broken_off: BrokenOff, num
     assert all(output.status == -signal.SIGKILL for signum, output, _ in left if signum == signal.SIGKILL)
 
 
+@pytest.mark.shared
 def test_a_finished_run_has_nothing_to_resume(script: str, straight: Straight, tmp_path: Path) -> None:
     folder, _ = straight[1].result()
     before = contents(folder)
@@ -528,6 +531,7 @@ def test_a_finished_run_has_nothing_to_resume(script: str, straight: Straight, t
     assert contents(folder) == before
 
 
+@pytest.mark.shared
 def test_a_run_killed_at_its_very_end_is_finished(script: str, straight: Straight, tmp_path: Path) -> None:
     """The last step's checkpoint is there, final.json is not; and the folder has moved meanwhile."""
     moved = tmp_path / "moved"
@@ -537,6 +541,7 @@ def test_a_run_killed_at_its_very_end_is_finished(script: str, straight: Straigh
     assert_same_run(moved, straight[1].result()[0])
 
 
+@pytest.mark.shared
 def test_the_evaluation_survives_a_signal(script: str, home: Path) -> None:
     """Pong, because an untrained agent ends its episodes by losing them; also: the video of the first episode."""
     flags = f"{TINY} {SCRIPTS[script]} --env-id Pong --eval-episodes 3 --capture-video"
@@ -615,6 +620,7 @@ def mended(script: str, home: Path, killed: Path) -> dict[str, Future[tuple[Path
 KINDS = ("facts", "tensors")
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     mended: dict[str, Future[tuple[Path, Output]]], straight: Straight, kind: str
@@ -624,6 +630,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert_same_run(folder, straight[1].result()[0])
 
 
+@pytest.mark.shared
 def test_a_full_disk_leaves_the_checkpoint_before(
     mended: dict[str, Future[tuple[Path, Output]]], straight: Straight
 ) -> None:
@@ -636,6 +643,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert_same_run(folder, straight[1].result()[0])
 
 
+@pytest.mark.shared
 def test_with_all_checkpoints_damaged_nothing_is_changed(script: str, killed: Path, tmp_path: Path) -> None:
     def work(how: str) -> None:
         folder = tmp_path / how
@@ -702,6 +710,10 @@ OWN_BAD = {
 """,
     "dqn_atari_gmp": GMP_BAD,
     "rainbow_resnet_gmp": GMP_BAD,
+    "dqn_atari_baselines": """
+--feature-size 0 | --width 0 | --sparsity 1 | --sparsity -0.1 | --prune-start 1.1 | --prune-end 0.1 | --prune-end nan
+--prune-every 0 | --lottery-mask some/run
+""",
 }
 CASES = [(name, case.strip()) for name in SCRIPTS for case in re.split(r"[|\n]", BAD + OWN_BAD[name]) if case.strip()]
 
@@ -733,6 +745,7 @@ def test_a_value_out_of_range_is_refused(
     assert not [*tmp_path.iterdir()], "nothing was begun"
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("flags", ["--buffer-size 100000000000000", "--feature-size 1000000000"])
 def test_what_does_not_fit_in_memory_is_refused(
     module: ModuleType, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -797,6 +810,7 @@ def test_an_empty_resume_is_refused(
     assert output.status == 2 and "--resume" in output.complaints()[0]
 
 
+@pytest.mark.shared
 def test_resume_refuses_other_flags_and_changes_nothing(script: str, killed: Path, tmp_path: Path) -> None:
     before = contents(killed)
     output = run(script, f"--resume {killed} --total-timesteps 9000", cwd=tmp_path)
@@ -808,6 +822,7 @@ def test_resume_refuses_other_flags_and_changes_nothing(script: str, killed: Pat
     assert contents(killed) == before
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("flags", ["--no-such-flag 3", "--seed one", "--precision fp17", "--resume", "Breakout"])
 def test_an_unknown_flag_or_type_is_refused(
     module: ModuleType, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -832,7 +847,7 @@ def declared(module: ModuleType) -> dict[str, str]:
     return {name: comments.get(name, "") for name in fields}
 
 
-@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.parametrize("columns", [80, pytest.param(200, marks=pytest.mark.shared)])
 def test_help_describes_every_flag(script: str, module: ModuleType, tmp_path: Path, columns: int) -> None:
     output = run(script, "--help", cwd=tmp_path, COLUMNS=str(columns), TERM="dumb")
     assert output.status == 0 and not output.stderr
@@ -937,6 +952,7 @@ def test_one_file_alone_trains(script: str, tmp_path: Path) -> None:
         assert json.loads((folder / "versions.json").read_text())["commit"] is None
 
 
+@pytest.mark.shared
 def test_track_works_offline_without_an_account(script: str, tmp_path: Path) -> None:
     output = succeed(
         script, TINY, SCRIPTS[script], "--track --run-dir run", cwd=tmp_path, HOME=str(tmp_path), WANDB_MODE="offline"

@@ -1,0 +1,1053 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12", "tyro>=0.9", "safetensors>=0.5",
+#                 "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18"]
+# ///
+"""DQN on Atari with what gradual magnitude pruning is compared to: other sparse training, and regularisation.
+
+Paper: Obando-Ceron, Courville, Castro, "In value-based deep reinforcement learning, a pruned network is a good
+network", ICML 2024, arXiv 2402.12479, figures 12, 13 and 22. The agent is that of dqn_atari_gmp.py.
+
+    python dqn_atari_baselines.py --sparsity 0 --regulariser redo --network impala --width 3          # figure 12
+    python dqn_atari_baselines.py --pruner rigl --prune-every 5000 --network impala --width 3         # figure 22
+    python dqn_atari_baselines.py --pruner lottery --lottery-mask RUN_DIR --network impala --width 3  # figure 13
+    python dqn_atari_baselines.py --resume runs/Breakout__dqn_atari_baselines__1__1790000000
+
+Sparse training (--pruner), all at --sparsity: gmp, gradual magnitude pruning as in dqn_atari_gmp.py; static, random
+masks from the start; set (Mocanu et al. 2018) and rigl (Evci et al. 2020), which begin as static and replace the
+smallest weights every --prune-every gradient steps, by random ones or by those of the largest gradient; lottery
+(Frankle and Carbin 2019), the final mask of another run on that run's initial weights.
+
+Regularisation (--regulariser): weight-decay, 1e-5 within Adam; l2-features, features scaled to length 1 (Kumar et al.
+2021); redo, dormant units are made anew (Sokar et al. 2023); reset, the last layer is made anew (Nikishin et al. 2022).
+
+Differences from the papers, and guesses ([C] read in the paper, [I] inferred, [D] our decision):
+ 1. [C] RigL and SET replace 0.3 of a layer's weights at first, less along a cosine until --prune-end.
+ 2. [D] RigL looks at the gradients of a batch drawn for that; a weight that grows starts at 0 with empty moments.
+ 3. [I] ReDo works every 1,000 gradient steps, with a threshold of 0.1 [C], on 64 states; [D] on units with one layer
+    before and one behind them, which in the ResNet are those within its blocks and the dense ones.
+ 4. [D] A reset, every 100,000 gradient steps [C], empties Adam's moments and takes place in the target network, too.
+ 5. [D] Masks, schedule, width and environments: as in dqn_atari_gmp.py.
+
+Figures: 12, 13, 22, 24 to 27, as far as they are about DQN. More: docs/dqn_atari_baselines.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import difflib
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+import tyro
+from ale_py import roms
+from ale_py.vector_env import AtariVectorEnv
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+# >>> shared: basics
+class Exit(Exception):
+    """Exit(status, line) ends the program: status 2 bad input, 1 a fault while running, 75 stopped and resumable."""
+
+
+def require(accepted: bool, line: str) -> None:
+    """Refuse bad input, with a line that names the flag or file and what is accepted."""
+    if not accepted:
+        raise Exit(2, line)
+
+# <<< shared: basics
+
+
+@dataclass
+class Args:
+    """Flags; the defaults are the paper's setting. A "step" is an environment step: one decision, 4 frames."""
+
+    # >>> shared: run-flags
+    env_id: str = "Breakout"  # game; Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same
+    seed: int = 1  # seed of everything random, in [0, 2^32)
+    total_timesteps: int = 10_000_000  # length of the run in steps, over all environments (>= 1); 10M are 40M frames
+    learning_starts: int = 20_000  # steps of uniformly random play before the first gradient step (>= batch size)
+    buffer_size: int = 1_000_000  # transitions in the replay (>= batch size), 7.1 KB of memory each
+    batch_size: int = 32  # transitions per gradient step (>= 1)
+    learning_rate: float = 6.25e-5  # Adam's step size (> 0)
+    adam_eps: float = 1.5e-4  # Adam's epsilon (> 0)
+    gamma: float = 0.99  # discount, in [0, 1]
+    replay_ratio: float = 0.25  # gradient steps per step (> 0)
+    target_every: int = 8_000  # steps between target updates (>= number of environments)
+    epsilon_end: float = 0.01  # final probability of a random action, in [0, 1]
+    epsilon_steps: int = 250_000  # steps over which it falls from 1, counted from the end of the warm-up (>= 1)
+    epoch_steps: int = 250_000  # steps per epoch, the unit of reporting (>= 1); 250,000 are 1M frames
+    num_envs: int = 1  # environments (>= 1); several step while the learner learns; periods count the steps of all
+    device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
+    compile: bool = False  # capture sampling and update in a CUDA graph (CUDA only; not yet tried on a GPU)
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of the networks; weights and Adam stay fp32
+    run_dir: str = ""  # folder for the run, new or empty; default: runs/{game}__{script}__{seed}__{time}
+    resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
+    checkpoint_minutes: float = 10.0  # minutes between checkpoints (>= 0)
+    eval_episodes: int = 10  # episodes of the final evaluation, at epsilon 0.001 (>= 0; 0: none)
+    capture_video: bool = False  # write the first evaluation episode to RUN_DIR/evaluation.mp4
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
+    wandb_project: str = "cleanrl-sparse"  # project there
+    # <<< shared: run-flags
+    network: Literal["cnn", "impala"] = "cnn"  # cnn: DQN's three convolutions; impala: the 15-layer residual network
+    feature_size: int = 512  # units of the dense layer (>= 1)
+    width: int = 1  # multiplies the channels of the convolutions (>= 1; the paper: 1 to 5)
+    pruner: Literal["gmp", "rigl", "set", "static", "lottery"] = "gmp"  # how the network is made sparse
+    regulariser: Literal["none", "weight-decay", "l2-features", "redo", "reset"] = "none"  # what keeps it plastic
+    lottery_mask: str = ""  # folder of a finished run whose mask --pruner lottery takes; same seed, network and sizes
+    sparsity: float = 0.95  # share of the prunable weights that is zero in the end, in [0, 1); 0 is dense
+    prune_start: float = 0.2  # gmp: share of the run's gradient steps at which pruning begins, in [0, 1]
+    prune_end: float = 0.8  # gmp, rigl, set: share after which the masks stay, in [prune_start, 1]
+    prune_every: int = 1000  # gradient steps between updates of the masks (>= 1; the paper's RigL: 5,000)
+    scope: Literal["erk", "uniform"] = "erk"  # how sparsity is spread over the layers
+    prune_exponent: ClassVar[float] = 3.0  # of gmp's schedule
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, naming the flag."""
+        # >>> shared: check-run-flags
+        def check(names: str, accepted: Callable[[float], bool], text: str) -> None:
+            """Refuse the flags `names` whose value is not accepted."""
+            for name in names.split():
+                flag, value = name.replace("_", "-"), getattr(self, name)
+                require(accepted(value), f"--{flag} {value}: must be {text}")
+
+        check("total_timesteps batch_size epsilon_steps epoch_steps num_envs", lambda x: x >= 1, "at least 1")
+        check("eval_episodes checkpoint_minutes", lambda x: x >= 0, "at least 0")
+        check("seed", lambda x: 0 <= x < 2**32, "in [0, 2^32)")
+        check("learning_rate adam_eps replay_ratio", lambda x: 0 < x < math.inf, "above 0")
+        check("gamma epsilon_end", lambda x: 0 <= x <= 1, "in [0, 1]")
+        check("learning_starts buffer_size", lambda x: x >= self.batch_size, f"at least a batch, {self.batch_size}")
+        text = f"at least --num-envs {self.num_envs}"
+        check("target_every learning_starts buffer_size", lambda x: x >= self.num_envs, text)
+        check("capture_video", lambda x: not x or self.eval_episodes > 0, "used with --eval-episodes above 0")
+        # <<< shared: check-run-flags
+        check("feature_size width prune_every", lambda x: x >= 1, "at least 1")
+        check("sparsity", lambda x: 0 <= x < 1, "in [0, 1)")
+        check("prune_start prune_end", lambda x: 0 <= x <= 1, "in [0, 1]")
+        check("prune_end", lambda x: x >= self.prune_start, f"at least --prune-start, {self.prune_start}")
+        given = self.lottery_mask != ""
+        require(given == (self.pruner == "lottery"), f"--lottery-mask {self.lottery_mask}: goes with --pruner lottery, and only with it")
+
+
+# >>> shared: atari-env
+# Random and human scores for the human-normalised score (Dopamine's and rliable's table; 55 of the 60 games have one).
+HUMAN_SCORES = """
+Alien 227.8 7127.7; Amidar 5.8 1719.5; Assault 222.4 742.0; Asterix 210.0 8503.3; Asteroids 719.1 47388.7; Atlantis
+12850.0 29028.1; BankHeist 14.2 753.1; BattleZone 2360.0 37187.5; BeamRider 363.9 16926.5; Berzerk 123.7 2630.4;
+Bowling 23.1 160.7; Boxing 0.1 12.1; Breakout 1.7 30.5; Centipede 2090.9 12017.0; ChopperCommand 811.0 7387.8;
+CrazyClimber 10780.5 35829.4; DemonAttack 152.1 1971.0; DoubleDunk -18.6 -16.4; Enduro 0.0 860.5; FishingDerby -91.7
+-38.7; Freeway 0.0 29.6; Frostbite 65.2 4334.7; Gopher 257.6 2412.5; Gravitar 173.0 3351.4; Hero 1027.0 30826.4;
+IceHockey -11.2 0.9; Jamesbond 29.0 302.8; Kangaroo 52.0 3035.0; Krull 1598.0 2665.5; KungFuMaster 258.5 22736.3;
+MontezumaRevenge 0.0 4753.3; MsPacman 307.3 6951.6; NameThisGame 2292.3 8049.0; Phoenix 761.4 7242.6; Pitfall -229.4
+6463.7; Pong -20.7 14.6; PrivateEye 24.9 69571.3; Qbert 163.9 13455.0; Riverraid 1338.5 17118.0; RoadRunner 11.5
+7845.0; Robotank 2.2 11.9; Seaquest 68.4 42054.7; Skiing -17098.1 -4336.9; Solaris 1236.3 12326.7; SpaceInvaders 148.0
+1668.7; StarGunner 664.0 10250.0; Tennis -23.8 -8.3; TimePilot 3568.0 5229.2; Tutankham 11.4 167.6; UpNDown 533.4
+11693.2; Venture 0.0 1187.5; VideoPinball 0.0 17667.9; WizardOfWor 563.5 4756.5; YarsRevenge 3092.9 54576.9; Zaxxon
+32.5 9173.3"""
+
+
+def find_rom(env_id: str) -> tuple[str, str]:
+    """Return ROM and title (ms_pacman, MsPacman) of MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4; else Exit."""
+    titles = {"".join(word.capitalize() for word in rom.split("_")): rom for rom in roms.get_all_rom_ids()}
+    name = re.sub(r"^ALE/|(NoFrameskip)?(-v[45])?$|_", "", env_id)
+    title = {t.lower(): t for t in titles}.get(name.lower(), "")
+    near = ", ".join(difflib.get_close_matches(name, titles, n=3, cutoff=0.3)) or "none"
+    require(bool(title), f"--env-id {env_id}: no such Atari game; the nearest names are {near}")
+    return titles[title], title
+
+
+def human_normalized(title: str, score: float) -> float | None:
+    """Return (score - random) / (human - random), or None for a game without a human score."""
+    if not (found := re.search(rf"\b{title}\s(\S+)\s([^;\s]+)", HUMAN_SCORES)):
+        return None
+    return (score - float(found[1])) / (float(found[2]) - float(found[1]))
+
+
+class Steps(NamedTuple):
+    """One step of N environments."""
+
+    last_frames: np.ndarray  # [N, 84, 84] uint8, the newest frame before any reset
+    rewards: np.ndarray  # [N] unclipped
+    terminated: np.ndarray  # [N] bool
+    ended: np.ndarray  # [N] bool, terminated or truncated
+    episodes: list[tuple[float, int]]  # (undiscounted return, steps) of each episode that ended
+
+
+class AtariEnvs:
+    """N copies of a game under Dopamine's protocol (Machado et al. 2018), restorable at any step.
+
+    Sticky actions 0.25, frameskip 4 with the maximum over the last two frames, 84x84 grayscale, stacks of 4, minimal
+    action set, no no-op start, no FIRE reset, losing a life does not end an episode, 27,000 steps truncate it.
+    `obs` [N, 4, 84, 84] uint8 is what the agent sees now: after an ending, the next episode's first frame.
+
+    What an environment did follows from its seeds and actions: a checkpoint keeps these, restore() plays them again.
+    Seeding reloads the ROM, which takes as long as 200 steps, so it is left out at most endings.
+    """
+
+    RESEED_AFTER = 25_000  # an environment is seeded anew at the first ending so many steps after its last seeding
+
+    def __init__(self, rom: str, num_envs: int, seed: int, **options: Any) -> None:
+        protocol = dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False, reward_clipping=False,
+                        max_num_frames_per_episode=108_000, num_threads=min(num_envs, os.cpu_count() or 1))
+        self.envs = AtariVectorEnv(rom, num_envs, autoreset_mode="NextStep", **(protocol | options))
+        self.num_actions = len(self.envs.ale.get_action_set())
+        self.seed, self.actions = seed, bytearray()  # every action so far, N to a step
+        self.seeded = [list[int]() for _ in range(num_envs)]  # the steps at which each environment was seeded
+        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
+        self.reset(np.ones(num_envs, bool), reseed=True)
+
+    def reset(self, which: np.ndarray, reseed: bool = False) -> None:
+        """Start an episode where the mask `which` [N] is true."""
+        seeds, step = [], len(self.actions) // len(which)
+        for i in np.flatnonzero(which):
+            new = reseed or step - self.seeded[i][-1] >= self.RESEED_AFTER
+            self.seeded[i] += [step] * new
+            key = (self.seed, int(i), step)
+            seeds.append(np.random.SeedSequence(key).generate_state(1)[0] >> 1 if new else -1)  # -1: no seeding
+        self.returns[which] = self.lengths[which] = 0
+        options = {} if which.all() else {"reset_mask": which}
+        self.obs = self.envs.reset(seed=np.array(seeds, np.int64), options=options)[0]
+
+    def send(self, actions: np.ndarray) -> None:
+        """Start a step with actions [N] int64; the environments run in threads of their own until recv()."""
+        self.actions += actions.astype(np.uint8).tobytes()
+        self.envs.send(actions)
+
+    def recv(self) -> Steps:
+        """Wait for the step's end. What ended is reset at once, so that no reset step reaches the replay."""
+        self.obs, rewards, terminated, truncated, _ = self.envs.recv()
+        last_frames, ended = self.obs[:, -1], terminated | truncated
+        self.returns += rewards
+        self.lengths += 1
+        episodes = [(float(self.returns[i]), int(self.lengths[i])) for i in np.flatnonzero(ended)]
+        if ended.any():
+            self.reset(ended)
+        return Steps(last_frames, rewards, terminated, ended, episodes)
+
+    def past(self) -> dict[str, Any]:
+        """Return what restore() needs, as JSON."""
+        return {"actions": self.actions.hex(), "seeded": self.seeded, "digest": hashlib.sha256(self.obs).hexdigest()}
+
+    def restore(self, past: dict[str, Any], first: int) -> Iterator[tuple[int, np.ndarray, Steps]]:
+        """Play a past() again, each environment from its last seed at or before step `first`.
+
+        Yields (step, actions [N], Steps). Raises Exit if the games went otherwise than recorded.
+        """
+        actions = np.frombuffer(bytes.fromhex(past["actions"]), np.uint8).reshape(-1, len(self.obs))
+        begins = np.array([max(step for step in seeded if step <= max(0, first)) for seeded in past["seeded"]])
+        self.actions = bytearray(actions[: begins.min()].tobytes())
+        self.reset(begins == begins.min(), reseed=True)
+        for step in tqdm(range(begins.min(), len(actions)), "playing again", leave=False, disable=None):
+            self.send(actions[step].astype(np.int64))
+            steps = self.recv()
+            if (begun := begins == step + 1).any():  # what this environment did until now is not in the record
+                self.reset(begun, reseed=True)
+            yield step, actions[step], steps._replace(ended=steps.ended | begun)
+        self.seeded = past["seeded"]
+        if hashlib.sha256(self.obs).hexdigest() != past["digest"]:
+            raise Exit(1, "the games went otherwise when played again; resume with the ale-py of versions.json")
+# <<< shared: atari-env
+
+
+# >>> shared: torsos
+class Residual(nn.Module):
+    """Impala's residual block on [B, C, H, W]: x + conv(relu(conv(relu(x))))."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output, shaped like x."""
+        return x + self.conv2(self.relu(self.conv1(self.relu(x))))
+
+
+def make_torso(network: str, width: int) -> nn.Sequential:
+    """Return Dopamine's torsos, all padding SAME as in XLA, where an odd pixel of padding stands at the end.
+
+    cnn (Mnih et al. 2015): [B, 4, 84, 84] -> [B, 64 * width, 11, 11]; impala (Espeholt et al. 2018), 15 layers without
+    normalisation: -> [B, 32 * width, 11, 11].
+    """
+    c = 32 * width
+    if network == "cnn":
+        return nn.Sequential(OrderedDict(
+            conv1=nn.Conv2d(4, c, 8, stride=4, padding=2), relu1=nn.ReLU(), pad2=nn.ZeroPad2d((1, 2, 1, 2)),  # 84 -> 21
+            conv2=nn.Conv2d(c, 2 * c, 4, stride=2), relu2=nn.ReLU(),  # 21 -> 11
+            conv3=nn.Conv2d(2 * c, 2 * c, 3, padding=1), relu3=nn.ReLU()))  # fmt: skip
+    layers = OrderedDict[str, nn.Module]()
+    for i, (c_in, c_out, pad) in enumerate(((4, c // 2, 0), (c // 2, c, 0), (c, c, 1)), 1):
+        pool = nn.MaxPool2d(3, stride=2, padding=pad, ceil_mode=True)  # 84 -> 42 -> 21 -> 11
+        layers |= {f"entry{i}": nn.Conv2d(c_in, c_out, 3, padding=1), f"pool{i}": pool}
+        layers |= {f"block{i}a": Residual(c_out), f"block{i}b": Residual(c_out)}
+    return nn.Sequential(layers | {"relu": nn.ReLU()})
+
+
+class QNetwork(nn.Module):
+    """Q-values of stacked frames: torso, one dense layer of `feature_size` units, output layer."""
+
+    def __init__(self, num_actions: int, network: str, feature_size: int, width: int) -> None:
+        super().__init__()
+        self.torso = make_torso(network, width)
+        self.dense = nn.Linear(11 * 11 * width * (64 if network == "cnn" else 32), feature_size)
+        self.relu, self.output = nn.ReLU(), nn.Linear(feature_size, num_actions)
+        for name, p in self.named_parameters():  # Dopamine's initialisation
+            if p.ndim == 1:
+                nn.init.zeros_(p)
+            elif "block" in name:  # LeCun normal, truncated at two standard deviations
+                std = math.sqrt(1 / p[0].numel()) / 0.87962566
+                nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std)
+            else:
+                nn.init.xavier_uniform_(p)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
+        features = self.torso(obs).permute(0, 2, 3, 1).flatten(1)  # flat in channels-last order, which needs no copy
+        return self.output(self.relu(self.dense(features)))
+# <<< shared: torsos
+
+
+# >>> shared: l2-features
+class NormalisedQNetwork(QNetwork):
+    """A QNetwork whose features have length 1."""
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
+        features = self.relu(self.dense(self.torso(obs).permute(0, 2, 3, 1).flatten(1)))
+        return self.output(nn.functional.normalize(features, dim=1))
+# <<< shared: l2-features
+
+
+# >>> shared: frame-replay
+class Batch(NamedTuple):
+    """Transitions over n steps, fewer where the episode ends; a truncated one bootstraps from its true last frames."""
+
+    obs: Tensor  # [B, 4, 84, 84] uint8
+    next_obs: Tensor  # [B, 4, 84, 84] uint8; of no meaning where the episode terminated
+    actions: Tensor  # [B] int64
+    rewards: Tensor  # [B] float32, discounted sum of rewards clipped to [-1, 1]
+    discounts: Tensor  # [B] float32, of the value of next_obs: gamma ** steps, 0 where the episode terminated
+
+
+class FrameReplay:
+    """Uniform replay of the last `capacity` transitions that stores each frame once (7.1 KB per transition).
+
+    A ring of rows, one per step of all N environments: slot row * N + i holds the newest frame that environment i's
+    agent saw, and what it did. A stack is a slot and the three rows before it, as far as they belong to the episode
+    (`age`), else zeros. The last frame of a truncated episode, of `episode_cap` steps, lies in a small ring of its own.
+    """
+
+    def __init__(self, capacity: int, num_envs: int, device: torch.device, seed: int, gamma: float, n_step: int = 1,
+                 frame_shape: tuple[int, ...] = (84, 84), episode_cap: int = 27_000) -> None:
+        self.num_envs, self.n_step = num_envs, n_step
+        self.rows = -(-capacity // num_envs) + n_step + 3  # 3 older frames of the first stack, n newer of the last
+        self.slots, self.extra = self.rows * num_envs, (self.rows // episode_cap + 2) * num_envs
+        self.frames = torch.empty(self.slots + self.extra + 1, *frame_shape, dtype=torch.uint8, device=device)
+        self.frames[-1] = 0  # what lies before an episode
+        # Per slot: action, clipped reward, terminated, age (0 for an episode's first frame, at most 3), next frame.
+        self.facts = torch.zeros(self.slots, 5, dtype=torch.int32, device=device)
+        self.back = torch.arange(3, -1, -1, device=device) * num_envs  # distance of a stack's frames, oldest first
+        self.ahead, self.powers = torch.arange(n_step, device=device), gamma ** torch.arange(n_step + 1, device=device)
+        self.range = torch.zeros(2, dtype=torch.long, device=device)  # first transition to be sampled, how many
+        self.step = self.truncations = 0  # steps stored, truncations so far
+        self.ages = np.zeros(num_envs, np.int64)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.nbytes = self.frames.nbytes + self.facts.nbytes
+
+    def __len__(self) -> int:
+        """Return the number of transitions that can be sampled."""
+        return max(0, min(self.step - self.n_step + 1, self.rows - self.n_step - 3)) * self.num_envs
+
+    def see(self, frames: np.ndarray) -> None:
+        """Write the frames [N, H, W] that the agent sees now."""
+        start = self.step % self.rows * self.num_envs
+        self.frames[start : start + self.num_envs] = torch.from_numpy(frames)
+        end = max(0, self.step - self.n_step + 1) * self.num_envs  # what starts here has not come to its end yet
+        self.range.copy_(torch.tensor([end - len(self), len(self)]))
+
+    def add(self, actions: np.ndarray, steps: Steps, frames: np.ndarray) -> None:
+        """Store what N environments did (actions [N]), what came of it, and the frames [N, H, W] seen now."""
+        slots = np.arange(self.num_envs) + self.step % self.rows * self.num_envs
+        after = (slots + self.num_envs) % self.slots
+        for i in np.flatnonzero(steps.ended & ~steps.terminated):
+            after[i] = self.slots + self.truncations % self.extra
+            self.frames[after[i]] = torch.from_numpy(steps.last_frames[i])
+            self.truncations += 1
+        facts = np.stack([actions, np.clip(steps.rewards, -1, 1), steps.terminated, self.ages, after], 1)
+        self.facts[slots[0] : slots[-1] + 1] = torch.from_numpy(facts.astype(np.int32))
+        self.step += 1
+        self.ages = np.where(steps.ended, 0, np.minimum(self.ages + 1, 3))
+        self.see(frames)
+
+    def sample(self, batch_size: int) -> Batch:
+        """Draw transitions uniformly, with replacement, without waiting for the device."""
+        draw = torch.rand(batch_size, dtype=torch.float64, device=self.frames.device, generator=self.generator)
+        return self.gather(((draw * self.range[1]).long() + self.range[0]) % self.slots)
+
+    def stack(self, slots: Tensor, age: Tensor) -> Tensor:
+        """Return where the frames [B, 4] of the stacks at slots [B] lie."""
+        own = self.back <= age[:, None] * self.num_envs
+        return torch.where(own, (slots[:, None] - self.back) % self.slots, len(self.frames) - 1)
+
+    def gather(self, slots: Tensor) -> Batch:
+        """Return the transitions that start at slots [B]."""
+        path = (slots[:, None] + self.ahead * self.num_envs) % self.slots  # [B, n]
+        actions, rewards, terminated, age, after = self.facts[path].unbind(2)  # [B, n] each
+        on = ((terminated == 0) & (after < self.slots)).long()[:, :-1].cumprod(1)  # is there a step k + 1?
+        steps = 1 + on.sum(1, keepdim=True)  # [B, 1]
+        last, last_age, over, after = (x.gather(1, steps - 1)[:, 0] for x in (path, age, terminated, after))
+        return Batch(self.frames[self.stack(slots, age[:, 0])],
+                     self.frames[torch.cat([self.stack(last, last_age)[:, 1:], after[:, None]], 1)],
+                     actions[:, 0].long(), (rewards * self.powers[:-1] * (self.ahead < steps)).sum(1),
+                     self.powers[steps[:, 0]] * (over == 0))  # fmt: skip
+# <<< shared: frame-replay
+
+
+# >>> shared: sparsity
+def erk_densities(shapes: list[torch.Size], sparsity: float) -> list[float]:
+    """Return each tensor's density under the Erdos-Renyi-Kernel rule (Evci et al. 2020) for a total sparsity in [0, 1].
+
+    density_l = eps * sum(shape_l) / prod(shape_l), with eps such that the total holds; a tensor that would exceed 1 is
+    dense, and eps is solved again for the others.
+    """
+    sizes, sums = [math.prod(shape) for shape in shapes], [sum(shape) for shape in shapes]
+    free, dense = set(range(len(shapes))), set[int]()
+    while free:
+        eps = ((1 - sparsity) * sum(sizes) - sum(sizes[i] for i in dense)) / sum(sums[i] for i in free)
+        full = {i for i in free if eps * sums[i] >= sizes[i]}
+        if not full:
+            break
+        free, dense = free - full, dense | full
+    return [1.0 if i in dense else eps * sums[i] / sizes[i] for i in range(len(shapes))]
+
+
+def largest(score: Tensor, kept: int) -> Tensor:
+    """Return a bool mask of the `kept` largest entries of score [n], ties broken by lower index."""
+    rank = score.numel() - kept
+    if score.device.type == "cpu":  # a partition is ten times faster than kthvalue or topk there
+        threshold = torch.from_numpy(np.partition(score.numpy(), rank)[rank : rank + 1])
+    else:
+        threshold = score.kthvalue(rank + 1).values
+    above, ties = score > threshold, score == threshold
+    return above | (ties & (ties.cumsum(0) <= kept - above.sum()))
+
+
+def magnitude_masks(weights: list[Tensor], parents: list[Tensor], sparsity: float, scope: str,
+                    progress: float = 1.0) -> list[Tensor]:
+    """Return bool masks (True: kept) of the largest |weights| at a total sparsity in [0, 1]; counts are exact.
+
+    What a parent mask has pruned stays pruned, every tensor keeps at least one weight. `scope`: erk and uniform give
+    each tensor a sparsity of its own, global ranks all weights together. `progress`: the share of it to reach.
+    """
+    scores = [torch.where(m, w.detach().abs(), -1.0).flatten() for w, m in zip(weights, parents, strict=True)]
+    sizes = [s.numel() for s in scores]
+    if scope == "global":
+        for s in scores:
+            s[s.argmax()] = math.inf
+        kept = max(len(scores), round(sum(sizes) * (1 - progress * sparsity)))
+        flat = list(largest(torch.cat(scores), kept).split(sizes))
+    else:
+        uniform = [1 - sparsity] * len(sizes)
+        densities = erk_densities([w.shape for w in weights], sparsity) if scope == "erk" else uniform
+        kept_shares = [1 - progress * (1 - d) if progress < 1 else d for d in densities]
+        flat = [largest(s, max(1, round(s.numel() * d))) for s, d in zip(scores, kept_shares, strict=True)]
+    return [f.view(w.shape) & m for f, w, m in zip(flat, weights, parents, strict=True)]
+
+
+def prunable(network: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that pruning may remove: every tensor of two or more dimensions, no bias."""
+    return {name.removesuffix(".weight"): p for name, p in network.named_parameters() if p.ndim >= 2}
+
+
+def sparsity_report(network: nn.Module) -> dict[str, float]:
+    """Measure the share of zeros: in the prunable weights, in all parameters, per layer; and the parameters left."""
+    zeros = {name: int((w == 0).sum()) for name, w in prunable(network).items()}
+    size, total = sum(w.numel() for w in prunable(network).values()), sum(p.numel() for p in network.parameters())
+    pruned = sum(zeros.values())
+    report = {"prunable": pruned / size, "total": pruned / total, "active_params": float(total - pruned)}
+    return report | {f"layer/{name}": zeros[name] / w.numel() for name, w in prunable(network).items()}
+# <<< shared: sparsity
+
+
+# >>> shared: schedule
+def pruning_progress(step: int, start: int, end: int, exponent: float) -> float:
+    """Return the share of the final sparsity at a gradient step: 1 - (1 - (t - t0) / (t1 - t0)) ** n, in [0, 1]."""
+    if not start <= step < end:
+        return float(step >= end)
+    return 1 - (1 - (step - start) / (end - start)) ** exponent
+# <<< shared: schedule
+
+
+def exact_counts(weights: list[Tensor], sparsity: float, scope: str) -> list[int]:
+    """Return how many weights of each tensor are kept, at least one."""
+    densities = erk_densities([w.shape for w in weights], sparsity) if scope == "erk" else [1 - sparsity] * len(weights)
+    return [max(1, round(w.numel() * d)) for w, d in zip(weights, densities, strict=True)]
+
+
+class DQN:
+    """The online network with its masks, and the target network."""
+
+    def __init__(self, args: Args, num_actions: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.args, self.device, self.dtype, self.num_actions = args, device, dtype, num_actions
+        torch.manual_seed(args.seed)
+        self.kind = NormalisedQNetwork if args.regulariser == "l2-features" else QNetwork
+        self.online = self.kind(num_actions, args.network, args.feature_size, args.width)
+        self.online.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.weights = list(prunable(self.online).values())
+        self.masks = [torch.ones_like(w) for w in self.weights]
+        self.gradient_step, self.sparsity, self.losses = 0, [0.0], [0.0]  # sparsity: the schedule's
+        self.latest = torch.full((2,), math.nan, device=device, dtype=dtype)  # loss and mean Q-value of one update
+        starts, steps = args.learning_starts, -(-args.total_timesteps // args.num_envs) * args.num_envs
+        updates = max(1, math.floor(steps * args.replay_ratio) - math.floor(starts * args.replay_ratio))  # of the run
+        self.start, self.end = (min(updates - 1, round(x * updates)) for x in (args.prune_start, args.prune_end))
+        self.optimizer = torch.optim.Adam(self.online.parameters(), lr=args.learning_rate, eps=args.adam_eps,
+                                          weight_decay=1e-5 if args.regulariser == "weight-decay" else 0.0,
+                                          fused=True, capturable=device.type == "cuda")
+        for p in self.online.parameters():  # now, not in the first step: a checkpoint restores into it
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
+        self.rng = np.random.default_rng((args.seed, 0))
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = False  # kernels are loaded and cuBLAS has its workspace once update() has run
+        if args.pruner != "gmp" and args.sparsity > 0:
+            self.start_sparse()
+
+    def start_sparse(self) -> None:
+        """Make the first masks: random ones of exact counts, or those of --lottery-mask."""
+        args, counts = self.args, exact_counts(self.weights, self.args.sparsity, self.args.scope)
+        rng = torch.Generator().manual_seed(args.seed)
+        masks = [largest(torch.rand(w.numel(), generator=rng), n) for w, n in zip(self.weights, counts, strict=True)]
+        if args.pruner == "lottery":
+            try:
+                other = json.loads(Path(args.lottery_mask, "args.json").read_text())
+                saved = load(Path(args.lottery_mask, "model.safetensors").read_bytes())
+            except (OSError, ValueError) as error:
+                raise Exit(2, f"--lottery-mask {args.lottery_mask}: no finished run is there ({error})") from None
+            for name in ("seed", "env_id", "network", "feature_size", "width"):
+                flag, mine = f"--{name.replace('_', '-')}", getattr(args, name)
+                require(other.get(name) == mine, f"{flag} {mine}: --lottery-mask's run has {other.get(name)}")
+            masks = [saved[f"{name}.weight"] != 0 for name in prunable(self.online)]
+        with torch.no_grad():
+            for w, mask, new in zip(self.weights, self.masks, masks, strict=True):
+                w.mul_(mask.copy_(new.view(w.shape)))
+        self.target.load_state_dict(self.online.state_dict())
+        zeros = sum(int((mask == 0).sum()) for mask in self.masks)
+        self.sparsity = [zeros / sum(mask.numel() for mask in self.masks)]
+
+    # >>> shared: inputs
+    def to_input(self, frames: Tensor) -> Tensor:
+        """Scale uint8 frames to [0, 1], channels-last, on the device."""
+        return frames.to(self.device, self.dtype, memory_format=torch.channels_last).div_(255)
+
+    def q_values(self, network: nn.Module, obs: Tensor) -> Tensor:
+        """Return Q-values [B, num_actions] of a to_input() batch under --precision."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+            return network(obs).to(self.dtype)
+    # <<< shared: inputs
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the squared TD error and Q(s, a) of each transition, [B] both."""
+        batch = Batch(*(tensor.to(self.device) for tensor in batch))  # moves nothing if the replay is on the device
+        with torch.no_grad():
+            next_q = self.q_values(self.target, self.to_input(batch.next_obs)).max(1).values
+            td_target = batch.rewards + batch.discounts * next_q
+        q = self.q_values(self.online, self.to_input(batch.obs)).gather(1, batch.actions[:, None])[:, 0]
+        return (q - td_target).square(), q
+
+    def update(self, batch: Batch) -> None:
+        """Take one gradient step; gradients are dense, masked is what comes out. Nothing here waits for the device."""
+        losses, q = self.loss(batch)
+        losses.mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_mul_(self.weights, self.masks)
+            self.latest.copy_(torch.stack([losses.mean(), q.mean()]))
+
+    # >>> shared: captured-update
+    def captured_update(self, replay: FrameReplay) -> None:
+        """Sample and update once; with --compile by replaying a CUDA graph, which the second call captures."""
+        if self.args.compile and self.warm and not self.graph:
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.register_generator_state(replay.generator)
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.update(replay.sample(self.args.batch_size))
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.update(replay.sample(self.args.batch_size))
+        self.gradient_step, self.warm = self.gradient_step + 1, True
+    # <<< shared: captured-update
+
+    def learn(self, replay: FrameReplay, updates: int) -> None:
+        """Sample and update `updates` times, with new masks when they are due."""
+        for _ in range(updates):
+            self.new_masks(replay)
+            self.captured_update(replay)
+            if self.args.regulariser == "redo" and self.gradient_step % 1000 == 0:
+                self.recycle(replay)
+            if self.args.regulariser == "reset" and self.gradient_step % 100_000 == 0:
+                self.reset()
+        self.losses = self.latest[:1].tolist() if updates > 0 else self.losses
+
+    def new_masks(self, replay: FrameReplay) -> None:
+        """Prune along the schedule, or let as many weights grow as are dropped, when it is due."""
+        args, step = self.args, self.gradient_step
+        if args.pruner == "gmp":
+            self.prune()
+        if args.pruner not in ("rigl", "set") or step % args.prune_every or not 0 < step < self.end:
+            return
+        grow = [torch.rand(w.shape, generator=torch.Generator().manual_seed(args.seed + step)) for w in self.weights]
+        if args.pruner == "rigl":
+            losses = self.loss(replay.sample(args.batch_size))[0]
+            grow = [g.abs() for g in torch.autograd.grad(losses.mean(), self.weights)]
+        share = 0.3 * (1 + math.cos(math.pi * step / self.end)) / 2
+        with torch.no_grad():
+            for w, mask, score in zip(self.weights, self.masks, grow, strict=True):
+                count = int(mask.sum())
+                kept = largest(torch.where(mask > 0, w.abs(), -1.0).flatten(), count - round(share * count))
+                new = largest(torch.where(kept, math.inf, score.to(w).flatten()), count).view(w.shape)
+                for moment in ("exp_avg", "exp_avg_sq"):  # a weight that comes back at once goes on as it was
+                    self.optimizer.state[w][moment].mul_(~new | (mask > 0))
+                w.mul_(mask.copy_(new))
+
+    def recycle(self, replay: FrameReplay) -> None:
+        """ReDo: draw dormant units' incoming weights anew, set their outgoing ones to 0, empty the moments of both."""
+        net, fresh, inputs = self.online, self.fresh(), dict[nn.Module, Tensor]()
+        torso = [(f"torso.block{i}{x}.conv1", f"torso.block{i}{x}.conv2") for i in (1, 2, 3) for x in "ab"]
+        if self.args.network == "cnn":
+            torso = [("torso.conv1", "torso.conv2"), ("torso.conv2", "torso.conv3"), ("torso.conv3", "dense")]
+        pairs: list[tuple[Any, Any, Any]] = []
+        for a, b in [*torso, ("dense", "output")]:
+            pairs.append((net.get_submodule(a), net.get_submodule(b), fresh.get_submodule(a)))
+        hooks = [b.register_forward_pre_hook(lambda b, x: inputs.update({b: x[0]})) for _, b, _ in pairs]
+        draws = np.random.default_rng((self.args.seed, self.gradient_step)).integers(len(replay), size=64)
+        slots = (torch.from_numpy(draws).to(replay.frames.device) + replay.range[0]) % replay.slots
+
+        def by_unit(weight: Tensor, units: int) -> Tensor:
+            """View outgoing weights as [out, units, ...]; the dense layer's stand in channels-last order."""
+            return weight.view(len(weight), -1, units).transpose(1, 2) if weight.ndim == 2 else weight
+
+        with torch.no_grad():
+            self.q_values(net, self.to_input(replay.gather(slots).obs))
+            dead = []
+            for before, behind, new in pairs:
+                score = by_unit(inputs[behind].float(), len(before.weight)).transpose(0, 1).flatten(1).abs().mean(1)
+                dead.append(score <= 0.1 * (score.mean() + 1e-9))
+                for weight, values in ((before.weight, new.weight[dead[-1]]), (before.bias, 0.0)):
+                    weight[dead[-1]] = values
+                    for moment in ("exp_avg", "exp_avg_sq"):
+                        self.optimizer.state[weight][moment][dead[-1]] = 0
+            for (_, behind, _), units in zip(pairs, dead, strict=True):
+                state = self.optimizer.state[behind.weight]
+                for outgoing in (behind.weight, state["exp_avg"], state["exp_avg_sq"]):
+                    by_unit(outgoing, len(units))[:, units] = 0
+            torch._foreach_mul_(self.weights, self.masks)
+        for hook in hooks:
+            hook.remove()
+
+    def reset(self) -> None:
+        """Draw the last layer anew, in the target network too, and empty its moments."""
+        fresh, p = self.fresh(), self.online.output
+        for net in (self.online, self.target):
+            net.output.load_state_dict(fresh.output.state_dict())
+        for tensor in (p.weight, p.bias):
+            for moment in ("exp_avg", "exp_avg_sq"):
+                self.optimizer.state[tensor][moment].zero_()
+        with torch.no_grad():
+            torch._foreach_mul_(self.weights, self.masks)
+
+    def fresh(self) -> QNetwork:
+        """Return a new network, drawn from the seed and the gradient step."""
+        torch.manual_seed(self.args.seed * 1_000_003 + self.gradient_step)
+        net = self.kind(self.num_actions, self.args.network, self.args.feature_size, self.args.width)
+        return net.to(self.device, self.dtype)
+
+    # >>> shared: pruned-agent
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, epsilon: float) -> np.ndarray:
+        """Return epsilon-greedy actions [N] for obs [N, 4, 84, 84]."""
+        explore = self.rng.random(len(obs)) < epsilon
+        actions = self.rng.integers(self.num_actions, size=len(obs))
+        if not explore.all():
+            q_values = self.q_values(self.online, self.to_input(torch.from_numpy(obs[~explore])))
+            actions[~explore] = q_values.argmax(1).cpu().numpy()
+        return actions
+
+    def prune(self) -> None:
+        """Take the masks of this gradient step from the weights; what is pruned stays pruned, also in Adam's sense.
+
+        Adam's moments of a pruned weight go on and have no effect, since the mask follows every step.
+        """
+        args, step = self.args, self.gradient_step
+        due = (step - self.start) % args.prune_every == 0 or step == self.end
+        if args.sparsity == 0 or not (due and self.start <= step <= self.end):
+            return
+        progress = pruning_progress(step, self.start, self.end, args.prune_exponent)
+        parents = [mask.bool() for mask in self.masks]
+        masks = magnitude_masks(self.weights, parents, args.sparsity, args.scope, progress)
+        for mask, new in zip(self.masks, masks, strict=True):
+            mask.copy_(new)
+        self.sparsity = [progress * args.sparsity]
+
+    def update_target(self) -> None:
+        """Copy the online network, zeros included."""
+        self.target.load_state_dict(self.online.state_dict())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return by name every tensor that the next step depends on."""
+        named = {"latest": self.latest} | {f"mask.{i}": mask for i, mask in enumerate(self.masks)}
+        named |= {f"target.{name}": p for name, p in self.target.named_parameters()}
+        for name, p in self.online.named_parameters():
+            named |= {f"online.{name}": p} | {f"{m}.{name}": t for m, t in self.optimizer.state[p].items()}
+        return named
+
+    def state(self) -> dict[str, Any]:
+        """Return the rest of what the next step depends on, as JSON."""
+        numbers = {name: getattr(self, name) for name in ("gradient_step", "losses", "sparsity")}
+        return {"numbers": numbers, "rng": self.rng.bit_generator.state}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a state()."""
+        vars(self).update(state["numbers"])
+        self.rng.bit_generator.state = state["rng"]
+
+    def report(self) -> dict[str, float]:
+        """Return what is logged: the latest update's means, the sparsity of the online network."""
+        latest = dict(zip(("losses/td_loss", "losses/q_values"), self.latest.tolist()))
+        record = {"sparsity/target": self.sparsity[0]} | {k: v for k, v in latest.items() if math.isfinite(v)}
+        return record | {f"sparsity/{key}": value for key, value in sparsity_report(self.online).items()}
+    # <<< shared: pruned-agent
+
+
+# >>> shared: evaluation
+@torch.no_grad()
+def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: int, video: Path | None) -> list[float]:
+    """Play episodes together, epsilon-greedily; return their unclipped returns. `video`: film the first there (mp4)."""
+    rng, device = np.random.default_rng(seed), next(network.parameters()).device
+    envs, scores = AtariEnvs(rom, episodes, seed), dict[int, float]()
+    if video:  # the same game in colour: its seed and actions are the first environment's
+        colour = AtariEnvs(rom, 1, seed, grayscale=False, img_height=210, img_width=160, stack_num=1)
+        writer = imageio_ffmpeg.write_frames(str(video), (160, 210), fps=15, macro_block_size=2)
+        writer.send(None)
+    while len(scores) < episodes:
+        obs = torch.from_numpy(envs.obs).to(device, torch.float32, memory_format=torch.channels_last).div_(255)
+        actions = network(obs).argmax(1).cpu().numpy()
+        actions = np.where(rng.random(episodes) < epsilon, rng.integers(envs.num_actions, size=episodes), actions)
+        if video and 0 not in scores:
+            writer.send(np.ascontiguousarray(colour.obs[0, 0]))
+            colour.send(actions[:1])
+            colour.recv()
+        envs.send(actions)
+        steps = envs.recv()
+        for i, (score, _) in zip(np.flatnonzero(steps.ended), steps.episodes):
+            scores.setdefault(int(i), score)
+    if video:
+        writer.close()
+    return [scores[i] for i in range(episodes)]
+# <<< shared: evaluation
+
+
+# >>> shared: run-directory
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file that a crash leaves whole or absent."""
+    with open(temporary := path.with_name(f".{path.name}.tmp"), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+class Run:
+    """A run's folder: flags, versions, metrics.jsonl (the source of truth), TensorBoard events, checkpoints, the model.
+
+    checkpoint/STEP is the SHA-256 of the rest, a line of JSON (counters, random generators, the games' past) and the
+    tensors in safetensors' format. The last two are kept.
+    """
+
+    def __init__(self, args: Args, title: str, device: torch.device, disk_needed: float) -> None:
+        default = Path("runs", f"{title}__{Path(__file__).stem}__{args.seed}__{int(time.time())}")
+        self.args, self.path = args, Path(args.resume or args.run_dir or default)
+        self.folder = self.path / "checkpoint"
+        if not args.resume:
+            free = shutil.disk_usage(next(p for p in self.path.absolute().parents if p.exists())).free
+            print(f"{self.path}: checkpoints take up to {disk_needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free")
+            require(free > disk_needed, f"--run-dir {self.path}: too little disk is free for checkpoints")
+            fresh = not self.path.exists() or (self.path.is_dir() and not any(self.path.glob("[!.]*")))
+            require(fresh, f"--run-dir {self.path} exists: give a new folder, or go on with --resume {self.path}")
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_file(self.path / "args.json", json.dumps(asdict(args), indent=1).encode())
+            except OSError as error:
+                raise Exit(2, f"--run-dir {self.path} cannot be made ({error})") from None
+        self.folder.mkdir(exist_ok=True)
+        head = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
+        versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version,
+                    "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform(),
+                    "packages": {name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py", "tyro")}}
+        if not (self.path / "versions.json").exists():
+            write_file(self.path / "versions.json", json.dumps(versions, indent=1).encode())
+
+    def load(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+        """Return state and tensors of the newest whole checkpoint, None before the first; cut the records back to it.
+
+        A damaged checkpoint is named, and the one before it is used.
+        """
+        facts: dict[str, Any] = {"step": 0, "seconds": 0.0, "metrics": 0, "state": None}
+        found, damaged, tensors = sorted(self.folder.glob("[0-9]*"), reverse=True), list[Path](), dict[str, Tensor]()
+        for path in found:
+            digest, _, body = path.read_bytes().partition(b"\n")
+            if hashlib.sha256(body).hexdigest().encode() == digest:
+                line, _, data = body.partition(b"\n")
+                facts, tensors = json.loads(line), load(data)
+                break
+            print(f"{path} is damaged; looking for the checkpoint before it", file=sys.stderr)
+            damaged.append(path)
+        if found and damaged == found:
+            raise Exit(1, f"{self.folder}: no checkpoint is whole; nothing was changed")
+        self.metrics = open(self.path / "metrics.jsonl", "ab")
+        if self.metrics.tell() < facts["metrics"]:
+            raise Exit(1, f"{self.metrics.name} is shorter than when the checkpoint was written")
+        for path in damaged:
+            path.unlink()
+        self.metrics.truncate(facts["metrics"])
+        self.metrics.seek(0, os.SEEK_END)
+        self.board = SummaryWriter(str(self.path), purge_step=facts["step"] + 1)
+        self.start, self.saved_at, self.saved = time.time() - facts["seconds"], time.monotonic(), facts["step"]
+        if self.args.track:
+            import wandb
+
+            project, name, flags = self.args.wandb_project, self.path.resolve().name, asdict(self.args)
+            self.wandb = wandb.init(project=project, id=name, name=name, config=flags, dir=self.path, resume="allow")
+        return facts["state"], tensors
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Append one record to metrics.jsonl and give it to TensorBoard and W&B."""
+        record = {"step": step, "seconds": round(time.time() - self.start, 3), **values}
+        self.metrics.write(json.dumps(record).encode() + b"\n")
+        self.metrics.flush()
+        for key, value in values.items():
+            self.board.add_scalar(key, value, step)
+        if self.args.track:
+            self.wandb.log(values, step=step)
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Write a checkpoint and delete all but the last two; Exit if it cannot be written."""
+        self.board.flush()
+        os.fsync(self.metrics.fileno())
+        facts = {"step": step, "seconds": time.time() - self.start, "state": state, "metrics": self.metrics.tell()}
+        masks = {name: t.bool() for name, t in tensors.items() if name.startswith("mask")}
+        copies = {name: t.detach().cpu().contiguous() for name, t in (tensors | masks).items()}
+        body = json.dumps(facts).encode() + b"\n" + save(copies)
+        try:
+            write_file(self.folder / f"{step:012d}", hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        except OSError as error:
+            raise Exit(1, f"{self.folder}: no checkpoint could be written ({error}); the last one is kept") from None
+        for path in sorted(self.folder.iterdir())[:-2]:  # .names, which interrupted writes leave, come first
+            path.unlink()
+        self.saved, self.saved_at = step, time.monotonic()
+
+    def finish(self, step: int, network: nn.Module, rom: str, title: str, epoch_return: float | None) -> None:
+        """Save the network, evaluate it, write final.json and tell the user what came out."""
+        weights = {name: p.detach().contiguous() + 0.0 for name, p in network.named_parameters()}  # no -0.0
+        write_file(self.path / "model.safetensors", save(weights))
+        video = self.path / "evaluation.mp4" if self.args.capture_video else None
+        result, seed = dict[str, Any](), self.args.seed + 1_000_000  # not the seed of training
+        if episodes := self.args.eval_episodes:
+            print(f"evaluating over {episodes} episodes")
+            scores = evaluate(network, rom, episodes, 0.001, seed, video)
+            result = {"eval/episodic_return": float(np.mean(scores)), "eval/episodes": episodes}
+            if (human := human_normalized(title, result["eval/episodic_return"])) is not None:
+                result["eval/human_normalized"] = human
+            self.log(step, result)
+        self.board.close()
+        report = {f"sparsity/{key}": value for key, value in sparsity_report(network).items()} | result
+        final = {"status": "finished", "step": step, "seconds": time.time() - self.start, "epoch_return": epoch_return}
+        write_file(self.path / "final.json", json.dumps(final | report, indent=1).encode())
+        for key, value in report.items():
+            print(f"{key:28} {value:12,.6g}")
+        print(f"finished {step} steps in {final['seconds'] / 60:.1f} minutes; everything is in {self.path}")
+# <<< shared: run-directory
+
+
+# >>> shared: command-line
+def parse(argv: list[str]) -> Args:
+    """Return the flags of the command line; with --resume those of the run."""
+    args = tyro.cli(Args, args=argv, description=(__doc__ or "").partition("\n")[0])
+    if "--resume" not in argv and not args.resume:
+        return args
+    others = [flag for flag in argv if flag.startswith("--") and not flag.startswith("--resume")]
+    require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
+    try:
+        return Args(**json.loads(Path(args.resume, "args.json").read_text()) | {"resume": args.resume or "."})
+    except (OSError, ValueError, TypeError) as error:
+        raise Exit(2, f"--resume {args.resume}: no run of this script is there ({error})") from None
+
+
+def find_device(args: Args) -> torch.device:
+    """Return the device of --device; Exit if this machine has none such or it cannot do what the flags ask."""
+    count = torch.cuda.device_count()
+    known = ["auto", "cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
+    require(args.device in known, f"--device {args.device}: this machine has {', '.join(known)}")
+    device = torch.device(("cuda" if count else "cpu") if args.device == "auto" else args.device)
+    require(device.type == "cuda" or not args.compile, "--compile: only with --device cuda; it gains nothing on CPU")
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+# <<< shared: command-line
+
+
+# >>> shared: entry
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed blocks; else every update faults its gradients' pages in anew, a fifth of its time."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            mallopt(option, value)
+
+
+def command_line(main: Callable[[Args], None]) -> None:
+    """Run main; a fault ends it with one line and an exit status."""
+    keep_freed_memory()
+    try:
+        main(parse(sys.argv[1:]))
+    except (Exit, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # a fault of ours, which deserves its traceback
+        hint = "" if isinstance(error, OSError) else "these flags need more memory than there is: "
+        status, line = error.args if isinstance(error, Exit) else (1, f"{hint}{str(error).splitlines()[0]}")
+        print(f"{Path(__file__).name}: {line}", file=sys.stderr)
+        sys.exit(status)
+# <<< shared: entry
+
+
+def main(args: Args) -> None:
+    """Train, evaluate the network, and leave the run folder."""
+    # >>> shared: start
+    if args.resume and Path(args.resume, "final.json").exists():
+        print(f"{args.resume} is finished; nothing is left to do")
+        return
+    device, (rom, title), total = find_device(args), find_rom(args.env_id), args.total_timesteps
+    step, epoch_return, returns, recent = 0, None, list[float](), [0.0]  # of the episodes of this epoch, of the latest
+    run, stops, training = None, list[int](), False
+
+    def stop(signum: int, _: Any) -> None:
+        """Stop after this step with a checkpoint; at once before the first and after the last step."""
+        stops.append(signum)
+        if not training:
+            hint = f"go on with --resume {run.path}" if run else "no run was begun"
+            os.write(2, f"{Path(__file__).name}: stopped at step {step}; {hint}\n".encode())
+            os._exit(75)  # an exception could come up in the middle of anything
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    envs = AtariEnvs(rom, args.num_envs, args.seed)
+    fits = device.type == "cpu" or 7130 * args.buffer_size < 0.8 * torch.cuda.mem_get_info(device)[0]
+    require(fits or not args.compile, f"--buffer-size {args.buffer_size}: too large for the GPU, which --compile needs")
+    # <<< shared: start
+    agent = DQN(args, envs.num_actions, device)
+    home, tensors = device if fits else torch.device("cpu"), agent.tensors()
+    replay = FrameReplay(args.buffer_size, args.num_envs, home, args.seed, args.gamma)
+    # >>> shared: go-on
+    run = Run(args, title, device, 6 * total + 3 * sum(t.nbytes for t in tensors.values()))
+    replay.see(envs.obs[:, -1])
+    state, saved = run.load()
+    if state:
+        step, epoch_return, returns = state["counters"]
+        agent.restore(state["agent"])
+        replay.generator.set_state(torch.tensor(state["sampling"], dtype=torch.uint8))
+        for row, actions, steps in envs.restore(state["games"], step // args.num_envs - replay.rows):
+            replay.step = row
+            replay.add(actions, steps, envs.obs[:, -1])
+        for name, tensor in tensors.items():
+            tensor.detach().copy_(saved[name])
+    tty, shown = sys.stderr.isatty(), (step, time.monotonic())
+    shape = "{percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt} {remaining} left {desc}"
+    bar = tqdm(total=total, initial=step, unit="step", unit_scale=True, dynamic_ncols=True,
+               mininterval=0.5 if tty else 30, bar_format="{bar:10}" + shape if tty else shape + "\n")
+    # <<< shared: go-on
+
+    training = True
+    while step < total:
+        now, trained = step + args.num_envs, agent.gradient_step > 0
+        # Act and step.
+        epsilon = 1 + (args.epsilon_end - 1) * min(1.0, max(0.0, (step - args.learning_starts) / args.epsilon_steps))
+        actions = agent.act(envs.obs, epsilon)
+        envs.send(actions)
+        updates = math.floor(now * args.replay_ratio) - math.floor(max(step, args.learning_starts) * args.replay_ratio)
+        if args.num_envs > 1:  # the environments step meanwhile; one alone keeps the paper's order of events
+            agent.learn(replay, updates)
+        steps = envs.recv()
+        # Store.
+        replay.add(actions, steps, envs.obs[:, -1])
+        for score, length in steps.episodes:
+            run.log(now, {"charts/episodic_return": score, "charts/episodic_length": length})
+            returns, recent = [*returns, score], [*recent, score][-10:]
+        # Learn and prune.
+        if args.num_envs == 1:
+            agent.learn(replay, updates)
+        if not all(map(math.isfinite, agent.losses)):
+            bar.close()
+            last = f"step {run.saved} in {run.folder}" if run.saved else "none yet"
+            raise Exit(1, f"the losses became {agent.losses} at step {now}; last checkpoint: {last}")
+        # Target.
+        if trained and now < total and now // args.target_every > step // args.target_every:
+            agent.update_target()
+        # Log.
+        bar.set_description_str(f"return {np.mean(recent):.1f} sparsity {agent.sparsity[0]:.3f}", False)
+        bar.update(min(now, total) - step)
+        epoch_ends, log_every = now // args.epoch_steps > step // args.epoch_steps, max(args.target_every, 1000)
+        if epoch_ends or now // log_every > step // log_every:
+            speed, shown = (now - shown[0]) / (time.monotonic() - shown[1]), (now, time.monotonic())
+            record = {"charts/SPS": speed, "charts/epsilon": epsilon, "charts/learning_rate": args.learning_rate,
+                      "charts/buffer_size": len(replay), "memory/replay_bytes": replay.nbytes,
+                      "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+            if epoch_ends:
+                epoch_return, returns = sum(returns) / len(returns) if returns else None, []
+                record |= {} if epoch_return is None else {"charts/epoch_return": epoch_return}
+            run.log(now, record | agent.report())
+        step = now
+        # Save.
+        if stops or step >= total or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
+            state = {"counters": (step, epoch_return, returns), "agent": agent.state(), "games": envs.past(),
+                     "sampling": replay.generator.get_state().tolist()}
+            run.save(step, tensors, state)
+        if stops:
+            bar.close()
+            raise Exit(75, f"stopped at step {step}; go on with --resume {run.path}")
+
+    training = False
+    bar.close()
+    run.finish(step, agent.online, rom, title, epoch_return)
+
+
+if __name__ == "__main__":
+    command_line(main)

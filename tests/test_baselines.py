@@ -1,0 +1,259 @@
+"""Tests of dqn_atari_baselines.py: sparse training and regularisation, each against its definition."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tasks import CPU, Small, all_equal, filled_replay, params
+from test_runs import TINY, records, run, side_by_side, succeed
+from torch import Tensor
+
+
+def agent_of(module: ModuleType, **flags: Any) -> Any:
+    flags = {"feature_size": 16, "learning_starts": 100, "total_timesteps": 900, **flags}  # 200 gradient steps
+    return module.DQN(module.Args(**flags), 4, CPU)
+
+
+@pytest.fixture
+def small(baselines: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return the script with Small for its network."""
+    monkeypatch.setattr(baselines, "QNetwork", Small)
+    return baselines
+
+
+def filled(module: ModuleType, size: int = 12) -> Any:
+    return filled_replay(module, module.FrameReplay, size, 60, n_step=1)
+
+
+def snapshot(agent: Any) -> tuple[list[Tensor], list[Tensor]]:
+    return [m.bool() for m in agent.masks], [w.detach().clone() for w in agent.weights]
+
+
+# Sparse training
+
+
+@pytest.mark.parametrize("pruner", ["static", "set", "rigl"])
+@pytest.mark.parametrize("scope", ["erk", "uniform"])
+def test_random_masks_at_the_start(small: ModuleType, pruner: str, scope: str) -> None:
+    agents = [agent_of(small, pruner=pruner, scope=scope, sparsity=0.8, seed=seed) for seed in (1, 1, 2)]
+    masks = [snapshot(agent)[0] for agent in agents]
+    assert all_equal(masks[0], masks[1]) and not all_equal(masks[0], masks[2])
+    densities = small.erk_densities([m.shape for m in masks[0]], 0.8) if scope == "erk" else [0.2] * 4
+    assert [int(m.sum()) for m in masks[0]] == [max(1, round(m.numel() * d)) for m, d in zip(masks[0], densities)]
+    for w, target, m in zip(agents[0].weights, small.prunable(agents[0].target).values(), masks[0]):
+        assert not w[~m].any() and w[m].all() and torch.equal(w, target)
+    dense = agent_of(small, pruner=pruner, sparsity=0.0)
+    assert all(m.all() for m in dense.masks) and dense.sparsity == [0.0]
+
+
+def test_static_masks_stay(small: ModuleType) -> None:
+    agent = agent_of(small, pruner="static", sparsity=0.8, prune_every=1)
+    before = snapshot(agent)[0]
+    agent.learn(filled(small), 30)
+    assert all_equal(snapshot(agent)[0], before) and 0.75 < agent.sparsity[0] < 0.85
+    assert all(not w[~m].any() for w, m in zip(agent.weights, before))
+
+
+@pytest.mark.parametrize("pruner", ["set", "rigl"])
+def test_smallest_weights_are_replaced(small: ModuleType, monkeypatch: pytest.MonkeyPatch, pruner: str) -> None:
+    """0.3 of each layer at first, less along a cosine; by random weights, or by those of the largest gradient."""
+    agent, replay = agent_of(small, pruner=pruner, sparsity=0.7, prune_every=10), filled(small)
+    batch = replay.sample(32)
+    monkeypatch.setattr(replay, "sample", lambda _: batch)
+    changes, overlaps = [], []
+    for step in range(200):
+        old, weights = snapshot(agent)
+        moments = [agent.optimizer.state[w]["exp_avg_sq"].clone() for w in agent.weights]
+        losses = agent.loss(batch)[0]
+        gradients = torch.autograd.grad(losses.mean(), agent.weights)
+        agent.new_masks(replay)
+        new, _ = snapshot(agent)
+        if not all_equal(old, new):
+            changes.append(step)
+        for w, before, was, now, g, m in zip(agent.weights, weights, old, new, gradients, moments):
+            assert was.sum() == now.sum(), "as many as before"
+            dropped, grown = was & ~now, now & ~was
+            assert not w[~now].any() and torch.equal(w[was & now], before[was & now]) and not w[grown].any()
+            assert not agent.optimizer.state[w]["exp_avg_sq"][grown].any()
+            assert torch.equal(agent.optimizer.state[w]["exp_avg_sq"][was & now], m[was & now])
+            if step in changes and dropped.any():
+                share = 0.3 * (1 + math.cos(math.pi * step / 160)) / 2
+                count = round(share * int(was.sum()))
+                assert dropped.sum() <= count, "one that is dropped may come back at once"
+                ranked = before[was].abs().sort().values
+                assert before[dropped].abs().max() <= ranked[count - 1]
+                largest = g.abs()[~was].sort(descending=True).values[: int(grown.sum())]
+                overlaps.append(torch.equal(g.abs()[grown].sort(descending=True).values, largest))
+        agent.update(batch)
+        agent.gradient_step += 1
+    assert set(changes) <= set(range(10, 160, 10)) and len(changes) >= 12
+    assert all(overlaps) if pruner == "rigl" else not any(overlaps[:4])
+
+
+def test_a_lottery_ticket(tmp_path: Path) -> None:
+    """The mask of a finished run on its own initial weights; another seed or size is refused, and so is no run."""
+    flags = f"{TINY} --feature-size 16 --seed 3"
+    succeed("dqn_atari_gmp", flags, "--sparsity 0.9 --prune-every 5 --run-dir winner", cwd=tmp_path)
+    lottery = "--pruner lottery --lottery-mask winner"
+    tries = (f"{lottery} --run-dir ticket", f"{lottery} --seed 4", f"{lottery} --feature-size 8",
+             "--pruner lottery --lottery-mask nowhere", "--pruner lottery", "--lottery-mask winner")  # fmt: skip
+    outputs = side_by_side(lambda own: run("dqn_atari_baselines", flags, own, cwd=tmp_path), tries)
+    ticket, *refused = (future.result() for future in outputs.values())
+    assert ticket.status == 0, ticket.stderr
+    masks = [{name: w != 0 for name, w in load_file(tmp_path / run_dir / "model.safetensors").items() if w.ndim > 1}
+             for run_dir in ("winner", "ticket")]  # fmt: skip
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    assert sum(int(m.sum()) for m in masks[0].values()) == pytest.approx(0.1 * 198_000, rel=0.03)
+    named = ("--seed 4", "--feature-size 8", "nowhere", "--lottery-mask", "--pruner lottery")
+    for output, words in zip(refused, named, strict=True):
+        (line,) = output.complaints()
+        assert output.status == 2 and words in line, output
+
+
+def test_the_lottery_starts_from_the_initial_weights(baselines: ModuleType, tmp_path: Path) -> None:
+    flags = {"seed": 5, "feature_size": 16}
+    dense = agent_of(baselines, sparsity=0.0, **flags)
+    masks = {f"{name}.weight": torch.rand(w.shape) < 0.3 for name, w in baselines.prunable(dense.online).items()}
+    model = {name: p.detach().contiguous() * masks.get(name, 1) for name, p in dense.online.named_parameters()}
+    (tmp_path / "model.safetensors").write_bytes(baselines.save(model))
+    (tmp_path / "args.json").write_text(json.dumps({"env_id": "Breakout", "network": "cnn", "width": 1, **flags}))
+    agent = agent_of(baselines, pruner="lottery", lottery_mask=str(tmp_path), **flags)
+    for (name, w), first in zip(baselines.prunable(agent.online).items(), dense.weights):
+        assert torch.equal(w, first * masks[f"{name}.weight"])
+    assert agent.sparsity[0] == pytest.approx(0.7, abs=0.01)
+
+
+def test_gmp_is_the_other_script(tmp_path: Path) -> None:
+    """Without a regulariser the model and the losses are those of dqn_atari_gmp.py, bit for bit."""
+    flags = f"{TINY} --feature-size 16 --prune-every 5"
+    own = {"dqn_atari_gmp": "--analysis-every 0", "dqn_atari_baselines": ""}
+    side_by_side(lambda script: succeed(script, flags, own[script], f"--run-dir {script}", cwd=tmp_path), own)
+    models = [(tmp_path / script / "model.safetensors").read_bytes() for script in own]
+    assert models[0] == models[1]
+    losses = [[r["losses/td_loss"] for r in records(tmp_path / script) if "losses/td_loss" in r] for script in own]
+    assert losses[0] == losses[1] and losses[0]
+
+
+# Regularisation
+
+
+def test_weight_decay_is_coupled(small: ModuleType) -> None:
+    """1e-5 times the weight is added to the gradient, before Adam's moments; by Adam's formula in float64."""
+    args = small.Args(feature_size=16, regulariser="weight-decay", sparsity=0.0, learning_rate=1e-2)
+    agent = small.DQN(args, 4, CPU, torch.float64)
+    batch, before = filled(small).sample(32), params(agent.online)
+    gradients = torch.autograd.grad(agent.loss(batch)[0].mean(), list(agent.online.parameters()))
+    agent.update(batch)
+    for p, old, g in zip(agent.online.parameters(), before, gradients):
+        g = g + 1e-5 * old
+        assert torch.allclose(p, old - 1e-2 * g / (g.abs() + 1.5e-4), rtol=0, atol=1e-12)
+        assert torch.allclose(agent.optimizer.state[p]["exp_avg"], 0.1 * g, rtol=0, atol=1e-14) and old.any()
+
+
+def test_features_of_length_one(baselines: ModuleType) -> None:
+    agent, seen = agent_of(baselines, regulariser="l2-features", sparsity=0.0), list[Tensor]()
+    agent.online.output.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    q = agent.online(torch.rand(5, 4, 84, 84))
+    assert seen[0].norm(dim=1).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
+    assert torch.allclose(q, seen[0] @ agent.online.output.weight.T + agent.online.output.bias)
+    plain = agent_of(baselines, sparsity=0.0)
+    assert all_equal(params(plain.online), params(agent.online))
+    assert type(agent.target) is type(agent.online)
+
+
+@pytest.mark.parametrize("network", ["cnn", "impala"])
+def test_dormant_units_are_made_anew(baselines: ModuleType, network: str) -> None:
+    """Silent units: new incoming weights, no outgoing ones, empty moments; all else, and what comes out, as before."""
+    agent = agent_of(baselines, network=network, regulariser="redo", sparsity=0.0, seed=2)
+    replay = filled_replay(baselines, baselines.FrameReplay, 84, 40, n_step=1)
+    net = agent.online
+    agent.learn(replay, 2)
+    block = net.torso.block2a if network == "impala" else net.torso
+    silent = [(net.dense, 3), (block.conv1, 7)] + ([(block.conv3, 9)] if network == "cnn" else [])
+    with torch.no_grad():
+        for layer, unit in silent:
+            layer.weight[unit], layer.bias[unit] = 0.0, -1.0
+    old = {name: p.detach().clone() for name, p in net.named_parameters()}
+    obs = torch.rand(6, 4, 84, 84)
+    with torch.no_grad():
+        was = net(obs)
+    agent.gradient_step = 1000
+    agent.recycle(replay)
+    fresh = agent.fresh()
+
+    changed = {name: (p != old[name]) for name, p in net.named_parameters()}
+    for layer, unit in silent:
+        name = next(n for n, m in net.named_modules() if m is layer)
+        new, drawn = layer.weight[unit], fresh.get_submodule(name).weight[unit]
+        assert torch.equal(new[new != 0], drawn[new != 0]) and (new != 0).float().mean() > 0.1  # not from dead units
+        assert layer.bias[unit] == 0
+        for tensor in (layer.weight, layer.bias):
+            assert not agent.optimizer.state[tensor]["exp_avg"][unit].any()
+            assert not agent.optimizer.state[tensor]["exp_avg_sq"][unit].any()
+    behind = block.conv2
+    outgoing = [net.output.weight[:, 3], behind.weight[:, 7]]
+    outgoing += [net.dense.weight.view(16, 121, 64)[:, :, 9]] if network == "cnn" else []
+    assert not any(w.any() for w in outgoing)
+    assert not agent.optimizer.state[behind.weight]["exp_avg_sq"][:, 7].any()
+    if network == "cnn":
+        assert not agent.optimizer.state[net.dense.weight]["exp_avg_sq"].view(16, 121, 64)[:, :, 9].any()
+    with torch.no_grad():
+        assert torch.allclose(net(obs), was, atol=0.2), "what is below a tenth of the mean said little"
+    assert changed["dense.weight"][3].any() and not changed["output.bias"].any()
+
+
+def test_dormant_is_a_tenth_of_the_mean(baselines: ModuleType) -> None:
+    """Of 16 dense units, by scores computed apart: exactly those at or below 0.1 of the mean are drawn anew."""
+    agent = agent_of(baselines, regulariser="redo", sparsity=0.0)
+    replay = filled_replay(baselines, baselines.FrameReplay, 84, 40, n_step=1)
+    with torch.no_grad():
+        for unit in range(16):
+            agent.online.dense.weight[unit] *= 0.02 * (1 + unit)
+    first, count = replay.range.tolist()
+    draws = np.random.default_rng((1, 0)).integers(count, size=64)
+    x = replay.gather(torch.from_numpy(draws + first) % replay.slots).obs.float() / 255
+    with torch.no_grad():
+        features = agent.online.torso(x).permute(0, 2, 3, 1).flatten(1)
+        h = torch.relu(features @ agent.online.dense.weight.T).double().mean(0)
+    wanted = (h <= 0.1 * h.mean()).tolist()
+    agent.recycle(replay)
+    anew = (agent.online.dense.weight == agent.fresh().dense.weight).float().mean(1) > 0.1  # where channels are alive
+    assert anew.tolist() == wanted and 0 < sum(wanted) < 16
+
+
+def test_the_last_layer_is_made_anew(small: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, replay = agent_of(small, regulariser="reset", sparsity=0.5, pruner="static"), filled(small)
+    agent.learn(replay, 3)
+    before, target = params(agent.online), params(agent.target)
+    agent.gradient_step = 99_999
+    monkeypatch.setattr(agent, "update", lambda _: None)
+    agent.learn(replay, 1)
+    assert agent.gradient_step == 100_000
+    names = [name for name, _ in agent.online.named_parameters()]
+    for name, p, old, t, t_old in zip(names, agent.online.parameters(), before, agent.target.parameters(), target):
+        if name.startswith("output"):
+            assert not torch.equal(p, old) or not p.any()
+            assert not agent.optimizer.state[p]["exp_avg"].any()
+        else:
+            assert torch.equal(p, old) and torch.equal(t, t_old) and agent.optimizer.state[p]["exp_avg"].any()
+    assert not agent.online.output.weight[agent.masks[-1] == 0].any(), "masked as before"
+    again = copy.deepcopy(agent.online.output.weight)
+    agent.reset()
+    assert torch.equal(agent.online.output.weight, again), "drawn from the seed and the step"
+
+
+@pytest.mark.parametrize("flags", ["--regulariser redo --pruner rigl --prune-every 9", "--regulariser l2-features"])
+def test_short_runs(tmp_path: Path, flags: str) -> None:
+    succeed("dqn_atari_baselines", TINY, flags, "--feature-size 16 --run-dir run --eval-episodes 0", cwd=tmp_path)
+    final = json.loads((tmp_path / "run" / "final.json").read_text())
+    assert final["sparsity/prunable"] == pytest.approx(0.95, abs=1e-3)
+    assert [r for r in records(tmp_path / "run") if r.get("losses/td_loss", 0) > 0]
