@@ -149,7 +149,8 @@ class Args:
         check("prune_start prune_end", lambda x: 0 <= x <= 1, "in [0, 1]")
         check("prune_end", lambda x: x >= self.prune_start, f"at least --prune-start, {self.prune_start}")
         given = self.lottery_mask != ""
-        require(given == (self.pruner == "lottery"), f"--lottery-mask {self.lottery_mask}: goes with --pruner lottery, and only with it")
+        text = f"--lottery-mask {self.lottery_mask}: goes with --pruner lottery, and only with it"
+        require(given == (self.pruner == "lottery"), text)
 
 
 # >>> shared: atari-env
