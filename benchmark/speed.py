@@ -136,8 +136,8 @@ def main(args: Args) -> None:
     for _ in range(args.repeats):
         for row in rows:
             row.times.append(row.run(args.updates))
-    print("| script | network | K | precision | envs | steps/s | update ms | sample ms | act, env, store ms/step | | |")
-    print("|---" * 11 + "|")
+    columns = "script|network|K|precision|envs|steps/s|update ms|sample ms|act ms/step|env ms/step|store ms/step"
+    print(f"| {columns.replace('|', ' | ')} |\n{'|---' * 11}|")
     for row in rows:
         print(row.table_row())
 

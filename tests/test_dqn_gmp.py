@@ -94,6 +94,15 @@ def test_masks_over_a_run(dqn: ModuleType, monkeypatch: pytest.MonkeyPatch, scop
     assert agent.sparsity == [0.9]
 
 
+def test_a_schedule_up_to_the_end(dqn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --prune-end 1 the last gradient step has the final masks; with both ends at 1 it has the only ones."""
+    monkeypatch.setattr(dqn, "QNetwork", Small)
+    for start in (0.5, 1.0):
+        agent, history = run_of_masks(dqn, 50, prune_start=start, prune_end=1.0, sparsity=0.8)
+        assert agent.end == 49 and agent.sparsity == [0.8]
+        assert sum(int(m.sum()) for m in history[-1]) < 0.25 * sum(m.numel() for m in history[-1])
+
+
 def test_masks_of_jaxpruners_rule(dqn: ModuleType) -> None:
     """By hand: the largest |w| of each tensor, ties by lower index, rounded counts, at least one."""
     weights = [torch.tensor([values]) for values in ([1.0, -4, 4, 2], [-9.0, 8, 7, 6, -5, 4, 0, 0, 0.5, 3])]
@@ -219,9 +228,11 @@ def test_state_and_tensors_are_everything(dqn: ModuleType, monkeypatch: pytest.M
         for name, tensor in agent.tensors().items():
             other.tensors()[name].copy_(tensor)
     other.restore(json.loads(json.dumps(agent.state())))
+    actions = []
     for each, replay in zip((agent, other), replays):
         each.learn(replay, 20)
-        each.act(np.zeros((9, 4, 12, 12), np.uint8), 0.5)
+        actions.append(each.act(np.zeros((90, 4, 12, 12), np.uint8), 0.5).tolist())
+    assert actions[0] == actions[1]
     assert agent.sparsity == other.sparsity and agent.sparsity[0] > 0.5 and agent.state() == other.state()
     for ours, theirs in zip(agent.tensors().values(), other.tensors().values()):
         assert torch.equal(ours, theirs)
