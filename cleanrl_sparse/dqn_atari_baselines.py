@@ -29,7 +29,7 @@ Differences from the papers, and guesses ([C] read in the paper, [I] inferred, [
  4. [D] A reset, every 100,000 gradient steps [C], empties Adam's moments and takes place in the target network, too.
  5. [D] Masks, schedule, width and environments: as in dqn_atari_gmp.py.
 
-Figures: 12, 13, 22, 24 to 27, as far as they are about DQN. More: docs/dqn_atari_baselines.md.
+Figures: 12, 13, 22, as far as they are about DQN. More: docs/dqn_atari_baselines.md.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ import torch
 import tyro
 from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -83,7 +84,7 @@ def require(accepted: bool, line: str) -> None:
 
 @dataclass
 class Args:
-    """Flags; the defaults are the paper's setting. A "step" is an environment step: one decision, 4 frames."""
+    """Flags; the paper's figures are of --network impala --width 3. A "step" is one decision, 4 frames."""
 
     # >>> shared: run-flags
     env_id: str = "Breakout"  # game; Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same
@@ -114,14 +115,14 @@ class Args:
     # <<< shared: run-flags
     network: Literal["cnn", "impala"] = "cnn"  # cnn: DQN's three convolutions; impala: the 15-layer residual network
     feature_size: int = 512  # units of the dense layer (>= 1)
-    width: int = 1  # multiplies the channels of the convolutions (>= 1; the paper: 1 to 5)
+    width: int = 1  # multiplies the channels of the convolutions (>= 1; the paper: 1 to 5, mainly 3)
     pruner: Literal["gmp", "rigl", "set", "static", "lottery"] = "gmp"  # how the network is made sparse
     regulariser: Literal["none", "weight-decay", "l2-features", "redo", "reset"] = "none"  # what keeps it plastic
     lottery_mask: str = ""  # folder of a finished run whose mask --pruner lottery takes; same seed, network and sizes
-    sparsity: float = 0.95  # share of the prunable weights that is zero in the end, in [0, 1); 0 is dense
+    sparsity: float = 0.95  # share of the prunable weights that is zero in the end, in [0, 1); lottery: the mask's
     prune_start: float = 0.2  # gmp: share of the run's gradient steps at which pruning begins, in [0, 1]
     prune_end: float = 0.8  # gmp, rigl, set: share after which the masks stay, in [prune_start, 1]
-    prune_every: int = 1000  # gradient steps between updates of the masks (>= 1; the paper's RigL: 5,000)
+    prune_every: int = 1000  # gmp, rigl, set: gradient steps between new masks (>= 1; the paper's RigL: 5,000)
     scope: Literal["erk", "uniform"] = "erk"  # how sparsity is spread over the layers
     prune_exponent: ClassVar[float] = 3.0  # of gmp's schedule
 
@@ -148,9 +149,10 @@ class Args:
         check("sparsity", lambda x: 0 <= x < 1, "in [0, 1)")
         check("prune_start prune_end", lambda x: 0 <= x <= 1, "in [0, 1]")
         check("prune_end", lambda x: x >= self.prune_start, f"at least --prune-start, {self.prune_start}")
-        given = self.lottery_mask != ""
-        text = f"--lottery-mask {self.lottery_mask}: goes with --pruner lottery, and only with it"
-        require(given == (self.pruner == "lottery"), text)
+        lottery = self.pruner == "lottery"
+        require(not lottery or self.lottery_mask != "", "--pruner lottery: needs --lottery-mask, a run's folder")
+        require(lottery or self.lottery_mask == "", f"--lottery-mask {self.lottery_mask}: only with --pruner lottery")
+        self.lottery_mask = str(Path(self.lottery_mask).resolve()) if lottery else ""
 
 
 # >>> shared: atari-env
@@ -266,7 +268,7 @@ class AtariEnvs:
             steps = self.recv()
             if (begun := begins == step + 1).any():  # what this environment did until now is not in the record
                 self.reset(begun, reseed=True)
-            yield step, actions[step], steps
+            yield step, actions[step], steps  # at a begin no ending: such rows lie before all stacks that are sampled
         self.seeded = past["seeded"]
         if hashlib.sha256(self.obs).hexdigest() != past["digest"]:
             raise Exit(1, "the games went otherwise when played again; resume with the ale-py of versions.json")
@@ -324,10 +326,16 @@ class QNetwork(nn.Module):
             else:
                 nn.init.xavier_uniform_(p)
 
+    def features(self, obs: Tensor) -> Tensor:
+        """Map obs [B, 4, 84, 84], floats in [0, 1], to features [B, feature_size]."""
+        x = self.torso(obs).permute(0, 2, 3, 1).flatten(1)  # flat in channels-last order, which needs no copy
+        return self.relu(self.dense(x))
+
     def forward(self, obs: Tensor) -> Tensor:
         """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
-        features = self.torso(obs).permute(0, 2, 3, 1).flatten(1)  # flat in channels-last order, which needs no copy
-        return self.output(self.relu(self.dense(features)))
+        x = self.features(obs)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would round away what actions differ in
+            return self.output(x.to(self.output.weight.dtype))
 # <<< shared: torsos
 
 
@@ -335,10 +343,9 @@ class QNetwork(nn.Module):
 class NormalisedQNetwork(QNetwork):
     """A QNetwork whose features have length 1."""
 
-    def forward(self, obs: Tensor) -> Tensor:
-        """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
-        features = self.relu(self.dense(self.torso(obs).permute(0, 2, 3, 1).flatten(1)))
-        return self.output(nn.functional.normalize(features, dim=1))
+    def features(self, obs: Tensor) -> Tensor:
+        """Map obs [B, 4, 84, 84], floats in [0, 1], to features [B, feature_size]."""
+        return nn.functional.normalize(super().features(obs), dim=1)
 # <<< shared: l2-features
 
 
@@ -527,31 +534,34 @@ class DQN:
         self.start, self.end = (min(updates - 1, round(x * updates)) for x in (args.prune_start, args.prune_end))
         self.optimizer = torch.optim.Adam(self.online.parameters(), lr=args.learning_rate, eps=args.adam_eps,
                                           weight_decay=1e-5 if args.regulariser == "weight-decay" else 0.0,
-                                          fused=True, capturable=device.type == "cuda")
+                                          fused=True, capturable=args.compile)
         for p in self.online.parameters():  # now, not in the first step: a checkpoint restores into it
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
         self.rng = np.random.default_rng((args.seed, 0))
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = False  # kernels are loaded and cuBLAS has its workspace once update() has run
-        if args.pruner != "gmp" and args.sparsity > 0:
+        begun = args.resume and any(Path(args.resume, "checkpoint").glob("[0-9]*"))  # the masks are in a checkpoint
+        if not begun and (args.pruner == "lottery" or (args.pruner != "gmp" and args.sparsity > 0)):
             self.start_sparse()
 
     def start_sparse(self) -> None:
         """Make the first masks: random ones of exact counts, or those of --lottery-mask."""
-        args, counts = self.args, exact_counts(self.weights, self.args.sparsity, self.args.scope)
-        rng = torch.Generator().manual_seed(args.seed)
-        masks = [largest(torch.rand(w.numel(), generator=rng), n) for w, n in zip(self.weights, counts, strict=True)]
-        if args.pruner == "lottery":
+        args = self.args
+        if args.pruner != "lottery":
+            counts = exact_counts(self.weights, args.sparsity, args.scope)
+            rng = torch.Generator().manual_seed(args.seed)
+            masks = [largest(torch.rand(w.numel(), generator=rng), n) for w, n in zip(self.weights, counts)]
+        else:
             try:
                 other = json.loads(Path(args.lottery_mask, "args.json").read_text())
                 saved = load(Path(args.lottery_mask, "model.safetensors").read_bytes())
-            except (OSError, ValueError) as error:
+                masks = [saved[f"{name}.weight"] != 0 for name in prunable(self.online)]
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
                 raise Exit(2, f"--lottery-mask {args.lottery_mask}: no finished run is there ({error})") from None
-            for name in ("seed", "env_id", "network", "feature_size", "width"):
-                flag, mine = f"--{name.replace('_', '-')}", getattr(args, name)
-                require(other.get(name) == mine, f"{flag} {mine}: --lottery-mask's run has {other.get(name)}")
-            masks = [saved[f"{name}.weight"] != 0 for name in prunable(self.online)]
+            same = [m.shape for m in masks] == [w.shape for w in self.weights] and other.get("seed") == args.seed
+            text = f"its run must have this one's --seed {args.seed}, network and sizes"
+            require(same, f"--lottery-mask {args.lottery_mask}: {text}")
         with torch.no_grad():
             for w, mask, new in zip(self.weights, self.masks, masks, strict=True):
                 w.mul_(mask.copy_(new.view(w.shape)))
@@ -608,11 +618,11 @@ class DQN:
         """Sample and update `updates` times, with new masks when they are due."""
         for _ in range(updates):
             self.new_masks(replay)
-            self.captured_update(replay)
-            if self.args.regulariser == "redo" and self.gradient_step % 1000 == 0:
+            if self.args.regulariser == "redo" and self.gradient_step and self.gradient_step % 1000 == 0:
                 self.recycle(replay)
-            if self.args.regulariser == "reset" and self.gradient_step % 100_000 == 0:
+            if self.args.regulariser == "reset" and self.gradient_step and self.gradient_step % 100_000 == 0:
                 self.reset()
+            self.captured_update(replay)
         self.losses = self.latest[:1].tolist() if updates > 0 else self.losses
 
     def new_masks(self, replay: FrameReplay) -> None:
@@ -622,7 +632,8 @@ class DQN:
             self.prune()
         if args.pruner not in ("rigl", "set") or step % args.prune_every or not 0 < step < self.end:
             return
-        grow = [torch.rand(w.shape, generator=torch.Generator().manual_seed(args.seed + step)) for w in self.weights]
+        rng = np.random.default_rng((args.seed, step))
+        grow = [torch.from_numpy(rng.random(w.shape)) for w in self.weights]
         if args.pruner == "rigl":
             losses = self.loss(replay.sample(args.batch_size))[0]
             grow = [g.abs() for g in torch.autograd.grad(losses.mean(), self.weights)]
@@ -673,14 +684,13 @@ class DQN:
 
     def reset(self) -> None:
         """Draw the last layer anew, in the target network too, and empty its moments."""
-        fresh, p = self.fresh(), self.online.output
-        for net in (self.online, self.target):
-            net.output.load_state_dict(fresh.output.state_dict())
-        for tensor in (p.weight, p.bias):
+        self.online.output.load_state_dict(self.fresh().output.state_dict())
+        for tensor in self.online.output.parameters():
             for moment in ("exp_avg", "exp_avg_sq"):
                 self.optimizer.state[tensor][moment].zero_()
         with torch.no_grad():
             torch._foreach_mul_(self.weights, self.masks)
+        self.target.output.load_state_dict(self.online.output.state_dict())
 
     def fresh(self) -> QNetwork:
         """Return a new network, drawn from the seed and the gradient step."""
@@ -700,7 +710,7 @@ class DQN:
         return actions
 
     def prune(self) -> None:
-        """Take the masks of this gradient step from the weights; what is pruned stays pruned, also in Adam's sense.
+        """Take the masks of this gradient step from the weights, if new ones are due; what is pruned stays pruned.
 
         Adam's moments of a pruned weight go on and have no effect, since the mask follows every step.
         """
@@ -805,7 +815,8 @@ class Run:
             require(fresh, f"--run-dir {self.path} exists: give a new folder, or go on with --resume {self.path}")
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                write_file(self.path / "args.json", json.dumps(asdict(args), indent=1).encode())
+                flags = {"script": Path(__file__).name} | asdict(args)
+                write_file(self.path / "args.json", json.dumps(flags, indent=1).encode())
             except OSError as error:
                 raise Exit(2, f"--run-dir {self.path} cannot be made ({error})") from None
         self.folder.mkdir(exist_ok=True)
@@ -894,7 +905,7 @@ class Run:
         final = {"status": "finished", "step": step, "seconds": time.time() - self.start, "epoch_return": epoch_return}
         write_file(self.path / "final.json", json.dumps(final | report, indent=1).encode())
         for key, value in report.items():
-            print(f"{key:28} {value:12,.6g}")
+            print(f"{key:36} {value:12,.6g}")
         print(f"finished {step} steps in {final['seconds'] / 60:.1f} minutes; everything is in {self.path}")
 # <<< shared: run-directory
 
@@ -908,8 +919,10 @@ def parse(argv: list[str]) -> Args:
     others = [flag for flag in argv if flag.startswith("--") and not flag.startswith("--resume")]
     require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
     try:
-        return Args(**json.loads(Path(args.resume, "args.json").read_text()) | {"resume": args.resume or "."})
-    except (OSError, ValueError, TypeError) as error:
+        flags = json.loads(Path(args.resume, "args.json").read_text())
+        require(flags.pop("script") == Path(__file__).name, f"--resume {args.resume}: the run of another script")
+        return Args(**flags | {"resume": args.resume or "."})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise Exit(2, f"--resume {args.resume}: no run of this script is there ({error})") from None
 
 
@@ -918,7 +931,8 @@ def find_device(args: Args) -> torch.device:
     count = torch.cuda.device_count()
     known = ["auto", "cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
     require(args.device in known, f"--device {args.device}: this machine has {', '.join(known)}")
-    device = torch.device(("cuda" if count else "cpu") if args.device == "auto" else args.device)
+    first = "cuda:0" if count else "cpu"
+    device = torch.device({"auto": first, "cuda": first}.get(args.device, args.device))
     require(device.type == "cuda" or not args.compile, "--compile: only with --device cuda; it gains nothing on CPU")
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     if device.type == "cuda":
@@ -941,7 +955,7 @@ def command_line(main: Callable[[Args], None]) -> None:
     try:
         main(parse(sys.argv[1:]))
     except (Exit, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise  # a fault of ours, which deserves its traceback
         hint = "" if isinstance(error, OSError) else "these flags need more memory than there is: "
         status, line = error.args if isinstance(error, Exit) else (1, f"{hint}{str(error).splitlines()[0]}")
@@ -987,7 +1001,7 @@ def main(args: Args) -> None:
         replay.generator.set_state(torch.tensor(state["sampling"], dtype=torch.uint8))
         for row, actions, steps in envs.restore(state["games"], step // args.num_envs - replay.rows):
             replay.step = row
-            replay.add(actions, steps, envs.obs[:, -1])
+            FrameReplay.add(replay, actions, steps, envs.obs[:, -1])  # priorities, if any, are in the checkpoint
         for name, tensor in tensors.items():
             tensor.detach().copy_(saved[name])
     tty, shown = sys.stderr.isatty(), (step, time.monotonic())

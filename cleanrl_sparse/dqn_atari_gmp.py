@@ -24,13 +24,14 @@ Differences from the paper, and guesses ([C] read in the paper or its authors' c
  2. [I] Sparsity is spread over the layers by the Erdos-Renyi-Kernel rule (--scope erk); each layer's own target is
     multiplied by the schedule's progress.
  3. [D] The schedule counts this run's gradient steps: 499,000 to 1,996,000 here, 500,000 to 2,000,000 in the paper.
- 4. [I] --width multiplies the channels of the convolutions; the dense layer stays at --feature-size.
+ 4. [I] --width multiplies the channels of the convolutions; the dense layer stays at --feature-size. Impala's
+    channels are Dopamine's 16, 32, 32; the paper's table prints 32, 64, 64, which is --width 2.
  5. [D] Analyses: Q-variance is the variance of all Q(s, a) over states and actions, Q-norm the mean over states of
     |Q(s, .)|_2, srank and dormant neurons as in their papers, gradient covariance as cosines.
  6. [D] An environment is not seeded anew at each ending (AtariEnvs). With --num-envs above 1 the environments step
     while the network learns, from all but that step.
 
-Figures: 1 to 4, 6, 10, 11, 14, 15, 17, 28 to 30, as far as they are about DQN. More: docs/dqn_atari_gmp.md.
+Figures: 1 to 4, 6, 10, 11, 14, 15, 17, 23, 28 to 30, as far as they are about DQN. More: docs/dqn_atari_gmp.md.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import copy
 import ctypes
 import difflib
 import hashlib
+import io
 import json
 import math
 import os
@@ -84,7 +86,7 @@ def require(accepted: bool, line: str) -> None:
 
 @dataclass
 class Args:
-    """Flags; the defaults are the paper's setting. A "step" is an environment step: one decision, 4 frames."""
+    """Flags; the paper's main results are of --network impala --width 3. A "step" is one decision, 4 frames."""
 
     # >>> shared: run-flags
     env_id: str = "Breakout"  # game; Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same
@@ -115,7 +117,7 @@ class Args:
     # <<< shared: run-flags
     network: Literal["cnn", "impala"] = "cnn"  # cnn: DQN's three convolutions; impala: the 15-layer residual network
     feature_size: int = 512  # units of the dense layer (>= 1)
-    width: int = 1  # multiplies the channels of the convolutions (>= 1; the paper: 1 to 5)
+    width: int = 1  # multiplies the channels of the convolutions (>= 1; the paper: 1 to 5, mainly 3)
     n_step: int = 1  # steps of the return before the bootstrap (>= 1; the paper's figure 30: 3)
     sparsity: float = 0.95  # share of the prunable weights that is zero in the end, in [0, 1); 0 never prunes
     prune_start: float = 0.2  # share of the run's gradient steps at which pruning begins, in [0, 1]
@@ -266,7 +268,7 @@ class AtariEnvs:
             steps = self.recv()
             if (begun := begins == step + 1).any():  # what this environment did until now is not in the record
                 self.reset(begun, reseed=True)
-            yield step, actions[step], steps
+            yield step, actions[step], steps  # at a begin no ending: such rows lie before all stacks that are sampled
         self.seeded = past["seeded"]
         if hashlib.sha256(self.obs).hexdigest() != past["digest"]:
             raise Exit(1, "the games went otherwise when played again; resume with the ale-py of versions.json")
@@ -324,10 +326,16 @@ class QNetwork(nn.Module):
             else:
                 nn.init.xavier_uniform_(p)
 
+    def features(self, obs: Tensor) -> Tensor:
+        """Map obs [B, 4, 84, 84], floats in [0, 1], to features [B, feature_size]."""
+        x = self.torso(obs).permute(0, 2, 3, 1).flatten(1)  # flat in channels-last order, which needs no copy
+        return self.relu(self.dense(x))
+
     def forward(self, obs: Tensor) -> Tensor:
         """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
-        features = self.torso(obs).permute(0, 2, 3, 1).flatten(1)  # flat in channels-last order, which needs no copy
-        return self.output(self.relu(self.dense(features)))
+        x = self.features(obs)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would round away what actions differ in
+            return self.output(x.to(self.output.weight.dtype))
 # <<< shared: torsos
 
 
@@ -508,7 +516,7 @@ class DQN:
         updates = max(1, math.floor(steps * args.replay_ratio) - math.floor(starts * args.replay_ratio))  # of the run
         self.start, self.end = (min(updates - 1, round(x * updates)) for x in (args.prune_start, args.prune_end))
         self.optimizer = torch.optim.Adam(self.online.parameters(), lr=args.learning_rate, eps=args.adam_eps,
-                                          fused=True, capturable=device.type == "cuda")
+                                          fused=True, capturable=args.compile)
         for p in self.online.parameters():  # now, not in the first step: a checkpoint restores into it
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
@@ -580,7 +588,7 @@ class DQN:
         return actions
 
     def prune(self) -> None:
-        """Take the masks of this gradient step from the weights; what is pruned stays pruned, also in Adam's sense.
+        """Take the masks of this gradient step from the weights, if new ones are due; what is pruned stays pruned.
 
         Adam's moments of a pruned weight go on and have no effect, since the mask follows every step.
         """
@@ -626,8 +634,8 @@ class DQN:
 
 
 # >>> shared: analysis
-def analyse(agent: Any, replay: FrameReplay, seed: int) -> tuple[dict[str, float], np.ndarray]:
-    """Return measures of the online network on 2,048 states, and the gradient covariance of 32 transitions.
+def analyse(agent: Any, replay: FrameReplay, seed: int, path: Path) -> dict[str, float]:
+    """Return measures of the online network on 2,048 states; write the gradient covariance of 32 transitions to `path`.
 
     dormant_T: share of the units after a ReLU (a channel is one) whose mean |h| is at most T times their layer's mean
     (Sokar et al. 2023). srank: smallest k such that the k largest singular values of the features make up 99 % of all
@@ -666,8 +674,9 @@ def analyse(agent: Any, replay: FrameReplay, seed: int) -> tuple[dict[str, float
         row.copy_(torch.cat([g.flatten() for g in parts]))
     products = gradients @ gradients.T
     sizes = products.diag().sqrt().clamp(min=1e-30)
-    cosines = (products / sizes[:, None] / sizes).cpu().numpy()
-    return {f"analysis/{name}": float(value) for name, value in measures.items()}, cosines
+    np.save(file := io.BytesIO(), (products / sizes[:, None] / sizes).cpu().numpy())
+    write_file(path, file.getvalue())
+    return {f"analysis/{name}": float(value) for name, value in measures.items()}
 # <<< shared: analysis
 
 
@@ -731,7 +740,8 @@ class Run:
             require(fresh, f"--run-dir {self.path} exists: give a new folder, or go on with --resume {self.path}")
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                write_file(self.path / "args.json", json.dumps(asdict(args), indent=1).encode())
+                flags = {"script": Path(__file__).name} | asdict(args)
+                write_file(self.path / "args.json", json.dumps(flags, indent=1).encode())
             except OSError as error:
                 raise Exit(2, f"--run-dir {self.path} cannot be made ({error})") from None
         self.folder.mkdir(exist_ok=True)
@@ -820,7 +830,7 @@ class Run:
         final = {"status": "finished", "step": step, "seconds": time.time() - self.start, "epoch_return": epoch_return}
         write_file(self.path / "final.json", json.dumps(final | report, indent=1).encode())
         for key, value in report.items():
-            print(f"{key:28} {value:12,.6g}")
+            print(f"{key:36} {value:12,.6g}")
         print(f"finished {step} steps in {final['seconds'] / 60:.1f} minutes; everything is in {self.path}")
 # <<< shared: run-directory
 
@@ -834,8 +844,10 @@ def parse(argv: list[str]) -> Args:
     others = [flag for flag in argv if flag.startswith("--") and not flag.startswith("--resume")]
     require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
     try:
-        return Args(**json.loads(Path(args.resume, "args.json").read_text()) | {"resume": args.resume or "."})
-    except (OSError, ValueError, TypeError) as error:
+        flags = json.loads(Path(args.resume, "args.json").read_text())
+        require(flags.pop("script") == Path(__file__).name, f"--resume {args.resume}: the run of another script")
+        return Args(**flags | {"resume": args.resume or "."})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise Exit(2, f"--resume {args.resume}: no run of this script is there ({error})") from None
 
 
@@ -844,7 +856,8 @@ def find_device(args: Args) -> torch.device:
     count = torch.cuda.device_count()
     known = ["auto", "cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
     require(args.device in known, f"--device {args.device}: this machine has {', '.join(known)}")
-    device = torch.device(("cuda" if count else "cpu") if args.device == "auto" else args.device)
+    first = "cuda:0" if count else "cpu"
+    device = torch.device({"auto": first, "cuda": first}.get(args.device, args.device))
     require(device.type == "cuda" or not args.compile, "--compile: only with --device cuda; it gains nothing on CPU")
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     if device.type == "cuda":
@@ -867,7 +880,7 @@ def command_line(main: Callable[[Args], None]) -> None:
     try:
         main(parse(sys.argv[1:]))
     except (Exit, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise  # a fault of ours, which deserves its traceback
         hint = "" if isinstance(error, OSError) else "these flags need more memory than there is: "
         status, line = error.args if isinstance(error, Exit) else (1, f"{hint}{str(error).splitlines()[0]}")
@@ -913,7 +926,7 @@ def main(args: Args) -> None:
         replay.generator.set_state(torch.tensor(state["sampling"], dtype=torch.uint8))
         for row, actions, steps in envs.restore(state["games"], step // args.num_envs - replay.rows):
             replay.step = row
-            replay.add(actions, steps, envs.obs[:, -1])
+            FrameReplay.add(replay, actions, steps, envs.obs[:, -1])  # priorities, if any, are in the checkpoint
         for name, tensor in tensors.items():
             tensor.detach().copy_(saved[name])
     tty, shown = sys.stderr.isatty(), (step, time.monotonic())
@@ -962,9 +975,8 @@ def main(args: Args) -> None:
                 record |= {} if epoch_return is None else {"charts/epoch_return": epoch_return}
             run.log(now, record | agent.report())
         if trained and args.analysis_every and now // args.analysis_every > step // args.analysis_every:
-            measures, covariance = analyse(agent, replay, args.seed + now)
-            run.log(now, measures)
-            np.save(run.path / f"gradient_covariance-{now:09d}.npy", covariance)
+            path = run.path / f"gradient_covariance-{now:09d}.npy"
+            run.log(now, analyse(agent, replay, args.seed + now, path))
         step = now
         # Save.
         if stops or step >= total or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:

@@ -257,7 +257,7 @@ class AtariEnvs:
             steps = self.recv()
             if (begun := begins == step + 1).any():  # what this environment did until now is not in the record
                 self.reset(begun, reseed=True)
-            yield step, actions[step], steps
+            yield step, actions[step], steps  # at a begin no ending: such rows lie before all stacks that are sampled
         self.seeded = past["seeded"]
         if hashlib.sha256(self.obs).hexdigest() != past["digest"]:
             raise Exit(1, "the games went otherwise when played again; resume with the ale-py of versions.json")
@@ -315,10 +315,16 @@ class QNetwork(nn.Module):
             else:
                 nn.init.xavier_uniform_(p)
 
+    def features(self, obs: Tensor) -> Tensor:
+        """Map obs [B, 4, 84, 84], floats in [0, 1], to features [B, feature_size]."""
+        x = self.torso(obs).permute(0, 2, 3, 1).flatten(1)  # flat in channels-last order, which needs no copy
+        return self.relu(self.dense(x))
+
     def forward(self, obs: Tensor) -> Tensor:
         """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
-        features = self.torso(obs).permute(0, 2, 3, 1).flatten(1)  # flat in channels-last order, which needs no copy
-        return self.output(self.relu(self.dense(features)))
+        x = self.features(obs)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would round away what actions differ in
+            return self.output(x.to(self.output.weight.dtype))
 # <<< shared: torsos
 
 
@@ -505,7 +511,7 @@ class EauDeQN:
         self.accumulated_loss = torch.zeros(args.num_networks, device=device, dtype=dtype)
         self.latest = torch.full((2, args.num_networks), math.nan, device=device, dtype=dtype)  # losses, mean Q-values
         self.optimizer = torch.optim.Adam([p for network in self.online for p in network.parameters()], fused=True,
-                                          lr=args.learning_rate, eps=args.adam_eps, capturable=device.type == "cuda")
+                                          lr=args.learning_rate, eps=args.adam_eps, capturable=args.compile)
         for p in self.optimizer.param_groups[0]["params"]:  # now, not in the first step: a checkpoint restores into it
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
@@ -693,7 +699,8 @@ class Run:
             require(fresh, f"--run-dir {self.path} exists: give a new folder, or go on with --resume {self.path}")
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                write_file(self.path / "args.json", json.dumps(asdict(args), indent=1).encode())
+                flags = {"script": Path(__file__).name} | asdict(args)
+                write_file(self.path / "args.json", json.dumps(flags, indent=1).encode())
             except OSError as error:
                 raise Exit(2, f"--run-dir {self.path} cannot be made ({error})") from None
         self.folder.mkdir(exist_ok=True)
@@ -782,7 +789,7 @@ class Run:
         final = {"status": "finished", "step": step, "seconds": time.time() - self.start, "epoch_return": epoch_return}
         write_file(self.path / "final.json", json.dumps(final | report, indent=1).encode())
         for key, value in report.items():
-            print(f"{key:28} {value:12,.6g}")
+            print(f"{key:36} {value:12,.6g}")
         print(f"finished {step} steps in {final['seconds'] / 60:.1f} minutes; everything is in {self.path}")
 # <<< shared: run-directory
 
@@ -796,8 +803,10 @@ def parse(argv: list[str]) -> Args:
     others = [flag for flag in argv if flag.startswith("--") and not flag.startswith("--resume")]
     require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
     try:
-        return Args(**json.loads(Path(args.resume, "args.json").read_text()) | {"resume": args.resume or "."})
-    except (OSError, ValueError, TypeError) as error:
+        flags = json.loads(Path(args.resume, "args.json").read_text())
+        require(flags.pop("script") == Path(__file__).name, f"--resume {args.resume}: the run of another script")
+        return Args(**flags | {"resume": args.resume or "."})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise Exit(2, f"--resume {args.resume}: no run of this script is there ({error})") from None
 
 
@@ -806,7 +815,8 @@ def find_device(args: Args) -> torch.device:
     count = torch.cuda.device_count()
     known = ["auto", "cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
     require(args.device in known, f"--device {args.device}: this machine has {', '.join(known)}")
-    device = torch.device(("cuda" if count else "cpu") if args.device == "auto" else args.device)
+    first = "cuda:0" if count else "cpu"
+    device = torch.device({"auto": first, "cuda": first}.get(args.device, args.device))
     require(device.type == "cuda" or not args.compile, "--compile: only with --device cuda; it gains nothing on CPU")
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     if device.type == "cuda":
@@ -829,7 +839,7 @@ def command_line(main: Callable[[Args], None]) -> None:
     try:
         main(parse(sys.argv[1:]))
     except (Exit, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise  # a fault of ours, which deserves its traceback
         hint = "" if isinstance(error, OSError) else "these flags need more memory than there is: "
         status, line = error.args if isinstance(error, Exit) else (1, f"{hint}{str(error).splitlines()[0]}")
@@ -875,7 +885,7 @@ def main(args: Args) -> None:
         replay.generator.set_state(torch.tensor(state["sampling"], dtype=torch.uint8))
         for row, actions, steps in envs.restore(state["games"], step // args.num_envs - replay.rows):
             replay.step = row
-            replay.add(actions, steps, envs.obs[:, -1])
+            FrameReplay.add(replay, actions, steps, envs.obs[:, -1])  # priorities, if any, are in the checkpoint
         for name, tensor in tensors.items():
             tensor.detach().copy_(saved[name])
     tty, shown = sys.stderr.isatty(), (step, time.monotonic())

@@ -188,7 +188,7 @@ class AtariEnvs:
             steps = self.recv()
             if (begun := begins == step + 1).any():  # what this environment did until now is not in the record
                 self.reset(begun, reseed=True)
-            yield step, actions[step], steps
+            yield step, actions[step], steps  # at a begin no ending: such rows lie before all stacks that are sampled
         self.seeded = past["seeded"]
         if hashlib.sha256(self.obs).hexdigest() != past["digest"]:
             raise Exit(1, "the games went otherwise when played again; resume with the ale-py of versions.json")
@@ -246,10 +246,16 @@ class QNetwork(nn.Module):
             else:
                 nn.init.xavier_uniform_(p)
 
+    def features(self, obs: Tensor) -> Tensor:
+        """Map obs [B, 4, 84, 84], floats in [0, 1], to features [B, feature_size]."""
+        x = self.torso(obs).permute(0, 2, 3, 1).flatten(1)  # flat in channels-last order, which needs no copy
+        return self.relu(self.dense(x))
+
     def forward(self, obs: Tensor) -> Tensor:
         """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
-        features = self.torso(obs).permute(0, 2, 3, 1).flatten(1)  # flat in channels-last order, which needs no copy
-        return self.output(self.relu(self.dense(features)))
+        x = self.features(obs)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would round away what actions differ in
+            return self.output(x.to(self.output.weight.dtype))
 # <<< shared: torsos
 
 
@@ -257,10 +263,9 @@ class QNetwork(nn.Module):
 class NormalisedQNetwork(QNetwork):
     """A QNetwork whose features have length 1."""
 
-    def forward(self, obs: Tensor) -> Tensor:
-        """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
-        features = self.relu(self.dense(self.torso(obs).permute(0, 2, 3, 1).flatten(1)))
-        return self.output(nn.functional.normalize(features, dim=1))
+    def features(self, obs: Tensor) -> Tensor:
+        """Map obs [B, 4, 84, 84], floats in [0, 1], to features [B, feature_size]."""
+        return nn.functional.normalize(super().features(obs), dim=1)
 # <<< shared: l2-features
 
 
@@ -332,7 +337,7 @@ def command_line(main: Callable[[Args], None]) -> None:
     try:
         main(parse(sys.argv[1:]))
     except (Exit, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise  # a fault of ours, which deserves its traceback
         hint = "" if isinstance(error, OSError) else "these flags need more memory than there is: "
         status, line = error.args if isinstance(error, Exit) else (1, f"{hint}{str(error).splitlines()[0]}")

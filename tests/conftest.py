@@ -18,13 +18,11 @@ SCRIPTS = Path(os.environ.get("SCRIPTS_DIR") or Path(__file__).resolve().parent.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is `shared` is text that all scripts have in common: the quick suite tries it through the first one only.
 
-    Of the baselines, which have most in common with dqn_atari_gmp.py, it makes no whole runs of test_runs.py.
+    Whole runs of the baselines, which have most in common with dqn_atari_gmp.py, are slow too.
     """
-    whole = {"straight", "broken_off", "killed"}
     for item in items:
-        names = getattr(item, "fixturenames", ())
-        repeated = item.get_closest_marker("shared") and "eaudeqn_atari" not in item.name
-        if repeated or ("dqn_atari_baselines" in item.name and whole.intersection(names)):
+        baselines = "dqn_atari_baselines" in item.name and item.path.name == "test_runs.py"
+        if baselines or (item.get_closest_marker("shared") and "eaudeqn_atari" not in item.name):
             item.add_marker(pytest.mark.slow)
 
 

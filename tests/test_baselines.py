@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,7 +106,12 @@ def test_a_lottery_ticket(tmp_path: Path) -> None:
     succeed("dqn_atari_gmp", flags, "--sparsity 0.9 --prune-every 5 --run-dir winner", cwd=tmp_path)
     lottery = "--pruner lottery --lottery-mask winner"
     tries = (f"{lottery} --run-dir ticket", f"{lottery} --seed 4", f"{lottery} --feature-size 8",
-             "--pruner lottery --lottery-mask nowhere", "--pruner lottery", "--lottery-mask winner")  # fmt: skip
+             "--pruner lottery --lottery-mask nowhere", "--pruner lottery", "--lottery-mask winner",
+             "--pruner lottery --lottery-mask rainbow", "--pruner lottery --lottery-mask damaged")  # fmt: skip
+    succeed("rainbow_resnet_gmp", flags, "--network cnn --run-dir rainbow", cwd=tmp_path)
+    shutil.copytree(tmp_path / "winner", tmp_path / "damaged")
+    model = tmp_path / "damaged" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-9])
     outputs = side_by_side(lambda own: run("dqn_atari_baselines", flags, own, cwd=tmp_path), tries)
     ticket, *refused = (future.result() for future in outputs.values())
     assert ticket.status == 0, ticket.stderr
@@ -113,7 +119,7 @@ def test_a_lottery_ticket(tmp_path: Path) -> None:
              for run_dir in ("winner", "ticket")]  # fmt: skip
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
     assert sum(int(m.sum()) for m in masks[0].values()) == pytest.approx(0.1 * 198_000, rel=0.03)
-    named = ("--seed 4", "--feature-size 8", "nowhere", "--lottery-mask", "--pruner lottery")
+    named = ("--seed 4", "sizes", "nowhere", "--lottery-mask", "--pruner lottery", "rainbow", "damaged")
     for output, words in zip(refused, named, strict=True):
         (line,) = output.complaints()
         assert output.status == 2 and words in line, output
@@ -125,7 +131,7 @@ def test_the_lottery_starts_from_the_initial_weights(baselines: ModuleType, tmp_
     masks = {f"{name}.weight": torch.rand(w.shape) < 0.3 for name, w in baselines.prunable(dense.online).items()}
     model = {name: p.detach().contiguous() * masks.get(name, 1) for name, p in dense.online.named_parameters()}
     (tmp_path / "model.safetensors").write_bytes(baselines.save(model))
-    (tmp_path / "args.json").write_text(json.dumps({"env_id": "Breakout", "network": "cnn", "width": 1, **flags}))
+    (tmp_path / "args.json").write_text(json.dumps(flags))
     agent = agent_of(baselines, pruner="lottery", lottery_mask=str(tmp_path), **flags)
     for (name, w), first in zip(baselines.prunable(agent.online).items(), dense.weights):
         assert torch.equal(w, first * masks[f"{name}.weight"])
@@ -234,10 +240,13 @@ def test_the_last_layer_is_made_anew(small: ModuleType, monkeypatch: pytest.Monk
     agent, replay = agent_of(small, regulariser="reset", sparsity=0.5, pruner="static"), filled(small)
     agent.learn(replay, 3)
     before, target = params(agent.online), params(agent.target)
-    agent.gradient_step = 99_999
     monkeypatch.setattr(agent, "update", lambda _: None)
+    agent.gradient_step = 99_999
     agent.learn(replay, 1)
-    assert agent.gradient_step == 100_000
+    assert agent.gradient_step == 100_000 and all_equal(params(agent.online), before), "not after the last update"
+    agent.learn(replay, 1)
+    assert agent.gradient_step == 100_001
+    assert torch.equal(agent.target.output.weight, agent.online.output.weight)
     names = [name for name, _ in agent.online.named_parameters()]
     for name, p, old, t, t_old in zip(names, agent.online.parameters(), before, agent.target.parameters(), target):
         if name.startswith("output"):
@@ -247,6 +256,7 @@ def test_the_last_layer_is_made_anew(small: ModuleType, monkeypatch: pytest.Monk
             assert torch.equal(p, old) and torch.equal(t, t_old) and agent.optimizer.state[p]["exp_avg"].any()
     assert not agent.online.output.weight[agent.masks[-1] == 0].any(), "masked as before"
     again = copy.deepcopy(agent.online.output.weight)
+    agent.gradient_step = 100_000
     agent.reset()
     assert torch.equal(agent.online.output.weight, again), "drawn from the seed and the step"
 

@@ -241,7 +241,7 @@ def test_state_and_tensors_are_everything(dqn: ModuleType, monkeypatch: pytest.M
 # The analyses
 
 
-def test_analyses_by_hand(dqn: ModuleType) -> None:
+def test_analyses_by_hand(dqn: ModuleType, tmp_path: Path) -> None:
     """The Nature CNN called layer by layer on the same states, with a dead channel, a dead unit and a faint one."""
     agent = agent_of(dqn, n_step=1)
     net = agent.online
@@ -249,7 +249,8 @@ def test_analyses_by_hand(dqn: ModuleType) -> None:
         net.torso.conv2.weight[5], net.dense.weight[2] = 0, 0  # biases are 0: these are silent
         net.dense.weight[3] *= 1e-3  # heard now and then
     replay = filled(dqn, 84, 60, n_step=1)
-    measures, cosines = dqn.analyse(agent, replay, 7)
+    measures = dqn.analyse(agent, replay, 7, tmp_path / "cosines.npy")
+    cosines = np.load(tmp_path / "cosines.npy")
 
     first, count = replay.range.tolist()
     slots = torch.from_numpy(np.random.default_rng(7).integers(first, first + count, 2080) % replay.slots)
@@ -287,14 +288,15 @@ def test_analyses_by_hand(dqn: ModuleType) -> None:
     assert np.abs(cosines - np.array(wanted)).max() < 1e-4 and np.abs(cosines).min() < 0.9
 
 
-def test_an_analysis_changes_nothing(dqn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_analysis_changes_nothing(dqn: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(dqn, "QNetwork", QSmall)
     agent, replay = agent_of(dqn), filled(dqn, 12, 60)
     agent.learn(replay, 2)
     before = {name: tensor.detach().clone() for name, tensor in agent.tensors().items()}
     state, samples = agent.state(), replay.generator.get_state()
-    first, second, other = (dqn.analyse(agent, replay, seed) for seed in (1, 1, 2))
-    assert first[0] == second[0] != other[0] and np.array_equal(first[1], second[1])
+    first, second, other = (dqn.analyse(agent, replay, seed, tmp_path / f"{i}.npy") for i, seed in enumerate((1, 1, 2)))
+    assert first == second != other
+    assert (tmp_path / "0.npy").read_bytes() == (tmp_path / "1.npy").read_bytes() != (tmp_path / "2.npy").read_bytes()
     assert all(torch.equal(tensor, before[name]) for name, tensor in agent.tensors().items())
     assert agent.state() == state and torch.equal(replay.generator.get_state(), samples)
     assert all(p.grad is None for p in agent.online.parameters())

@@ -312,8 +312,10 @@ def assert_equal_records(ours: list[tuple[np.ndarray, Any]], theirs: list[tuple[
         assert all(np.array_equal(a, b) for a, b in zip(made[:4], other[:4]))
 
 
-@pytest.mark.parametrize(("num_envs", "steps"), [(1, 1), (1, 1000), (3, 1000), (3, 5)])
-@pytest.mark.parametrize("capacity", [150, 1000, 5000])
+@pytest.mark.parametrize(
+    ("num_envs", "steps", "capacity"),
+    [(1, 1, 150), (1, 1000, 150), (1, 1000, 1000), (3, 5, 150), (3, 1000, 150), (3, 1000, 1000), (3, 1000, 5000)],
+)
 def test_restored_games_and_replay_go_on(
     eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch, num_envs: int, steps: int, capacity: int
 ) -> None:
