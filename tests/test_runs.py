@@ -667,6 +667,7 @@ def test_with_all_checkpoints_damaged_nothing_is_changed(script: str, killed: Pa
         future.result()
 
 
+@pytest.mark.shared
 def test_a_loss_that_is_not_finite_stops_the_run(script: str, tmp_path: Path) -> None:
     flags = f"{TINY} {SCRIPTS[script]} --learning-starts 20 --learning-rate 1e30"
 
