@@ -374,6 +374,26 @@ def test_restored_games_and_replay_go_on(
         assert name == "next_obs" or torch.equal(ours, theirs), name
 
 
+def test_when_and_how_environments_are_seeded_anew(eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first ending so many steps after the last seeding, each time and for each one with another seed."""
+    given: list[list[int]] = []
+
+    class Spy(AtariVectorEnv):
+        """Notes the seeds of each reset; -1 is none."""
+
+        def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+            given.append(np.array(seed).tolist())
+            return super().reset(seed=seed, options=options)
+
+    monkeypatch.setattr(eaudeqn, "AtariVectorEnv", Spy)
+    monkeypatch.setattr(eaudeqn.AtariEnvs, "RESEED_AFTER", 100)
+    envs = eaudeqn.AtariEnvs("ms_pacman", 2, 9, max_num_frames_per_episode=200)  # every episode has 50 steps
+    play(envs, np.random.default_rng(1), 410)
+    assert envs.seeded == [[0, 100, 200, 300, 400]] * 2
+    assert len(given) == 9 and all(min(seeds) >= 0 for seeds in given[::2]) and given[1::2] == [[-1, -1]] * 4
+    assert len({seed for seeds in given[::2] for seed in seeds}) == 10
+
+
 def test_restoring_another_game_is_refused(eaudeqn: ModuleType) -> None:
     envs = eaudeqn.AtariEnvs("breakout", 1, 9)
     play(envs, np.random.default_rng(1), 40)
