@@ -881,6 +881,7 @@ def main(args: Args) -> None:
     state, saved = run.load()
     if state:
         step, epoch_return, returns = state["counters"]
+        print(f"{run.path}: going on from step {step}; the games are played again, as far as the replay reaches back")
         agent.restore(state["agent"])
         replay.generator.set_state(torch.tensor(state["sampling"], dtype=torch.uint8))
         for row, actions, steps in envs.restore(state["games"], step // args.num_envs - replay.rows):
