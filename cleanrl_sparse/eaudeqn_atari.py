@@ -742,7 +742,11 @@ class Run:
             import wandb
 
             project, name, flags = self.args.wandb_project, self.path.resolve().name, asdict(self.args)
-            self.wandb = wandb.init(project=project, id=name, name=name, config=flags, dir=self.path, resume="allow")
+            own: dict[str, Any] = {"id": name, "name": name, "dir": self.path, "resume": "allow"}
+            try:
+                self.wandb = wandb.init(project=project, config=flags, **own)
+            except wandb.Error as error:
+                raise Exit(2, f"--track: {error} (WANDB_MODE=offline needs no account)") from None
         return facts["state"], tensors
 
     def log(self, step: int, values: dict[str, float]) -> None:

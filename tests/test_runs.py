@@ -994,6 +994,14 @@ def test_track_works_offline_without_an_account(script: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_track_without_an_account_says_what_to_do(script: str, tmp_path: Path) -> None:
+    output = run(script, TINY, SCRIPTS[script], "--track --run-dir run", cwd=tmp_path, HOME=str(tmp_path))
+    assert output.status == 2 and "Traceback" not in output.stderr, output
+    assert output.complaints()[-1].startswith(f"{script}.py: --track: ")
+    assert "WANDB_MODE=offline" in output.complaints()[-1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--precision bf16", "--network impala", "--network impala --precision bf16"])
 def test_a_variant_trains(script: str, flags: str, tmp_path: Path) -> None:
     succeed(script, TINY, SCRIPTS[script], flags, "--run-dir run", cwd=tmp_path)
