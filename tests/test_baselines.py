@@ -261,6 +261,7 @@ def test_the_last_layer_is_made_anew(small: ModuleType, monkeypatch: pytest.Monk
     assert torch.equal(agent.online.output.weight, again), "drawn from the seed and the step"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--regulariser redo --pruner rigl --prune-every 9", "--regulariser l2-features"])
 def test_short_runs(tmp_path: Path, flags: str) -> None:
     succeed("dqn_atari_baselines", TINY, flags, "--feature-size 16 --run-dir run --eval-episodes 0", cwd=tmp_path)
