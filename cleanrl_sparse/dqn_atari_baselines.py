@@ -509,12 +509,6 @@ def pruning_progress(step: int, start: int, end: int, exponent: float) -> float:
 # <<< shared: schedule
 
 
-def exact_counts(weights: list[Tensor], sparsity: float, scope: str) -> list[int]:
-    """Return how many weights of each tensor are kept, at least one."""
-    densities = erk_densities([w.shape for w in weights], sparsity) if scope == "erk" else [1 - sparsity] * len(weights)
-    return [max(1, round(w.numel() * d)) for w, d in zip(weights, densities, strict=True)]
-
-
 class DQN:
     """The online network with its masks, and the target network."""
 
@@ -549,9 +543,9 @@ class DQN:
         """Make the first masks: random ones of exact counts, or those of --lottery-mask."""
         args = self.args
         if args.pruner != "lottery":
-            counts = exact_counts(self.weights, args.sparsity, args.scope)
             rng = torch.Generator().manual_seed(args.seed)
-            masks = [largest(torch.rand(w.numel(), generator=rng), n) for w, n in zip(self.weights, counts)]
+            scores = [torch.rand(w.shape, generator=rng) for w in self.weights]
+            masks = magnitude_masks(scores, [torch.ones_like(s).bool() for s in scores], args.sparsity, args.scope)
         else:
             try:
                 other = json.loads(Path(args.lottery_mask, "args.json").read_text())
@@ -820,13 +814,13 @@ class Run:
             except OSError as error:
                 raise Exit(2, f"--run-dir {self.path} cannot be made ({error})") from None
         self.folder.mkdir(exist_ok=True)
-        head = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
-        versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version,
-                    "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform(),
-                    "packages": {name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py", "tyro")}}
         if not (self.path / "versions.json").exists():
-            write_file(self.path / "versions.json", json.dumps(versions, indent=1).encode())
+            head = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+            commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
+            where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform()
+            packages = {name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py", "tyro")}
+            versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version, "device": where}
+            write_file(self.path / "versions.json", json.dumps(versions | {"packages": packages}, indent=1).encode())
 
     def load(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
         """Return state and tensors of the newest whole checkpoint, None before the first; cut the records back to it.

@@ -745,13 +745,13 @@ class Run:
             except OSError as error:
                 raise Exit(2, f"--run-dir {self.path} cannot be made ({error})") from None
         self.folder.mkdir(exist_ok=True)
-        head = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
-        versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version,
-                    "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform(),
-                    "packages": {name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py", "tyro")}}
         if not (self.path / "versions.json").exists():
-            write_file(self.path / "versions.json", json.dumps(versions, indent=1).encode())
+            head = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+            commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
+            where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform()
+            packages = {name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py", "tyro")}
+            versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version, "device": where}
+            write_file(self.path / "versions.json", json.dumps(versions | {"packages": packages}, indent=1).encode())
 
     def load(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
         """Return state and tensors of the newest whole checkpoint, None before the first; cut the records back to it.

@@ -590,9 +590,9 @@ class EauDeQN:
         self.target.load_state_dict(self.online[best].state_dict())
         weights, sparsity = list(prunable(self.target).values()), self.sparsity[best]
         parents = [mask.bool() for mask in self.masks[best]]
+        limits = (args.total_timesteps, args.target_every, args.max_sparsity_step)
         for k in range(args.num_networks):
             exponent = self.rng["exponent"].uniform(0, args.max_exponent) if k > 0 else 0.0
-            limits = (args.total_timesteps, args.target_every, args.max_sparsity_step)
             new = next_sparsity(sparsity, exponent, step, *limits)
             masks = magnitude_masks(weights, parents, new, args.scope) if new > sparsity else parents
             self.online[k].load_state_dict(self.target.state_dict())
@@ -704,13 +704,13 @@ class Run:
             except OSError as error:
                 raise Exit(2, f"--run-dir {self.path} cannot be made ({error})") from None
         self.folder.mkdir(exist_ok=True)
-        head = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
-        versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version,
-                    "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform(),
-                    "packages": {name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py", "tyro")}}
         if not (self.path / "versions.json").exists():
-            write_file(self.path / "versions.json", json.dumps(versions, indent=1).encode())
+            head = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+            commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
+            where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform()
+            packages = {name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py", "tyro")}
+            versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version, "device": where}
+            write_file(self.path / "versions.json", json.dumps(versions | {"packages": packages}, indent=1).encode())
 
     def load(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
         """Return state and tensors of the newest whole checkpoint, None before the first; cut the records back to it.

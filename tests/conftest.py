@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -38,25 +39,17 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="session")
-def eaudeqn() -> ModuleType:
-    """Return cleanrl_sparse/eaudeqn_atari.py as a module."""
-    return load_script("eaudeqn_atari")
+def script_fixture(name: str) -> Callable[[], ModuleType]:
+    """Return a fixture, once per session, that is cleanrl_sparse/NAME.py as a module."""
+
+    @pytest.fixture(scope="session")
+    def module() -> ModuleType:
+        return load_script(name)
+
+    return module
 
 
-@pytest.fixture(scope="session")
-def dqn() -> ModuleType:
-    """Return cleanrl_sparse/dqn_atari_gmp.py as a module."""
-    return load_script("dqn_atari_gmp")
-
-
-@pytest.fixture(scope="session")
-def rainbow() -> ModuleType:
-    """Return cleanrl_sparse/rainbow_resnet_gmp.py as a module."""
-    return load_script("rainbow_resnet_gmp")
-
-
-@pytest.fixture(scope="session")
-def baselines() -> ModuleType:
-    """Return cleanrl_sparse/dqn_atari_baselines.py as a module."""
-    return load_script("dqn_atari_baselines")
+eaudeqn = script_fixture("eaudeqn_atari")
+dqn = script_fixture("dqn_atari_gmp")
+rainbow = script_fixture("rainbow_resnet_gmp")
+baselines = script_fixture("dqn_atari_baselines")

@@ -119,3 +119,28 @@ class Catch:
             self.begin()
         episodes = [(reward, 6)] if ended else []
         return self.module.Steps(last_frames, np.array([reward]), np.array([ended]), np.array([ended]), episodes)
+
+
+CATCH_FLAGS = {"feature_size": 512, "learning_rate": 2e-4, "prune_every": 50, "total_timesteps": 24_000,
+               "learning_starts": 1_000}  # fmt: skip
+
+
+def catch_return(module: ModuleType, agent: Any, replay: Any) -> float:
+    """Train an agent with a pruning schedule on Catch for 24,000 steps; return the mean of its last 200 returns."""
+    env, returns, threads = Catch(module, 1), list[float](), torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors are small
+    replay.see(env.obs[:, -1])
+    try:
+        for step in range(1, 24_001):
+            actions = agent.act(env.obs, max(0.01, min(1.0, 1 - 0.99 * (step - 1_000) / 2_400)))
+            steps = env.step(int(actions[0]))
+            replay.add(actions, steps, env.obs[:, -1])
+            returns += [score for score, _ in steps.episodes]
+            if step > 1_000 and step % 4 == 0:
+                agent.learn(replay, 1)
+            if step > 1_004 and step % 80 == 0:
+                agent.update_target()
+    finally:
+        torch.set_num_threads(threads)
+    print("\nreturns", *(f"{np.mean(returns[i:i + 400]):.2f}" for i in range(0, 4000, 400)))
+    return float(np.mean(returns[-200:]))

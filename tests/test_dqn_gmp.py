@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SCRIPTS
 from safetensors.torch import load_file
-from tasks import CPU, Catch, CatchNetwork, Small, Tiny, all_equal, constant, filled_replay, params
+from tasks import CATCH_FLAGS, CPU, CatchNetwork, Small, Tiny, all_equal, catch_return, constant, filled_replay, params
 from test_runs import TINY, side_by_side, succeed
 from torch import Tensor
 
@@ -323,25 +323,6 @@ class QSmall(Small):
 def test_catch(dqn: ModuleType, monkeypatch: pytest.MonkeyPatch, sparsity: float) -> None:
     """Catch in 24,000 steps with 512 units, dense and at 95 % sparsity: 90 % of the best return (about a minute)."""
     monkeypatch.setattr(dqn, "QNetwork", CatchNetwork)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        args = dqn.Args(feature_size=512, learning_rate=2e-4, sparsity=sparsity, prune_every=50, total_timesteps=24_000,
-                        learning_starts=1_000)
-        agent, env = dqn.DQN(args, 3, CPU), Catch(dqn, 1)
-        replay, returns = dqn.FrameReplay(24_000, 1, CPU, 1, 0.99, frame_shape=(42, 42)), list[float]()
-        replay.see(env.obs[:, -1])
-        for step in range(1, 24_001):
-            actions = agent.act(env.obs, max(0.01, min(1.0, 1 - 0.99 * (step - 1_000) / 2_400)))
-            steps = env.step(int(actions[0]))
-            replay.add(actions, steps, env.obs[:, -1])
-            returns += [score for score, _ in steps.episodes]
-            if step > 1_000 and step % 4 == 0:
-                agent.learn(replay, 1)
-            if step > 1_004 and step % 80 == 0:
-                agent.update_target()
-    finally:
-        torch.set_num_threads(threads)
-    print(f"\nsparsity {sparsity}: returns", *(f"{np.mean(returns[i:i + 400]):.2f}" for i in range(0, 4000, 400)))
-    assert np.mean(returns[-200:]) >= 0.9
+    agent = dqn.DQN(dqn.Args(sparsity=sparsity, **CATCH_FLAGS), 3, CPU)
+    assert catch_return(dqn, agent, dqn.FrameReplay(24_000, 1, CPU, 1, 0.99, frame_shape=(42, 42))) >= 0.9
     assert dqn.sparsity_report(agent.online)["prunable"] == pytest.approx(sparsity, abs=1e-3)

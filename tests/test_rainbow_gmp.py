@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tasks import CPU, Catch, CatchNetwork, Small, filled_replay
+from tasks import CATCH_FLAGS, CPU, CatchNetwork, Small, catch_return, filled_replay
 from torch import Tensor
 
 SUPPORT = [-10 + 0.4 * i for i in range(51)]
@@ -278,25 +278,7 @@ def test_catch(rainbow: ModuleType, monkeypatch: pytest.MonkeyPatch, sparsity: f
             return self.inner(obs).unflatten(1, (-1, 51))
 
     monkeypatch.setattr(rainbow, "C51Network", CatchC51)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        args = rainbow.Args(feature_size=512, learning_rate=2e-4, sparsity=sparsity, prune_every=50,
-                            total_timesteps=24_000, learning_starts=1_000)
-        agent, env = rainbow.Rainbow(args, 3, CPU), Catch(rainbow, 1)
-        replay, returns = rainbow.PrioritisedReplay(24_000, 1, CPU, 1, 0.99, 3, frame_shape=(42, 42)), list[float]()
-        replay.see(env.obs[:, -1])
-        for step in range(1, 24_001):
-            actions = agent.act(env.obs, max(0.01, min(1.0, 1 - 0.99 * (step - 1_000) / 2_400)))
-            steps = env.step(int(actions[0]))
-            replay.add(actions, steps, env.obs[:, -1])
-            returns += [score for score, _ in steps.episodes]
-            if step > 1_000 and step % 4 == 0:
-                agent.learn(replay, 1)
-            if step > 1_004 and step % 80 == 0:
-                agent.update_target()
-    finally:
-        torch.set_num_threads(threads)
-    print(f"\nsparsity {sparsity}: returns", *(f"{np.mean(returns[i:i + 400]):.2f}" for i in range(0, 4000, 400)))
-    assert np.mean(returns[-200:]) >= 0.9
+    agent = rainbow.Rainbow(rainbow.Args(sparsity=sparsity, **CATCH_FLAGS), 3, CPU)
+    replay = rainbow.PrioritisedReplay(24_000, 1, CPU, 1, 0.99, 3, frame_shape=(42, 42))
+    assert catch_return(rainbow, agent, replay) >= 0.9
     assert rainbow.sparsity_report(agent.online)["prunable"] == pytest.approx(sparsity, abs=1e-3)
