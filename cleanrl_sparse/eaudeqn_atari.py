@@ -50,7 +50,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -122,22 +122,28 @@ class Args:
 
     def __post_init__(self) -> None:
         """Refuse values out of range, naming the flag."""
-        # >>> shared: check-run-flags
+        # >>> shared: check
         def check(names: str, accepted: Callable[[float], bool], text: str) -> None:
             """Refuse the flags `names` whose value is not accepted."""
             for name in names.split():
                 flag, value = name.replace("_", "-"), getattr(self, name)
                 require(accepted(value), f"--{flag} {value}: must be {text}")
 
-        check("total_timesteps batch_size epsilon_steps epoch_steps num_envs", lambda x: x >= 1, "at least 1")
+        check("total_timesteps batch_size epoch_steps num_envs", lambda x: x >= 1, "at least 1")
         check("eval_episodes checkpoint_minutes", lambda x: x >= 0, "at least 0")
         check("seed", lambda x: 0 <= x < 2**32, "in [0, 2^32)")
-        check("learning_rate adam_eps replay_ratio", lambda x: 0 < x < math.inf, "above 0")
-        check("gamma epsilon_end", lambda x: 0 <= x <= 1, "in [0, 1]")
+        check("learning_rate replay_ratio", lambda x: 0 < x < math.inf, "above 0")
+        check("gamma", lambda x: 0 <= x <= 1, "in [0, 1]")
         check("learning_starts buffer_size", lambda x: x >= self.batch_size, f"at least a batch, {self.batch_size}")
         text = f"at least --num-envs {self.num_envs}"
-        check("target_every learning_starts buffer_size", lambda x: x >= self.num_envs, text)
+        check("learning_starts buffer_size", lambda x: x >= self.num_envs, text)
         check("capture_video", lambda x: not x or self.eval_episodes > 0, "used with --eval-episodes above 0")
+        # <<< shared: check
+        # >>> shared: check-run-flags
+        check("epsilon_steps", lambda x: x >= 1, "at least 1")
+        check("adam_eps", lambda x: 0 < x < math.inf, "above 0")
+        check("epsilon_end", lambda x: 0 <= x <= 1, "in [0, 1]")
+        check("target_every", lambda x: x >= self.num_envs, text)
         # <<< shared: check-run-flags
         check("feature_size width num_networks", lambda x: x >= 1, "at least 1")
         check("max_exponent", lambda x: 0 <= x < math.inf, "at least 0")
@@ -479,6 +485,7 @@ def sparsity_report(network: nn.Module) -> dict[str, float]:
 # <<< shared: sparsity
 
 
+# >>> shared: eau-de
 def next_sparsity(sparsity: float, exponent: float, step: int, horizon: int, period: int, max_step: float) -> float:
     """Return a candidate's sparsity for steps step..step+period of a run of `horizon` steps.
 
@@ -492,6 +499,7 @@ def next_sparsity(sparsity: float, exponent: float, step: int, horizon: int, per
 def choose(losses: list[float]) -> int:
     """Return the index of the smallest loss; NaN never wins, ties go to the lower index."""
     return min(range(len(losses)), key=lambda k: (math.isnan(losses[k]), losses[k], k))
+# <<< shared: eau-de
 
 
 class EauDeQN:
@@ -563,7 +571,7 @@ class EauDeQN:
             self.latest.copy_(torch.stack([losses, q.mean(1)]))
 
     # >>> shared: captured-update
-    def captured_update(self, replay: FrameReplay) -> None:
+    def captured_update(self, replay: Any) -> None:
         """Sample and update once; with --compile by replaying a CUDA graph, which the second call captures."""
         if self.args.compile and self.warm and not self.graph:
             self.graph = torch.cuda.CUDAGraph()
@@ -639,7 +647,7 @@ class EauDeQN:
         return record | ({"sparsity/selected": self.selected} if self.selected else {})
 
 
-# >>> shared: evaluation
+# >>> shared: atari-evaluation
 @torch.no_grad()
 def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: int, video: Path | None) -> list[float]:
     """Play episodes together, epsilon-greedily; return their unclipped returns. `video`: film the first there (mp4)."""
@@ -664,7 +672,17 @@ def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: 
     if video:
         writer.close()
     return [scores[i] for i in range(episodes)]
-# <<< shared: evaluation
+# <<< shared: atari-evaluation
+
+
+# >>> shared: atari-judge
+def judge(network: nn.Module, rom: str, title: str, args: Args, video: Path | None) -> dict[str, float]:
+    """Return what is logged of the final evaluation, at epsilon 0.001 and seeds that are none of training's."""
+    scores = evaluate(network, rom, args.eval_episodes, 0.001, args.seed + 1_000_000, video)
+    result = {"eval/episodic_return": float(np.mean(scores)), "eval/episodes": len(scores)}
+    human = human_normalized(title, result["eval/episodic_return"])
+    return result if human is None else result | {"eval/human_normalized": human}
+# <<< shared: atari-judge
 
 
 # >>> shared: run-directory
@@ -708,7 +726,8 @@ class Run:
             head = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
             commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
             where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform()
-            packages = {name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py", "tyro")}
+            names = ("torch", "numpy", "gymnasium", "ale-py", "mujoco", "tyro")
+            packages = {d.name: d.version for d in distributions() if d.name in names}
             versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version, "device": where}
             write_file(self.path / "versions.json", json.dumps(versions | {"packages": packages}, indent=1).encode())
 
@@ -775,18 +794,16 @@ class Run:
             path.unlink()
         self.saved, self.saved_at = step, time.monotonic()
 
-    def finish(self, step: int, network: nn.Module, rom: str, title: str, epoch_return: float | None) -> None:
-        """Save the network, evaluate it, write final.json and tell the user what came out."""
+    def finish(self, step: int, network: nn.Module, judge: Callable[[Path | None], dict[str, float]],
+               epoch_return: float | None) -> None:
+        """Save the network, evaluate it by judge(file for the video), write final.json, tell the user what came out."""
         weights = {name: p.detach().contiguous() + 0.0 for name, p in network.named_parameters()}  # no -0.0
         write_file(self.path / "model.safetensors", save(weights))
         video = self.path / "evaluation.mp4" if self.args.capture_video else None
-        result, seed = dict[str, Any](), self.args.seed + 1_000_000  # not the seed of training
-        if episodes := self.args.eval_episodes:
-            print(f"evaluating over {episodes} episodes")
-            scores = evaluate(network, rom, episodes, 0.001, seed, video)
-            result = {"eval/episodic_return": float(np.mean(scores)), "eval/episodes": episodes}
-            if (human := human_normalized(title, result["eval/episodic_return"])) is not None:
-                result["eval/human_normalized"] = human
+        result = dict[str, float]()
+        if self.args.eval_episodes:
+            print(f"evaluating over {self.args.eval_episodes} episodes")
+            result = judge(video)
             self.log(step, result)
         self.board.close()
         report = {f"sparsity/{key}": value for key, value in sparsity_report(network).items()} | result
@@ -858,7 +875,7 @@ def main(args: Args) -> None:
     if args.resume and Path(args.resume, "final.json").exists():
         print(f"{args.resume} is finished; nothing is left to do")
         return
-    device, (rom, title), total = find_device(args), find_rom(args.env_id), args.total_timesteps
+    device, total = find_device(args), args.total_timesteps
     step, epoch_return, returns, recent = 0, None, list[float](), [0.0]  # of the episodes of this epoch, of the latest
     run, stops, training = None, list[int](), False
 
@@ -872,14 +889,17 @@ def main(args: Args) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    # <<< shared: start
+    # >>> shared: atari-start
+    rom, title = find_rom(args.env_id)
     envs = AtariEnvs(rom, args.num_envs, args.seed)
     fits = device.type == "cpu" or 7130 * args.buffer_size < 0.8 * torch.cuda.mem_get_info(device)[0]
     require(fits or not args.compile, f"--buffer-size {args.buffer_size}: too large for the GPU, which --compile needs")
-    # <<< shared: start
+    # <<< shared: atari-start
     agent = EauDeQN(args, envs.num_actions, device)
     home, tensors = device if fits else torch.device("cpu"), agent.tensors()
     replay = FrameReplay(args.buffer_size, args.num_envs, home, args.seed, args.gamma)
-    # >>> shared: go-on
+    # >>> shared: atari-go-on
     run = Run(args, title, device, 6 * total + 3 * sum(t.nbytes for t in tensors.values()))
     replay.see(envs.obs[:, -1])
     state, saved = run.load()
@@ -893,11 +913,13 @@ def main(args: Args) -> None:
             FrameReplay.add(replay, actions, steps, envs.obs[:, -1])  # priorities, if any, are in the checkpoint
         for name, tensor in tensors.items():
             tensor.detach().copy_(saved[name])
+    # <<< shared: atari-go-on
+    # >>> shared: bar
     tty, shown = sys.stderr.isatty(), (step, time.monotonic())
     shape = "{percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt} {remaining} left {desc}"
     bar = tqdm(total=total, initial=step, unit="step", unit_scale=True, dynamic_ncols=True,
                mininterval=0.5 if tty else 30, bar_format="{bar:10}" + shape if tty else shape + "\n")
-    # <<< shared: go-on
+    # <<< shared: bar
 
     training = True
     while step < total:
@@ -950,7 +972,8 @@ def main(args: Args) -> None:
 
     training = False
     bar.close()
-    run.finish(step, agent.best(), rom, title, epoch_return)
+    network = agent.best()
+    run.finish(step, network, lambda video: judge(network, rom, title, args, video), epoch_return)
 
 
 if __name__ == "__main__":

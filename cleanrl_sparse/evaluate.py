@@ -295,7 +295,7 @@ class C51Network(QNetwork):
 # <<< shared: c51
 
 
-# >>> shared: evaluation
+# >>> shared: atari-evaluation
 @torch.no_grad()
 def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: int, video: Path | None) -> list[float]:
     """Play episodes together, epsilon-greedily; return their unclipped returns. `video`: film the first there (mp4)."""
@@ -320,7 +320,7 @@ def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: 
     if video:
         writer.close()
     return [scores[i] for i in range(episodes)]
-# <<< shared: evaluation
+# <<< shared: atari-evaluation
 
 
 # >>> shared: entry

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Soft actor-critic on MuJoCo: dense, gradual magnitude pruning to 95 and 99 %, EauDeSAC with and without a pruned actor.
+#
+# Return and sparsity over 200,000 steps, 3 seeds, 256 units, all methods with slimSAC's settings so that they compare.
+# It needs no GPU: about 16 minutes for a run with one pair of critics, 35 for one with five, on one core with bf16.
+# What is finished is left alone and what was broken off goes on, so start it again as often as you like.
+#
+#     benchmark/eaudesac_mujoco.sh                                    # JOBS=2 at a time, runs/eaudesac_mujoco/
+#     python benchmark/plot.py runs/eaudesac_mujoco benchmark/results/eaudesac_mujoco
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+ENVS=${ENVS:-"Hopper-v5 HalfCheetah-v5"}
+SEEDS=${SEEDS:-"1 2 3"}
+METHODS=${METHODS:-"dense gmp-0.95 eaudesac gmp-0.99 eaudesac-pruned-actor"}
+JOBS=${JOBS:-2}
+RUNS=${RUNS:-runs/eaudesac_mujoco}
+
+train() { # METHOD ENV SEED
+  local script flags folder="$RUNS/$1/$2/$3"
+  case $1 in
+    eaudesac) script=sac_mujoco_eaudeqn.py flags="" ;;
+    eaudesac-pruned-actor) script=sac_mujoco_eaudeqn.py flags="--prune-actor" ;;
+    dense) script=sac_mujoco_gmp.py flags="--sparsity 0" ;;
+    gmp-*) script=sac_mujoco_gmp.py flags="--sparsity ${1#gmp-}" ;;
+  esac
+  if [ $script = sac_mujoco_gmp.py ]; then
+    flags="$flags --width 1 --learning-starts 5000 --learning-rate 1e-3 --reward-scale 1 --target-entropy -1"
+    flags="$flags --weight-decay 0"
+  fi
+  flags="--env-id $2 --seed $3 --total-timesteps 200000 --precision bf16 $flags --run-dir $folder"
+  [ -e "$folder/args.json" ] && flags="--resume $folder"
+  mkdir -p "$folder"
+  echo "$script $flags"
+  # shellcheck disable=SC2086  # the flags are words
+  OMP_NUM_THREADS=1 python "cleanrl_sparse/$script" $flags &> "$folder/.log" || echo "failed: see $folder/.log" >&2
+}
+
+export -f train
+export RUNS
+for seed in $SEEDS; do
+  for method in $METHODS; do
+    for env in $ENVS; do echo "$method $env $seed"; done
+  done
+done | xargs -P "$JOBS" -L 1 bash -c 'train "$@"' train
