@@ -1,0 +1,653 @@
+"""Soft actor-critic on MuJoCo: environments, replay, update, choice and pruning, against slow versions of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from tasks import CPU
+from torch import Tensor, nn
+
+OBS, ACT, B = 5, 2, 16  # sizes of observations, actions, batch
+
+
+@pytest.fixture(params=["sac_mujoco_eaudeqn", "sac_mujoco_gmp"])
+def module(request: pytest.FixtureRequest) -> ModuleType:
+    """Each of the two scripts."""
+    name = "eaudesac" if request.param == "sac_mujoco_eaudeqn" else "sac"
+    return request.getfixturevalue(name)
+
+
+def make_agent(module: ModuleType, **flags: Any) -> Any:
+    """Return an agent in float64 whose hidden layers have 256 units."""
+    kind = module.EauDeSAC if hasattr(module, "EauDeSAC") else module.SAC
+    common = {"learning_starts": 256, "total_timesteps": 5256, "width": 1, "seed": 3}
+    return kind(module.Args(**common | flags), OBS, ACT, CPU, torch.float64)
+
+
+def make_batch(module: ModuleType, seed: int) -> Any:
+    """Return random transitions, of which a third terminate."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    discounts = 0.97 * (torch.rand(B, generator=rng, dtype=torch.float64) < 0.67)
+    return module.Batch(normal(B, OBS), normal(B, ACT).tanh(), normal(B, OBS), normal(B), discounts, normal(2, B, ACT))
+
+
+def all_parameters(agent: Any) -> list[Tensor]:
+    return [*agent.critics, *agent.targets, *agent.actor.parameters(), agent.log_alpha]
+
+
+# The update
+
+
+class Reference:
+    """SAC as the paper writes it: one module per network, one optimiser each, torch's own distributions.
+
+    Each of K pairs of critics learns towards the target pair, which with the actor follows the first.
+    """
+
+    def __init__(self, agent: Any, pairs: int, decay: float = 0.0) -> None:
+        def dense(*sizes: int) -> nn.Sequential:
+            layers = [nn.Linear(*shape, dtype=torch.float64) for shape in itertools.pairwise(sizes)]
+            return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+
+        self.args, self.decay = agent.args, decay
+        self.actor = dense(OBS, 256, 256, 2 * ACT)
+        self.actor.load_state_dict(dict(zip(self.actor.state_dict(), agent.actor.state_dict().values())))
+        self.critics = [dense(OBS + ACT, 256, 256, 1) for _ in range(2 * pairs)]
+        self.targets = [dense(OBS + ACT, 256, 256, 1) for _ in range(2)]
+        for nets, stacks in ((self.critics, agent.critics), (self.targets, agent.targets)):
+            for n, net in enumerate(nets):
+                net.load_state_dict(dict(zip(net.state_dict(), self.unstacked(stacks, n))))
+        self.log_alpha = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        parameters = [net.parameters() for net in (self.actor, *self.critics)] + [[self.log_alpha]]
+        self.adams = [torch.optim.Adam(p, lr=self.args.learning_rate, foreach=False) for p in parameters]
+
+    @staticmethod
+    def unstacked(stacks: list[Tensor], n: int) -> list[Tensor]:
+        """Return the n-th of stacked critics as nn.Linear's weight and bias, layer after layer."""
+        return [stack[n].T if i % 2 == 0 else stack[n, 0] for i, stack in enumerate(stacks)]
+
+    def policy(self, obs: Tensor) -> torch.distributions.Distribution:
+        mean, log_std = self.actor(obs).split(ACT, 1)
+        normal = torch.distributions.Normal(mean, log_std.clamp(-20, 2).exp())
+        return torch.distributions.TransformedDistribution(normal, [torch.distributions.TanhTransform(cache_size=1)])
+
+    def act(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return actions and log-probabilities; the distribution says how likely what the noise makes is."""
+        mean, log_std = self.actor(obs).split(ACT, 1)
+        policy = self.policy(obs)
+        actions = policy.transforms[0](mean + log_std.clamp(-20, 2).exp() * noise)  # type: ignore[attr-defined]
+        return actions, policy.log_prob(actions).sum(1)
+
+    def l2(self, net: nn.Module) -> Tensor:
+        return self.decay * torch.stack([(p**2).sum() for p in net.parameters() if p.ndim > 1]).sum()
+
+    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        for adam in self.adams:
+            adam.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def update(self, batch: Any, masks: list[Tensor]) -> list[float]:
+        """Return the loss of each critic before its step. `masks` as the agent's: three stacks, three of the actor."""
+        obs, actions, next_obs, rewards, discounts, noise = batch
+        alpha = self.log_alpha.exp().detach()
+        with torch.no_grad():
+            next_actions, log_prob = self.act(next_obs, noise[0])
+            x = torch.cat([next_obs, next_actions], 1)
+            next_q = torch.minimum(*(net(x)[:, 0] for net in self.targets))
+            y = self.args.reward_scale * rewards + discounts * (next_q - alpha * log_prob)
+        losses = []
+        for n, (net, adam) in enumerate(zip(self.critics, self.adams[1:-1])):
+            loss = ((net(torch.cat([obs, actions], 1))[:, 0] - y) ** 2).mean()
+            losses.append(loss.item())
+            self.step(adam, loss + self.l2(net))
+            self.mask(net, [mask[n].T for mask in masks[:3]])
+        new_actions, log_prob = self.act(obs, noise[1])
+        x = torch.cat([obs, new_actions], 1)
+        q = torch.minimum(*(net(x)[:, 0] for net in self.critics[:2]))
+        self.step(self.adams[0], (alpha * log_prob - q).mean() + self.l2(self.actor))
+        self.mask(self.actor, masks[3:])
+        entropy = -log_prob.detach()
+        self.step(self.adams[-1], (self.log_alpha.exp() * (entropy - self.args.target_entropy * ACT)).mean())
+        with torch.no_grad():
+            for n, (target, net) in enumerate(zip(self.targets, self.critics)):
+                for t, p in zip(target.parameters(), net.parameters()):
+                    t.copy_((1 - self.args.tau) * t + self.args.tau * p)
+                self.mask(target, [mask[n].T for mask in masks[:3]])
+        return losses
+
+    @staticmethod
+    @torch.no_grad()
+    def mask(net: nn.Module, masks: list[Tensor]) -> None:
+        for p, mask in zip([p for p in net.parameters() if p.ndim > 1], masks):
+            p[mask == 0] = 0
+
+    def assert_equal(self, agent: Any) -> None:
+        pairs = [(agent.critics, self.critics), (agent.targets, self.targets)]
+        for stacks, nets in pairs:
+            for n, net in enumerate(nets):
+                for ours, theirs in zip(self.unstacked(stacks, n), net.parameters(), strict=True):
+                    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+        for ours, theirs in zip(agent.actor.parameters(), self.actor.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+        torch.testing.assert_close(agent.log_alpha, self.log_alpha[0], atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def disturb(agent: Any, share: float = 0.0) -> None:
+    """Make all critics differ, and prune a share of every network at random."""
+    rng = torch.Generator().manual_seed(5)
+    for stack in (*agent.critics, *agent.targets):
+        stack += 0.05 * torch.randn(stack.shape, generator=rng, dtype=torch.float64)
+    for weight, mask in zip(agent.weights, agent.masks):
+        mask.copy_(torch.rand(mask.shape, generator=rng) >= share)
+        weight *= mask
+    for target, mask in zip(agent.targets[::2], agent.masks):
+        target *= mask[:2]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6])
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_an_update_of_k_pairs_is_k_separate_updates(eaudesac: ModuleType, pairs: int, share: float) -> None:
+    """With one pair: plain SAC."""
+    agent = make_agent(eaudesac, num_networks=pairs, reward_scale=0.7, tau=0.1, gamma=0.9, learning_rate=3e-3)
+    disturb(agent, share)
+    reference, accumulated = Reference(agent, pairs), np.zeros(pairs)
+    for step in range(12):
+        batch = make_batch(eaudesac, step)
+        agent.update(batch)
+        losses = reference.update(batch, agent.masks)
+        accumulated = 0.9 * accumulated + 0.1 * np.array(losses).reshape(pairs, 2).sum(1)
+        reference.assert_equal(agent)
+    assert agent.accumulated_loss.tolist() == pytest.approx(accumulated.tolist(), rel=1e-10)
+    assert pairs == 1 or len({round(x, 6) for x in accumulated}) == pairs, "the pairs differ"
+
+
+@pytest.mark.parametrize(("share", "decay"), [(0.0, 0.0), (0.6, 0.0), (0.3, 0.01)])
+def test_the_pruned_update_is_plain_sac_with_masks(sac: ModuleType, share: float, decay: float) -> None:
+    agent = make_agent(sac, weight_decay=decay, reward_scale=0.7, tau=0.1, target_entropy=-0.3, learning_rate=3e-3)
+    disturb(agent, share)
+    reference = Reference(agent, 1, decay)
+    for step in range(12):
+        batch = make_batch(sac, step)
+        agent.update(batch)
+        reference.update(batch, agent.masks)
+        reference.assert_equal(agent)
+
+
+def test_plain_sac_is_the_same_in_both_scripts(eaudesac: ModuleType, sac: ModuleType) -> None:
+    """K = 1 never pruned, and sparsity 0, over choices and prunings: the same weights, bit for bit."""
+    flags = {"learning_rate": 1e-3, "reward_scale": 1.0, "target_entropy": -1.0, "prune_every": 3}
+    ours = make_agent(eaudesac, num_networks=1, max_exponent=0.0, **flags)
+    theirs = make_agent(sac, sparsity=0.0, weight_decay=0.0, **flags)
+    for agent, module in ((ours, eaudesac), (theirs, sac)):
+        replay = Fixed(module)
+        agent.learn(replay, 10)
+    assert all(map(torch.equal, all_parameters(ours), all_parameters(theirs)))
+    assert ours.selected == 1 and ours.sparsity == [0.0] and theirs.sparsity == [0.0]
+
+
+class Fixed:
+    """ACT replay whose i-th sample is make_batch(i)."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module, self.drawn = module, 0
+
+    def sample(self, _: int) -> Any:
+        self.drawn += 1
+        return make_batch(self.module, self.drawn)
+
+
+def test_what_is_logged_of_an_update(sac: ModuleType) -> None:
+    agent = make_agent(sac, weight_decay=0.0)
+    disturb(agent)
+    reference, batch = Reference(agent, 1), make_batch(sac, 0)
+    q = [net(torch.cat([batch.obs, batch.actions], 1)).mean().item() for net in reference.critics]
+    agent.update(batch)
+    losses = reference.update(batch, agent.masks)
+    report = agent.report()
+    assert [report["losses/qf1_loss"], report["losses/qf2_loss"]] == pytest.approx(losses)
+    assert report["losses/q_values"] == pytest.approx(np.mean(q))
+    assert report["losses/alpha"] == 1.0
+    assert all(math.isfinite(report[f"losses/{name}"]) for name in ("actor_loss", "alpha_loss"))
+
+
+def test_bf16_changes_an_update_by_its_rounding_only(module: ModuleType) -> None:
+    kind = module.EauDeSAC if hasattr(module, "EauDeSAC") else module.SAC
+    args = module.Args(width=1, precision="bf16")
+    rough, fine = (kind(dataclasses.replace(args, precision=p), OBS, ACT, CPU) for p in ("bf16", "fp32"))
+    batch = module.Batch(*(tensor.float() for tensor in make_batch(module, 0)))
+    rough.update(batch)
+    fine.update(batch)
+    assert rough.latest.tolist() != fine.latest.tolist()
+    assert rough.latest.tolist() == pytest.approx(fine.latest.tolist(), rel=0.05, abs=0.05)
+    assert all(p.dtype == torch.float32 for p in all_parameters(rough))
+
+
+# The policy
+
+
+def test_the_density_of_actions_integrates_to_one(module: ModuleType) -> None:
+    """At five policies, over actions in (-1, 1) by Simpson's rule in u = atanh(action)."""
+    actor = module.Actor(1, 1, 8).double()
+    for obs in (-3.0, -1.0, 0.0, 1.0, 3.0):
+        with torch.no_grad():
+            mean, log_std = (x.item() for x in actor(torch.tensor([[obs]], dtype=torch.float64)))
+            noise = torch.linspace(-9, 9, 20_001, dtype=torch.float64)[:, None]
+            actions, log_prob = actor.sample(torch.full((20_001, 1), obs, dtype=torch.float64), noise)
+        u = (mean + math.exp(log_std) * noise)[:, 0]
+        assert torch.allclose(actions[:, 0], u.tanh())
+        # da = (1 - tanh(u)^2) du
+        integral = torch.trapezoid(log_prob.exp() / u.cosh() ** 2, u)
+        assert integral.item() == pytest.approx(1, abs=1e-9)
+
+
+def test_log_probabilities_stay_finite_at_the_bounds(module: ModuleType) -> None:
+    """tanh(u) rounds to 1 from |u| = 9 on, in float32; log(1 - tanh(u) ** 2) is then -2 * (|u| - log 2)."""
+    actor = module.Actor(1, 1, 8)
+    for u in (-60.0, -20.0, 20.0, 60.0):
+        with torch.no_grad():
+            actor.output.weight.zero_()
+            actor.output.bias.copy_(torch.tensor([u, 0.0]))
+        actions, log_prob = actor.sample(torch.zeros(1, 1), torch.zeros(1, 1))
+        assert abs(actions.item()) == 1
+        assert log_prob.item() == pytest.approx(-0.5 * math.log(2 * math.pi) + 2 * (abs(u) - math.log(2)), rel=1e-5)
+        log_prob.sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in actor.parameters() if p.grad is not None)
+
+
+def test_the_standard_deviation_is_clamped(module: ModuleType) -> None:
+    actor = module.Actor(1, 1, 8)
+    for bias, expected in ((-100.0, -20.0), (1.0, 1.0), (100.0, 2.0)):
+        with torch.no_grad():
+            actor.output.weight.zero_()
+            actor.output.bias.copy_(torch.tensor([0.0, bias]))
+        assert actor(torch.zeros(1, 1))[1].item() == expected
+
+
+def test_acting(module: ModuleType) -> None:
+    """Uniform to explore; else the policy's mean and deviation; within the bounds; the generator alone decides."""
+    agent, other = make_agent(module), make_agent(module)
+    obs = np.random.default_rng(0).normal(size=(4000, OBS)).astype(np.float32)
+    actions = agent.act(obs, explore=True)
+    assert actions.shape == (4000, ACT) and actions.dtype == np.float32
+    assert np.abs(actions).max() <= 1 and abs(actions.mean()) < 0.05
+    assert actions.std() == pytest.approx(3**-0.5, rel=0.05)
+    same = np.repeat(obs[:1], 4000, 0)
+    actions = np.arctanh(agent.act(same, explore=False).astype(np.float64))
+    mean, log_std = (x.detach().numpy() for x in agent.actor(torch.from_numpy(obs[:1]).double()))
+    assert actions.mean(0) == pytest.approx(mean[0], abs=0.1)
+    assert actions.std(0) == pytest.approx(np.exp(log_std[0]), rel=0.1)
+    other.act(obs, explore=True)
+    assert np.array_equal(np.arctanh(other.act(same, explore=False).astype(np.float64)), actions)
+
+
+# Choosing and pruning
+
+
+def zeros(weights: list[Tensor]) -> int:
+    return sum(int((w == 0).sum()) for w in weights)
+
+
+def erk_kept(shapes: list[tuple[int, ...]], sparsity: float) -> list[int]:
+    """Return how many weights each tensor keeps, with the scale of the densities found by bisection."""
+    sizes, low, high = [math.prod(shape) for shape in shapes], 0.0, 1e9
+    for _ in range(200):
+        scale = (low + high) / 2
+        kept = sum(min(n, scale * sum(shape)) for n, shape in zip(sizes, shapes))
+        low, high = (scale, high) if kept < (1 - sparsity) * sum(sizes) else (low, scale)
+    return [max(1, round(min(n, low * sum(shape)))) for n, shape in zip(sizes, shapes)]
+
+
+def test_the_best_pair_is_copied_and_pruned(eaudesac: ModuleType) -> None:
+    agent = make_agent(eaudesac, num_networks=4, max_sparsity_step=0.2, max_exponent=900.0, prune_every=100)
+    disturb(agent, 0.0)
+    for step in range(3):
+        agent.update(make_batch(eaudesac, step))
+    before = [stack.detach().clone() for stack in agent.critics]
+    moments = [state["exp_avg_sq"].clone() for state in agent.critic_optimizer.state.values()]
+    targets = [target.clone() for target in agent.targets]
+    agent.gradient_step = 100
+    agent.accumulated_loss.copy_(torch.tensor([3.0, math.nan, 1.0, 2.0]))
+    agent.choose_and_prune()
+    assert agent.selected == 3 and agent.accumulated_loss.tolist() == [0] * 4
+    assert agent.sparsity[0] == 0 and agent.sparsity[1:] == pytest.approx([0.2] * 3), "S_max: no draw is near 0"
+    for stack, old in zip(agent.critics, before):
+        assert torch.equal(stack[:2], old[4:6]), "pair 1 is the chosen one, whole"
+        for n in range(2, 8):
+            kept = stack[n] != 0
+            assert torch.equal(stack[n][kept], old[4 + n % 2][kept]), "the others are its pruned copies"
+    for new, old in zip(agent.critic_optimizer.state.values(), moments):
+        assert all(torch.equal(new["exp_avg_sq"][n], old[4 + n % 2]) for n in range(8))
+    assert all(map(torch.equal, agent.targets, targets)), "the target of an unpruned pair stays as it is"
+    shapes = [(OBS + ACT, 256), (256, 256), (256, 1)]
+    for n in range(2, 8):
+        kept = [int((weight[n] != 0).sum()) for weight in agent.weights[:3]]
+        assert kept == erk_kept(shapes, 0.2)
+        for weight, old in zip(agent.weights[:3], before[::2]):
+            gone, left = old[4 + n % 2][weight[n] == 0].abs(), old[4 + n % 2][weight[n] != 0].abs()
+            assert not len(gone) or gone.max() <= left.min(), "the smallest go"
+
+    agent.gradient_step = 200
+    agent.accumulated_loss.copy_(torch.tensor([3.0, 2.0, 4.0, 2.0]))
+    agent.choose_and_prune()
+    assert agent.selected == 2, "ties go to the lower index"
+    assert agent.sparsity[0] == pytest.approx(0.2)
+    assert agent.sparsity[1:] == pytest.approx([0.4] * 3)
+    for target, stack in zip(agent.targets[::2], agent.critics[::2]):
+        assert torch.equal(target == 0, stack[:2] == 0), "the target takes over the chosen pair's mask"
+    agent.update(make_batch(eaudesac, 9))
+    assert [zeros([w[n] for w in agent.weights[:3]]) for n in range(2)] == [
+        zeros([t[n] for t in agent.targets[::2]]) for n in range(2)
+    ]
+
+
+def test_sparsity_is_exact_after_every_update(eaudesac: ModuleType) -> None:
+    """Masks hold and nest; actor and target have the chosen pair's sparsity."""
+    flags = {"total_timesteps": 300, "max_sparsity_step": 0.1, "prune_every": 2, "tau": 0.3}
+    agent = make_agent(eaudesac, num_networks=3, prune_actor=True, **flags)
+    disturb(agent)
+    replay, chosen = Fixed(eaudesac), []
+    masks = [mask[:2].clone() for mask in agent.masks[:3]]
+    for step in range(1, 25):
+        agent.learn(replay, 1)
+        for weight, mask in zip(agent.weights, agent.masks):
+            assert torch.equal(weight == 0, mask == 0)
+        for target, mask in zip(agent.targets[::2], agent.masks):
+            assert torch.equal(target == 0, mask[:2] == 0)
+        if step % 2 == 0:
+            chosen.append(agent.sparsity[0])
+            assert all((new[:2] <= old).all() for new, old in zip(agent.masks, masks)), "what is pruned stays"
+            assert all((mask[2:] <= mask[:2].repeat(2, 1, 1)).all() for mask in agent.masks[:3]), "masks nest"
+            masks = [mask[:2].clone() for mask in agent.masks[:3]]
+            for k, sparsity in enumerate(agent.sparsity):
+                pruned = zeros([w[2 * k] for w in agent.weights[:3]])
+                assert pruned == pytest.approx(sparsity * (OBS + ACT + 256 + 1) * 256, abs=3)
+            assert agent.actor_sparsity == agent.sparsity[0]
+            shapes = [(256, OBS), (256, 256), (2 * ACT, 256)]
+            assert [int((w != 0).sum()) for w in agent.weights[3:]] == erk_kept(shapes, agent.actor_sparsity)
+    assert chosen == sorted(chosen) and chosen[-1] > 0.1
+
+
+def test_the_actor_stays_dense_unless_asked(eaudesac: ModuleType) -> None:
+    agent = make_agent(eaudesac, num_networks=3, max_sparsity_step=0.5, prune_every=2)
+    agent.learn(Fixed(eaudesac), 12)
+    assert agent.sparsity[1] > 0 and zeros(agent.weights[3:]) == 0
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_reset_optimizer(eaudesac: ModuleType, reset: bool) -> None:
+    agent = make_agent(eaudesac, num_networks=2, prune_every=4, reset_optimizer=reset)
+    agent.learn(Fixed(eaudesac), 4)
+    (step, *_), *_ = (list(state.values()) for state in agent.critic_optimizer.state.values())
+    moments = [state["exp_avg"].abs().sum().item() for state in agent.critic_optimizer.state.values()]
+    assert (step.item(), sum(moments) == 0) == ((0, True) if reset else (4, False))
+    assert all(state["step"] == 4 for state in agent.actor_optimizer.state.values()), "the actor's are left alone"
+
+
+def test_choices_are_made_when_due(eaudesac: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each multiple of prune_every after gradient step 0, none at the run's end."""
+    flags = {"learning_starts": 256, "total_timesteps": 268, "replay_ratio": 2.0, "prune_every": 8}
+    agent = make_agent(eaudesac, **flags)
+    assert agent.updates == 24
+    chosen = list[int]()
+    monkeypatch.setattr(agent, "choose_and_prune", lambda: chosen.append(agent.gradient_step))
+    monkeypatch.setattr(agent, "update", lambda _: None)
+    for updates in (3, 0, 7, 14):
+        agent.learn(Fixed(eaudesac), updates)
+    assert chosen == [8, 16]
+
+
+def test_losses_are_summed_or_averaged(eaudesac: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for how, expected in (("sum", [33.0, 66.0]), ("ema", [0.5 * (0.5 * 3 + 30), 0.5 * (0.5 * 6 + 60)])):
+        agent = make_agent(eaudesac, num_networks=2, loss_aggregation=how, tau=0.5)
+        losses = iter([torch.tensor([1.0, 2, 3, 3]), torch.tensor([10.0, 20, 30, 30])])
+        monkeypatch.setattr(agent, "sac_update", lambda _, losses=losses: next(losses).double())
+        for _ in range(2):
+            agent.update(None)
+        assert agent.accumulated_loss.tolist() == pytest.approx(expected)
+
+
+def test_the_saved_critics_are_the_best_pair(eaudesac: ModuleType) -> None:
+    agent = make_agent(eaudesac, num_networks=3)
+    disturb(agent, 0.5)
+    agent.accumulated_loss.copy_(torch.tensor([3.0, 1.0, 2.0]))
+    networks, batch = agent.best().double(), make_batch(eaudesac, 0)
+    values = eaudesac.critic_values(agent.critics, batch.obs, batch.actions)
+    x = torch.cat([batch.obs, batch.actions], 1)
+    assert torch.allclose(networks["qf1"](x)[:, 0], values[2].float().double(), atol=1e-5)
+    assert torch.allclose(networks["qf2"](x)[:, 0], values[3].float().double(), atol=1e-5)
+    pruned = zeros([w[n] for w in agent.weights[:3] for n in (2, 3)]) + zeros(agent.weights[3:])
+    total = 2 * (OBS + ACT + 256 + 1) * 256 + (OBS + 256 + 2 * ACT) * 256
+    assert agent.report()["sparsity/prunable"] == pytest.approx(pruned / total)
+
+
+def test_the_schedule_prunes_actor_and_critics_exactly(sac: ModuleType) -> None:
+    """5,000 gradient steps by hand: t0 = 1,000, t1 = 4,000, at every 500: 1 - (1 - (t - 1000) / 3000) ** 3."""
+    agent = make_agent(sac, sparsity=0.9, prune_every=500)
+    disturb(agent)
+    assert (agent.start, agent.end) == (1000, 4000)
+    shapes = [[(OBS + ACT, 256), (256, 256), (256, 1)]] * 2 + [[(256, OBS), (256, 256), (2 * ACT, 256)]]
+    progress = {999: 0, 1000: 0, 1499: 0, 1500: 91 / 216, 2000: 152 / 216, 2500: 0.875, 3000: 208 / 216,
+                3999: 215 / 216, 4000: 1, 4500: 1}  # fmt: skip
+    networks = [[w[n] for w in agent.masks[:3]] for n in range(2)] + [agent.masks[3:]]
+    for step in range(0, 5000):
+        if step % 500 == 0:
+            agent.gradient_step = step
+            agent.prune()
+        if step in progress:
+            assert agent.sparsity[0] == pytest.approx(0.9 * progress[step])
+            for network, layers in zip(networks, shapes):
+                ends = erk_kept(layers, 0.9)
+                for mask, shape, kept in zip(network, layers, ends):
+                    n = math.prod(shape)
+                    assert abs(mask.sum().item() - (n - progress[step] * (n - kept))) <= 1.5, (step, shape)
+    total = sum(math.prod(shape) for layers in shapes for shape in layers)
+    assert sum(int((m == 0).sum()) for m in agent.masks) == pytest.approx(0.9 * total, abs=5)
+
+
+def test_pruned_weights_stay_zero_in_all_networks(sac: ModuleType) -> None:
+    agent = make_agent(sac, total_timesteps=276, prune_every=1, sparsity=0.8, tau=0.3)
+    replay = Fixed(sac)
+    for _ in range(20):
+        agent.learn(replay, 1)
+        for weight, mask in zip(agent.weights, agent.masks):
+            assert torch.equal(weight == 0, mask == 0)
+        for target, mask in zip(agent.targets[::2], agent.masks):
+            assert torch.equal(target == 0, mask == 0)
+    report = agent.report()
+    assert report["sparsity/prunable"] == pytest.approx(0.8, abs=1e-3) and report["sparsity/target"] == 0.8
+
+
+def test_nothing_is_pruned_at_sparsity_zero(sac: ModuleType) -> None:
+    agent = make_agent(sac, total_timesteps=276, prune_every=1, sparsity=0.0)
+    agent.learn(Fixed(sac), 20)
+    assert zeros(agent.weights) == 0 and all(mask.all() for mask in agent.masks)
+
+
+# Environments and replay
+
+
+BOUNDS = {"Hopper-v5": 1.0, "Pendulum-v1": 2.0, "Humanoid-v5": 0.4}  # of the actions, both ways
+
+
+def play(env_id: str, seed: int, index: int, actions: np.ndarray) -> list[tuple[Any, ...]]:
+    """Return the transitions of one environment, played with Gymnasium alone: what the replay must hold."""
+    env, found, bound = gym.make(env_id), [], np.float32(BOUNDS[env_id])
+
+    def seeded(step: int) -> int:
+        return int(np.random.SeedSequence((seed, index, step)).generate_state(1)[0])
+
+    obs, _ = env.reset(seed=seeded(0))
+    for step, action in enumerate(actions):
+        next_obs, reward, terminated, truncated, _ = env.step(bound * action)
+        found.append((obs, action, next_obs, reward, terminated, truncated))
+        obs = next_obs
+        if terminated or truncated:
+            obs, _ = env.reset(seed=seeded(step + 1))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("env_id", "num_envs"), [("Hopper-v5", 1), ("Hopper-v5", 3), ("Pendulum-v1", 2), ("Humanoid", 1)]
+)
+def test_the_replay_holds_what_happened(module: ModuleType, env_id: str, num_envs: int) -> None:
+    """Terminations (Hopper), time limits after 200 steps (Pendulum, actions in [-2, 2]), a ring that wraps round."""
+    steps, capacity, rng = 450, 300, np.random.default_rng(0)
+    envs = module.Envs(env_id, num_envs, 7)
+    replay = module.Replay(capacity, envs, CPU, 0, 0.9)
+    actions = rng.uniform(-1, 1, (steps, num_envs, envs.num_actions)).astype(np.float32)
+    episodes = list[tuple[float, int]]()
+    for row in actions:
+        outcome = envs.step(row)
+        replay.add(row, outcome, envs.obs)
+        episodes += outcome.episodes
+    assert len(envs) == steps and torch.equal(envs.played(), torch.from_numpy(actions))
+    assert len(replay) == capacity == len(replay.table)
+    name = env_id if "-" in env_id else f"{env_id}-v5"
+    worlds = [play(name, 7, i, actions[:, i]) for i in range(num_envs)]
+    endings, returns = 0, list[tuple[float, int]]()
+    for step in range(steps):
+        for i, world in enumerate(worlds):
+            obs, action, next_obs, reward, terminated, truncated = world[step]
+            if step >= steps - replay.rows:
+                row = replay.table[step % replay.rows * num_envs + i].numpy()
+                wanted = np.concatenate([obs, action, next_obs, [reward, 0.0 if terminated else 0.9]])
+                assert np.array_equal(row, wanted.astype(np.float32))
+                endings += terminated or truncated
+    for i, world in enumerate(worlds):
+        score, length = 0.0, 0
+        for *_, reward, terminated, truncated in world:
+            score, length = score + float(reward), length + 1
+            if terminated or truncated:
+                returns.append((score, length))
+                score, length = 0.0, 0
+        now = world[-1][2]
+        if not (world[-1][4] or world[-1][5]):
+            assert np.array_equal(envs.obs[i], now.astype(np.float32))
+    assert endings >= 2
+    assert [*sum(sorted(episodes), ())] == pytest.approx([*sum(sorted(returns), ())])
+
+
+def test_samples_are_uniform_and_whole(module: ModuleType) -> None:
+    """ACT chi-squared test of which transitions are drawn; noise is standard normal and new each time."""
+    envs = module.Envs("Pendulum-v1", 2, 0)
+    replay = module.Replay(40, envs, CPU, 1, 0.9)
+    for step in range(15):  # 30 of 40 places are filled
+        steps = module.Steps(envs.obs, step + np.array([0, 0.5]), np.zeros(2, bool), np.zeros(2, bool), [])
+        replay.add(np.full((2, 1), step / 20, np.float32), steps, envs.obs)
+    batches = [replay.sample(300) for _ in range(100)]
+    rewards = torch.cat([batch.rewards for batch in batches])
+    values, counts = rewards.unique(return_counts=True)
+    assert values.tolist() == [n / 2 for n in range(30)]
+    assert ((counts - 1000.0) ** 2 / 1000).sum() < 58  # 29 degrees of freedom, p = 0.001
+    assert all(torch.equal(batch.actions[:, 0], (batch.rewards.floor() / 20)) for batch in batches)
+    noise = torch.stack([batch.noise for batch in batches])
+    assert noise.shape == (100, 2, 300, 1) and abs(noise.mean()) < 0.02 and noise.std() == pytest.approx(1, abs=0.02)
+    assert len(noise.unique()) > 59_000
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "HalfCheetah-v5", "Pendulum-v1"])
+@pytest.mark.parametrize(("num_envs", "capacity"), [(1, 2000), (1, 130), (3, 390)])
+def test_restored_environments_and_replay_go_on(module: ModuleType, env_id: str, num_envs: int, capacity: int) -> None:
+    """From a past at any step the same replay, and then the same future."""
+    rng = np.random.default_rng(1)
+    envs = module.Envs(env_id, num_envs, 5)
+    replay = module.Replay(capacity, envs, CPU, 0, 0.9)
+    pasts = {}
+    actions = rng.uniform(-1, 1, (700, num_envs, envs.num_actions)).astype(np.float32)
+    for step, row in enumerate(actions):
+        if step in (1, 137, 431, 600):
+            pasts[step] = envs.past() | {"began": [[*began] for began in envs.began]}
+        replay.add(row, envs.step(row), envs.obs)
+    for step, past in pasts.items():
+        again = module.Envs(env_id, num_envs, 5)
+        copy = module.Replay(capacity, again, CPU, 0, 0.9)
+        played = torch.from_numpy(actions[:step])
+        for row, what, steps in again.restore(past, played, step - copy.rows):
+            copy.step = row
+            copy.add(what, steps, again.obs)
+        for row in actions[step:]:
+            copy.add(row, again.step(row), again.obs)
+        assert torch.equal(copy.table, replay.table) and np.array_equal(again.obs, envs.obs), step
+        assert again.past() == envs.past() and torch.equal(again.played(), envs.played())
+        assert np.array_equal(again.returns, envs.returns) and np.array_equal(again.lengths, envs.lengths)
+
+
+def test_another_past_is_noticed(module: ModuleType) -> None:
+    envs = module.Envs("Hopper-v5", 1, 5)
+    for _ in range(5):
+        envs.step(np.zeros((1, 3), np.float32))
+    with pytest.raises(module.Exit) as end:
+        [*module.Envs("Hopper-v5", 1, 5).restore(envs.past(), envs.played() + 0.1, 0)]
+    assert end.value.args[0] == 1 and "versions.json" in end.value.args[1]
+
+
+def test_evaluation_is_by_the_mean_action_and_always_the_same(module: ModuleType) -> None:
+    torch.manual_seed(0)
+    actor = module.Actor(3, 1, 16)
+    scores = module.evaluate(actor, "Pendulum-v1", 3, 11)
+    assert scores == module.evaluate(actor, "Pendulum-v1", 3, 11)
+    for i, score in enumerate(scores):
+        env, total = gym.make("Pendulum-v1"), 0.0
+        obs, _ = env.reset(seed=int(np.random.SeedSequence((11, i, 0)).generate_state(1)[0]))
+        for _ in range(200):
+            mean = actor(torch.from_numpy(obs.astype(np.float32))[None])[0]
+            obs, reward, *_ = env.step(2 * mean[0].detach().tanh().numpy())
+            total += float(reward)
+        assert score == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "words"),
+    [("Hoper-v5", "Hopper-v5"), ("CartPole-v1", "bounded continuous actions"), ("Blackjack-v1", "vector"),
+     ("Hopper-v3", "cannot be made")],
+)  # fmt: skip
+def test_what_cannot_be_played_is_refused_in_one_line(module: ModuleType, env_id: str, words: str) -> None:
+    with pytest.raises(module.Exit) as end:
+        module.make_env(env_id)
+    status, line = end.value.args
+    assert status == 2 and f"--env-id {env_id}" in line and words in line and "\n" not in line
+
+
+# Learning
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["dense", "pruned", "eau de", "eau de, pruned actor", "bf16"])
+def test_it_learns_to_swing_up_a_pendulum(eaudesac: ModuleType, sac: ModuleType, which: str, tmp_path: Path) -> None:
+    """ACT random policy scores about -1,200 over 200 steps, a good one -150."""
+    flags = {"env_id": "Pendulum-v1", "total_timesteps": 10_000, "learning_starts": 500, "learning_rate": 1e-3,
+             "width": 1, "reward_scale": 1.0, "target_entropy": -1.0, "run_dir": str(tmp_path / "run"),
+             "epoch_steps": 5000, "batch_size": 128, "seed": 2, "prune_every": 100}  # fmt: skip
+    own = {"dense": {"sparsity": 0.0}, "pruned": {"sparsity": 0.95}, "eau de, pruned actor": {"prune_actor": True},
+           "bf16": {"precision": "bf16"}}.get(which, {})  # fmt: skip
+    module = sac if "sparsity" in own else eaudesac
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        module.main(module.Args(**flags, **own))
+    finally:
+        torch.set_num_threads(threads)
+    final = json.loads((tmp_path / "run" / "final.json").read_text())
+    print(which, final["eval/episodic_return"], final["sparsity/prunable"])
+    assert final["eval/episodic_return"] > -250
+    if "sparsity" in own:
+        assert final["sparsity/prunable"] == pytest.approx(own["sparsity"], abs=1e-3)
+    else:
+        assert final["sparsity/layer/qf1.dense2"] > 0.2
+        assert (final["sparsity/layer/actor.dense2"] > 0.2) == ("actor" in which)
