@@ -1,14 +1,15 @@
-"""Speed of the Atari scripts: steps per second after warm-up, and where the time goes.
+"""Speed of the scripts: steps per second after warm-up, and where the time goes.
 
-    python benchmark/speed.py                                  # the whole table, about 10 minutes on 2 CPU cores
+    python benchmark/speed.py                                  # the whole table, about 12 minutes on 2 CPU cores
     python benchmark/speed.py --scripts eaudeqn_atari --networks cnn --num-networks 1 --precisions fp32 --repeats 5
     python benchmark/speed.py --device cuda --num-envs 8 --compile
 
-Each row runs a script's own parts (act, environment, replay, update) in the order of its main loop (Breakout,
-1 % of the actions random, replay ratio 0.25), without logging and, for several environments, without letting them step
-while the networks learn. `update` includes `sample` (of Rainbow: drawing by priority, and setting priorities), which is
-also timed alone. Rows are measured in turn, `--repeats` times over, and the median is shown, because machines drift.
-With K = 5 four of the networks are at 50 % sparsity; masks are applied at every update, also to a dense network.
+Each row runs a script's own parts (act, environment, replay, update) in the order of its main loop, without logging
+and, for several environments, without letting them step while the networks learn: on Atari Breakout with 1 % of the
+actions random and a replay ratio of 0.25, on MuJoCo HalfCheetah with one update per step. `update` includes `sample`
+(of Rainbow: drawing and setting priorities), which is also timed alone. Rows are measured in turn, `--repeats`
+times over, and the median is shown, because machines drift. With K = 5 four of the networks are at 50 % sparsity; masks
+are applied at every update, also to a dense network.
 """
 
 from __future__ import annotations
@@ -28,43 +29,45 @@ import torch
 import tyro
 
 COLUMNS = ("act", "env", "store", "update", "sample")
+ATARI = {"eaudeqn_atari": "EauDeQN", "dqn_atari_gmp": "DQN", "rainbow_resnet_gmp": "Rainbow"}  # script: its agent
+MUJOCO = {"sac_mujoco_eaudeqn": "EauDeSAC", "sac_mujoco_gmp": "SAC"}
 
 
 @dataclasses.dataclass
 class Args:
     """Flags; lists are measured in all combinations."""
 
-    scripts: tuple[str, ...] = ("eaudeqn_atari", "dqn_atari_gmp", "rainbow_resnet_gmp")
-    networks: tuple[str, ...] = ("cnn", "impala")  # cnn, impala
-    num_networks: tuple[int, ...] = (1, 5)  # K, of eaudeqn_atari
+    scripts: tuple[str, ...] = (*ATARI, *MUJOCO)
+    networks: tuple[str, ...] = ("cnn", "impala")  # cnn, impala (Atari)
+    num_networks: tuple[int, ...] = (1, 5)  # K, of Eau De Q-Network
     precisions: tuple[str, ...] = ("fp32", "bf16")  # fp32, bf16
     num_envs: tuple[int, ...] = (1,)  # environments
-    feature_size: int = 512  # units of the dense layer
-    width: int = 1  # multiplies the channels of the convolutions
+    feature_size: int = 512  # units of the dense layer (Atari)
+    width: int = 1  # multiplies the channels of the convolutions, or 256 units (MuJoCo)
     buffer_size: int = 20_000  # transitions that the replay has room for; it is not filled
-    updates: int = 60  # timed updates per row and repeat; a row takes four times as many steps
+    updates: int = 60  # timed updates per row and repeat, on Atari with four times as many steps; MuJoCo: five times
     repeats: int = 3  # times that every row is measured
     device: str = "cpu"  # cpu or cuda
     compile: bool = False  # the update as a CUDA graph
 
 
-class Row:
+class AtariRow:
     """One configuration, kept ready: its agent, environments and replay."""
+
+    replay_ratio = 0.25
 
     def __init__(self, script: ModuleType, args: Args, network: str, k: int, precision: str, num_envs: int) -> None:
         self.name = f"{script.__name__} | {network} | {k} | {precision} | {num_envs}"
-        self.num_envs, self.device = num_envs, torch.device(args.device)
+        self.num_envs, self.device, self.updates = num_envs, torch.device(args.device), args.updates
         own = {"num_networks": k} if script.__name__ == "eaudeqn_atari" else {"analysis_every": 0}
         flags = script.Args(network=network, precision=precision, num_envs=num_envs, buffer_size=args.buffer_size,
                             feature_size=args.feature_size, width=args.width, compile=args.compile, **own)
         self.envs = script.AtariEnvs("breakout", num_envs, 1)
-        agent = {"eaudeqn_atari": "EauDeQN", "dqn_atari_gmp": "DQN", "rainbow_resnet_gmp": "Rainbow"}[script.__name__]
+        agent = ATARI[script.__name__]
         self.agent = getattr(script, agent)(flags, self.envs.num_actions, self.device)
         rest = (flags.gamma, getattr(flags, "n_step", 1))
-        if agent == "Rainbow":
-            self.replay = script.PrioritisedReplay(flags.buffer_size, num_envs, self.device, 1, *rest)
-        else:
-            self.replay = script.FrameReplay(flags.buffer_size, num_envs, self.device, 1, *rest)
+        kind = script.PrioritisedReplay if agent == "Rainbow" else script.FrameReplay
+        self.replay = kind(flags.buffer_size, num_envs, self.device, 1, *rest)
         self.batch_size, self.prioritised = flags.batch_size, agent == "Rainbow"
         self.replay.see(self.envs.obs[:, -1])
         if k > 1:
@@ -72,6 +75,19 @@ class Row:
             self.agent.update_target(0)
             self.agent.args = flags
         self.times: list[dict[str, float]] = []
+
+    def act(self) -> Any:
+        """Return actions for what the environments show."""
+        return self.agent.act(self.envs.obs, 0.01)
+
+    def step(self, actions: Any) -> Any:
+        """Let the environments take a step."""
+        self.envs.send(actions)
+        return self.envs.recv()
+
+    def store(self, actions: Any, outcome: Any) -> None:
+        """Give a step to the replay."""
+        self.replay.add(actions, outcome, self.envs.obs[:, -1])
 
     def clock(self) -> float:
         """Return the time once the device has finished what it was given."""
@@ -84,14 +100,13 @@ class Row:
         spent, done, steps = dict.fromkeys(COLUMNS, 0.0), 0, 0
         while done < updates:
             t0 = self.clock()
-            actions = self.agent.act(self.envs.obs, 0.01)
+            actions = self.act()
             t1 = self.clock()
-            self.envs.send(actions)
-            outcome = self.envs.recv()
+            outcome = self.step(actions)
             t2 = self.clock()
-            self.replay.add(actions, outcome, self.envs.obs[:, -1])
+            self.store(actions, outcome)
             t3 = self.clock()
-            due = (steps + self.num_envs) // 4 - steps // 4
+            due = int((steps + self.num_envs) * self.replay_ratio) - int(steps * self.replay_ratio)
             self.agent.learn(self.replay, due)
             t4 = self.clock()
             for part, seconds in zip(COLUMNS, (t1 - t0, t2 - t1, t3 - t2, t4 - t3)):
@@ -119,6 +134,41 @@ class Row:
         return f"| {self.name} | {sps:.0f} | {update:.2f} | {sample:.3f} | {parts} |"
 
 
+class MujocoRow(AtariRow):
+    """The same on MuJoCo."""
+
+    replay_ratio = 1.0
+
+    def __init__(self, script: ModuleType, args: Args, k: int, precision: str, num_envs: int) -> None:
+        self.name = f"{script.__name__} | {256 * args.width}-{256 * args.width} | {k} | {precision} | {num_envs}"
+        self.num_envs, self.device, self.updates = num_envs, torch.device(args.device), 5 * args.updates
+        own = {"num_networks": k} if script.__name__ == "sac_mujoco_eaudeqn" else {}
+        flags = script.Args(precision=precision, num_envs=num_envs, buffer_size=args.buffer_size, width=args.width,
+                            compile=args.compile, **own)
+        self.envs = script.MujocoEnvs("HalfCheetah-v5", num_envs, 1)
+        sizes = (self.envs.obs.shape[1], self.envs.num_actions)
+        self.agent = getattr(script, MUJOCO[script.__name__])(flags, *sizes, self.device)
+        self.replay = script.Replay(flags.buffer_size, self.envs, self.device, 1, flags.gamma)
+        self.batch_size, self.prioritised = flags.batch_size, False
+        if k > 1:
+            self.agent.args = dataclasses.replace(flags, max_sparsity_step=0.5, max_exponent=1e9)
+            self.agent.choose_and_prune()
+            self.agent.args = flags
+        self.times: list[dict[str, float]] = []
+
+    def act(self) -> Any:
+        """Return actions for what the environments show."""
+        return self.agent.act(self.envs.obs, explore=False)
+
+    def step(self, actions: Any) -> Any:
+        """Let the environments take a step."""
+        return self.envs.step(actions)
+
+    def store(self, actions: Any, outcome: Any) -> None:
+        """Give a step to the replay."""
+        self.replay.add(actions, outcome, self.envs.obs)
+
+
 def main(args: Args) -> None:
     """Measure and print one table."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "cleanrl_sparse"))
@@ -126,16 +176,19 @@ def main(args: Args) -> None:
     scripts[0].keep_freed_memory()
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, F = {args.feature_size}\n")
-    rows = []
-    for script, network, k in itertools.product(scripts, args.networks, args.num_networks):
-        if script.__name__ == "eaudeqn_atari" or k == args.num_networks[0]:  # the others have one network
-            k = k if script.__name__ == "eaudeqn_atari" else 1
-            rows += [Row(script, args, network, k, p, n) for p in args.precisions for n in args.num_envs]
+    rows = list[AtariRow]()
+    for script in scripts:
+        ks = args.num_networks if "eaudeqn" in script.__name__ else (1,)
+        for k, precision, num_envs in itertools.product(ks, args.precisions, args.num_envs):
+            if script.__name__ in MUJOCO:
+                rows.append(MujocoRow(script, args, k, precision, num_envs))
+            else:
+                rows += [AtariRow(script, args, network, k, precision, num_envs) for network in args.networks]
     for row in rows:
         row.run(20)  # fills the replay and settles caches
     for _ in range(args.repeats):
         for row in rows:
-            row.times.append(row.run(args.updates))
+            row.times.append(row.run(row.updates))
     columns = "script|network|K|precision|envs|steps/s|update ms|sample ms|act ms/step|env ms/step|store ms/step"
     print(f"| {columns.replace('|', ' | ')} |\n{'|---' * 11}|")
     for row in rows:

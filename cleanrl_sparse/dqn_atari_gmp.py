@@ -849,7 +849,7 @@ class Run:
         final = {"status": "finished", "step": step, "seconds": time.time() - self.start, "epoch_return": epoch_return}
         write_file(self.path / "final.json", json.dumps(final | report, indent=1).encode())
         for key, value in report.items():
-            print(f"{key:36} {value:12,.6g}")
+            print(f"{key:36} " + (f"{value:12,.0f}" if float(value).is_integer() else f"{value:12,.6g}"))
         print(f"finished {step} steps in {final['seconds'] / 60:.1f} minutes; everything is in {self.path}")
 # <<< shared: run-directory
 

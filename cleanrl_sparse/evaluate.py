@@ -1,15 +1,17 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12", "tyro>=0.9", "safetensors>=0.5",
-#                 "tqdm>=4.66", "imageio-ffmpeg>=0.5"]
+# dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12", "mujoco>=3.3", "tyro>=0.9",
+#                 "safetensors>=0.5", "tqdm>=4.66", "imageio-ffmpeg>=0.5"]
 # ///
 """Evaluate the network that a finished run left: play episodes, print the scores, record a video.
 
     python evaluate.py runs/Breakout__eaudeqn_atari__1__1790000000
     python evaluate.py RUN_DIR --episodes 100 --epsilon 0.05 --video breakout.mp4
+    python evaluate.py runs/Hopper-v5__sac_mujoco_eaudeqn__1__1790000000 --video hopper.mp4
 
-The protocol is that of training (sticky actions 0.25, 27,000 steps at most, losing a life does not end an episode);
-the scores are undiscounted and unclipped. It needs RUN_DIR/args.json and RUN_DIR/model.safetensors only.
+The protocol is that of training. Atari: sticky actions 0.25, 27,000 steps at most, losing a life does not end an
+episode, scores undiscounted and unclipped. MuJoCo: the policy's mean action. It needs RUN_DIR/args.json and
+RUN_DIR/model.safetensors only.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import gymnasium as gym
 import imageio_ffmpeg
 import numpy as np
 import torch
@@ -59,7 +62,7 @@ class Args:
 
     run_dir: Annotated[Path, tyro.conf.Positional]  # folder of a finished run
     episodes: int = 10  # episodes to play (>= 1)
-    epsilon: float = 0.001  # probability of a random action, in [0, 1]
+    epsilon: float = 0.001  # Atari: probability of a random action, in [0, 1]
     seed: int = 0  # seed of the episodes, which are none of training's (>= 0)
     device: str = "cpu"  # cpu, cuda or cuda:INDEX
     video: Path | None = None  # write the first episode to this file (mp4)
@@ -195,6 +198,124 @@ class AtariEnvs:
 # <<< shared: atari-env
 
 
+# >>> shared: mujoco-env
+def make_env(env_id: str, **options: Any) -> gym.Env:
+    """Return Gymnasium's environment (Hopper is Hopper-v5); Exit if there is none such or its spaces do not fit."""
+    import mujoco  # not before require_pictures()
+
+    mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
+    name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
+    v5 = [n for n in gym.registry if n.endswith("-v5") and ":" not in n]
+    near = ", ".join(difflib.get_close_matches(env_id, v5, n=3, cutoff=0.3)) or "none"
+    require(bool(name), f"--env-id {env_id}: no such environment; the nearest names are {near}")
+    try:
+        env = gym.make(name, disable_env_checker=True, **options)
+    except (gym.error.Error, ImportError) as error:
+        raise Exit(2, f"--env-id {env_id} cannot be made: {' '.join(str(error).split())}") from None
+    obs: Any = env.observation_space
+    actions: Any = env.action_space
+    fits = isinstance(obs, gym.spaces.Box) and isinstance(actions, gym.spaces.Box) and len(obs.shape) == 1
+    text = "needs a vector of observations and bounded continuous actions"
+    require(fits and bool(np.isfinite([actions.low, actions.high]).all()), f"--env-id {env_id}: {text}")
+    return env
+
+
+class MujocoSteps(NamedTuple):
+    """One step of N environments."""
+
+    last_obs: np.ndarray  # [N, O] float32, the observation before any reset
+    rewards: np.ndarray  # [N] float64
+    terminated: np.ndarray  # [N] bool
+    ended: np.ndarray  # [N] bool, terminated or truncated
+    episodes: list[tuple[float, int]]  # (undiscounted return, steps) of each episode that ended
+
+
+class MujocoEnvs:
+    """N copies of an environment with actions in [-1, 1], rescaled to its bounds; restorable at any step.
+
+    `obs` [N, O] float32 is what the agent sees now: after an ending, the next episode's first observation. Every
+    episode has a seed of its own, from (seed, environment, step). What an environment did follows from these seeds and
+    its actions: a checkpoint keeps them, restore() plays them again.
+    """
+
+    def __init__(self, env_id: str, num_envs: int, seed: int, **options: Any) -> None:
+        self.envs: list[Any] = [make_env(env_id, **options) for _ in range(num_envs)]
+        space = self.envs[0].action_space
+        self.middle, self.half = (space.high + space.low) / 2, (space.high - space.low) / 2  # [A] float32
+        self.title, self.num_actions = self.envs[0].spec.id, len(space.low)
+        self.seed, self.actions = seed, bytearray()  # every action so far, float32
+        self.began = [list[int]() for _ in range(num_envs)]  # the steps at which each environment's episodes began
+        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
+        self.obs = np.zeros((num_envs, *self.envs[0].observation_space.shape), np.float32)
+        for i in range(num_envs):
+            self.reset(i)
+
+    def __len__(self) -> int:
+        """Return the number of steps so far."""
+        return len(self.actions) // (4 * len(self.envs) * self.num_actions)
+
+    def reset(self, i: int) -> None:
+        """Start an episode of environment i."""
+        self.began[i].append(len(self))
+        seed = np.random.SeedSequence((self.seed, i, len(self))).generate_state(1)[0]
+        self.obs[i] = self.envs[i].reset(seed=int(seed))[0]
+        self.returns[i] = self.lengths[i] = 0
+
+    def step(self, actions: np.ndarray, since: np.ndarray | None = None) -> MujocoSteps:
+        """Take a step with actions [N, A] in [-1, 1]; what ended is reset at once.
+
+        `since` [N]: steps before which an environment stands still (restore).
+        """
+        now, n = len(self), len(self.envs)
+        self.actions += actions.astype(np.float32).tobytes()
+        last_obs, rewards, (terminated, ended) = np.zeros_like(self.obs), np.zeros(n), np.zeros((2, n), bool)
+        episodes = list[tuple[float, int]]()
+        for i in range(n):
+            if since is not None and now < since[i]:
+                continue
+            last_obs[i], rewards[i], terminated[i], truncated, _ = self.envs[i].step(
+                self.middle + self.half * actions[i]
+            )
+            self.obs[i], ended[i] = last_obs[i], terminated[i] or truncated
+            self.returns[i] += rewards[i]
+            self.lengths[i] += 1
+            if ended[i]:
+                episodes.append((float(self.returns[i]), int(self.lengths[i])))
+                self.reset(i)
+        return MujocoSteps(last_obs, rewards, terminated, ended, episodes)
+
+    def picture(self) -> np.ndarray:
+        """Return an RGB picture [H, W, 3] uint8 of the first environment, made with render_mode="rgb_array"."""
+        return np.ascontiguousarray(self.envs[0].render())
+
+    def played(self) -> Tensor:
+        """Return all actions so far [steps, N, A]."""
+        flat = torch.frombuffer(self.actions, dtype=torch.float32) if self.actions else torch.empty(0)
+        return flat.view(len(self), len(self.envs), self.num_actions)
+
+    def past(self) -> dict[str, Any]:
+        """Return what restore() needs beside the actions, as JSON."""
+        return {"began": self.began, "digest": hashlib.sha256(self.obs.tobytes()).hexdigest()}
+
+    def restore(self, past: dict[str, Any], played: Tensor,
+                first: int) -> Iterator[tuple[int, np.ndarray, MujocoSteps]]:
+        """Play a past() again with the actions played [steps, N, A], from episodes that were running at step `first`.
+
+        Yields (step, actions [N, A], MujocoSteps). Raises Exit if the episodes went otherwise than recorded.
+        """
+        actions = played.numpy()
+        begins = np.array([max(step for step in began if step <= max(0, first)) for began in past["began"]])
+        self.actions = bytearray(actions[: begins.min()].tobytes())
+        for step in tqdm(range(begins.min(), len(actions)), "playing again", leave=False, disable=None):
+            for i in np.flatnonzero(begins == step):
+                self.reset(int(i))
+            yield step, actions[step], self.step(actions[step], begins)
+        self.began = past["began"]
+        if hashlib.sha256(self.obs.tobytes()).hexdigest() != past["digest"]:
+            raise Exit(1, "the episodes went otherwise when played again; resume with the packages of versions.json")
+# <<< shared: mujoco-env
+
+
 # >>> shared: torsos
 class Residual(nn.Module):
     """Impala's residual block on [B, C, H, W]: x + conv(relu(conv(relu(x))))."""
@@ -295,6 +416,37 @@ class C51Network(QNetwork):
 # <<< shared: c51
 
 
+# >>> shared: actor
+class Actor(nn.Module):
+    """A Gaussian of actions, squashed to [-1, 1] by tanh; two hidden layers of `units`."""
+
+    def __init__(self, obs_size: int, num_actions: int, units: int) -> None:
+        super().__init__()
+        self.dense1, self.dense2 = nn.Linear(obs_size, units), nn.Linear(units, units)
+        self.output = nn.Linear(units, 2 * num_actions)
+        for p in self.parameters():
+            nn.init.xavier_uniform_(p) if p.ndim > 1 else nn.init.zeros_(p)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Map obs [B, O] to mean and log standard deviation [B, A] each, the latter in [-20, 2]."""
+        x = torch.relu_(self.dense2(torch.relu_(self.dense1(obs))))
+        with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for actions
+            mean, log_std = self.output(x.to(self.output.weight.dtype)).chunk(2, 1)
+            return mean, log_std.clamp(-20, 2)
+
+    def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return actions [B, A] in [-1, 1] and their log-probabilities [B], from standard normal noise [B, A].
+
+        With u = mean + std * noise, log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), and the latter is
+        2 * (log 2 - u - softplus(-2 * u)), which neither overflows nor loses digits at large |u|.
+        """
+        mean, log_std = self(obs)
+        u = mean + log_std.exp() * noise
+        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        return u.tanh(), (log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(1)
+# <<< shared: actor
+
+
 # >>> shared: atari-evaluation
 @torch.no_grad()
 def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: int, video: Path | None) -> list[float]:
@@ -323,6 +475,42 @@ def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: 
 # <<< shared: atari-evaluation
 
 
+# >>> shared: mujoco-evaluation
+def require_pictures(flag: str, env_id: str) -> None:
+    """Exit unless episodes can be filmed here. To be called first of all: MuJoCo's import settles how it draws."""
+    if not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen
+    try:
+        MujocoEnvs(env_id, 1, 0, render_mode="rgb_array").picture()
+    except Exit:
+        raise
+    except Exception as error:  # of many kinds, as the drawing libraries see fit
+        raise Exit(2, f"{flag}: {env_id} cannot be filmed here, try MUJOCO_GL=egl or osmesa ({error})") from None
+
+
+@torch.no_grad()
+def evaluate_actor(actor: Actor, env_id: str, episodes: int, seed: int, video: Path | None = None) -> list[float]:
+    """Play episodes together by the mean action; return their returns. `video`: film the first there (mp4)."""
+    envs, scores, weight = MujocoEnvs(env_id, episodes, seed), dict[int, float](), actor.output.weight
+    if video:  # the same episode once more: its seed and actions are the first environment's
+        film = MujocoEnvs(env_id, 1, seed, render_mode="rgb_array")
+        (height, width), fps = film.picture().shape[:2], film.envs[0].metadata["render_fps"]
+        writer = imageio_ffmpeg.write_frames(str(video), (width, height), fps=fps, macro_block_size=2)
+        writer.send(None)
+    while len(scores) < episodes:
+        actions = actor(torch.from_numpy(envs.obs).to(weight.device, weight.dtype))[0].tanh().cpu().numpy()
+        if video and 0 not in scores:
+            writer.send(film.picture())
+            film.step(actions[:1])
+        steps = envs.step(actions)
+        for i, (score, _) in zip(np.flatnonzero(steps.ended), steps.episodes):
+            scores.setdefault(int(i), score)
+    if video:
+        writer.close()
+    return [scores[i] for i in range(episodes)]
+# <<< shared: mujoco-evaluation
+
+
 # >>> shared: entry
 def keep_freed_memory() -> None:
     """Let glibc reuse freed blocks; else every update faults its gradients' pages in anew, a fifth of its time."""
@@ -346,18 +534,23 @@ def command_line(main: Callable[[Args], None]) -> None:
 # <<< shared: entry
 
 
-def load_network(run_dir: Path, device: str) -> tuple[QNetwork, str, str]:
-    """Return a run's saved network, its ROM and the game's title; Exit if the folder holds no finished run."""
+def load_network(run_dir: Path, device: str) -> tuple[QNetwork | Actor, str]:
+    """Return a run's saved network and the environment's name; Exit if the folder holds no finished run."""
     try:
         flags = json.loads((run_dir / "args.json").read_text())
         weights = load_file(run_dir / "model.safetensors")
-        rom, title = find_rom(flags["env_id"])
-        num_actions, outputs = AtariEnvs(rom, 1, 0).num_actions, len(weights["output.bias"])
-        kind = NormalisedQNetwork if flags.get("regulariser") == "l2-features" else QNetwork
-        kind = kind if outputs == num_actions else C51Network
-        network = kind(num_actions, flags["network"], flags["feature_size"], flags["width"])
+        network: QNetwork | Actor
+        if "actor.output.bias" in weights:
+            weights = {name.removeprefix("actor."): p for name, p in weights.items() if name.startswith("actor.")}
+            units, obs_size = weights["dense1.weight"].shape
+            network = Actor(obs_size, len(weights["output.bias"]) // 2, units)
+        else:
+            num_actions = AtariEnvs(find_rom(flags["env_id"])[0], 1, 0).num_actions
+            kind = NormalisedQNetwork if flags.get("regulariser") == "l2-features" else QNetwork
+            kind = kind if len(weights["output.bias"]) == num_actions else C51Network
+            network = kind(num_actions, flags["network"], flags["feature_size"], flags["width"])
         network.load_state_dict(weights)
-        return network.to(device), rom, title
+        return network.to(device), flags["env_id"]
     except FileNotFoundError as error:
         raise Exit(2, f"{run_dir} holds no finished run: {error.filename or error} is missing") from None
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError, AssertionError) as error:
@@ -378,15 +571,28 @@ def parse(argv: list[str]) -> Args:
 
 def main(args: Args) -> None:
     """Evaluate and print."""
-    network, rom, title = load_network(args.run_dir, args.device)
-    scores = evaluate(network, rom, args.episodes, args.epsilon, args.seed + 2_000_000, args.video)
-    mean, (low, high) = float(np.mean(scores)), mean_interval(scores)
-    human = human_normalized(title, mean)
+    network, env_id = load_network(args.run_dir, args.device)
+    seed, normalised = args.seed + 2_000_000, ""
+    if isinstance(network, Actor):
+        require(args.epsilon == 0.001, f"--epsilon {args.epsilon}: only for runs on Atari; this one is on {env_id}")
+        if args.video:
+            require_pictures("--video", env_id)
+        title, how = env_id, "by the mean action"
+        scores = evaluate_actor(network, env_id, args.episodes, seed, args.video)
+    else:
+        (rom, title), how = find_rom(env_id), f"at epsilon {args.epsilon:g}"
+        scores = evaluate(network, rom, args.episodes, args.epsilon, seed, args.video)
+        human = human_normalized(title, float(np.mean(scores)))
+        score = "this game has no human score" if human is None else f"{human:.3f}"
+        normalised = f"human-normalised score: {score}"
+    low, high = mean_interval(scores)
     weights = [p for p in network.parameters() if p.ndim >= 2]
     zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-    print(f"{title}: {args.episodes} episodes at epsilon {args.epsilon:g}, a network of {zeros:.1%} sparsity")
-    print(f"return {mean:.2f}, 95 % interval [{low:.2f}, {high:.2f}], from {min(scores):g} to {max(scores):g}")
-    print("human-normalised score: " + ("this game has no human score" if human is None else f"{human:.3f}"))
+    print(f"{title}: {args.episodes} episodes {how}, a network of {zeros:.1%} sparsity")
+    interval = f"95 % interval [{low:.2f}, {high:.2f}], from {min(scores):g} to {max(scores):g}"
+    print(f"return {np.mean(scores):.2f}, {interval}")
+    if normalised:
+        print(normalised)
     if args.video:
         print(f"video of the first episode: {args.video}")
 

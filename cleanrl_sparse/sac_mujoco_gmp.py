@@ -153,8 +153,9 @@ class Args:
 # >>> shared: mujoco-env
 def make_env(env_id: str, **options: Any) -> gym.Env:
     """Return Gymnasium's environment (Hopper is Hopper-v5); Exit if there is none such or its spaces do not fit."""
-    if not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen; read when MuJoCo is imported
+    import mujoco  # not before require_pictures()
+
+    mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
     name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
     v5 = [n for n in gym.registry if n.endswith("-v5") and ":" not in n]
     near = ", ".join(difflib.get_close_matches(env_id, v5, n=3, cutoff=0.3)) or "none"
@@ -171,7 +172,7 @@ def make_env(env_id: str, **options: Any) -> gym.Env:
     return env
 
 
-class Steps(NamedTuple):
+class MujocoSteps(NamedTuple):
     """One step of N environments."""
 
     last_obs: np.ndarray  # [N, O] float32, the observation before any reset
@@ -181,7 +182,7 @@ class Steps(NamedTuple):
     episodes: list[tuple[float, int]]  # (undiscounted return, steps) of each episode that ended
 
 
-class Envs:
+class MujocoEnvs:
     """N copies of an environment with actions in [-1, 1], rescaled to its bounds; restorable at any step.
 
     `obs` [N, O] float32 is what the agent sees now: after an ending, the next episode's first observation. Every
@@ -212,7 +213,7 @@ class Envs:
         self.obs[i] = self.envs[i].reset(seed=int(seed))[0]
         self.returns[i] = self.lengths[i] = 0
 
-    def step(self, actions: np.ndarray, since: np.ndarray | None = None) -> Steps:
+    def step(self, actions: np.ndarray, since: np.ndarray | None = None) -> MujocoSteps:
         """Take a step with actions [N, A] in [-1, 1]; what ended is reset at once.
 
         `since` [N]: steps before which an environment stands still (restore).
@@ -233,7 +234,7 @@ class Envs:
             if ended[i]:
                 episodes.append((float(self.returns[i]), int(self.lengths[i])))
                 self.reset(i)
-        return Steps(last_obs, rewards, terminated, ended, episodes)
+        return MujocoSteps(last_obs, rewards, terminated, ended, episodes)
 
     def picture(self) -> np.ndarray:
         """Return an RGB picture [H, W, 3] uint8 of the first environment, made with render_mode="rgb_array"."""
@@ -248,10 +249,11 @@ class Envs:
         """Return what restore() needs beside the actions, as JSON."""
         return {"began": self.began, "digest": hashlib.sha256(self.obs.tobytes()).hexdigest()}
 
-    def restore(self, past: dict[str, Any], played: Tensor, first: int) -> Iterator[tuple[int, np.ndarray, Steps]]:
+    def restore(self, past: dict[str, Any], played: Tensor,
+                first: int) -> Iterator[tuple[int, np.ndarray, MujocoSteps]]:
         """Play a past() again with the actions played [steps, N, A], from episodes that were running at step `first`.
 
-        Yields (step, actions [N, A], Steps). Raises Exit if the episodes went otherwise than recorded.
+        Yields (step, actions [N, A], MujocoSteps). Raises Exit if the episodes went otherwise than recorded.
         """
         actions = played.numpy()
         begins = np.array([max(step for step in began if step <= max(0, first)) for began in past["began"]])
@@ -279,7 +281,7 @@ class Actor(nn.Module):
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Map obs [B, O] to mean and log standard deviation [B, A] each, the latter in [-20, 2]."""
-        x = torch.relu(self.dense2(torch.relu(self.dense1(obs))))
+        x = torch.relu_(self.dense2(torch.relu_(self.dense1(obs))))
         with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for actions
             mean, log_std = self.output(x.to(self.output.weight.dtype)).chunk(2, 1)
             return mean, log_std.clamp(-20, 2)
@@ -313,7 +315,7 @@ def critic_values(critics: list[Tensor], obs: Tensor, actions: Tensor) -> Tensor
     """Return Q [count, B] of stacked critics for obs [B, O] and actions [B, A], by one batched product per layer."""
     w1, b1, w2, b2, w3, b3 = critics
     x = torch.cat([obs, actions], 1).expand(len(w1), -1, -1)
-    x = torch.relu(torch.baddbmm(b2, torch.relu(torch.baddbmm(b1, x, w1)), w2))
+    x = torch.relu_(torch.baddbmm(b2, torch.relu_(torch.baddbmm(b1, x, w1)), w2))
     with torch.autocast(x.device.type, enabled=False):  # bf16 would round away what actions differ in
         return torch.baddbmm(b3, x.to(w3.dtype), w3)[:, :, 0]
 
@@ -344,7 +346,7 @@ class Batch(NamedTuple):
 class Replay:
     """Uniform replay of the last `capacity` transitions, as rows of one table: a ring of N rows per step."""
 
-    def __init__(self, capacity: int, envs: Envs, device: torch.device, seed: int, gamma: float) -> None:
+    def __init__(self, capacity: int, envs: MujocoEnvs, device: torch.device, seed: int, gamma: float) -> None:
         self.num_envs, obs_size = len(envs.obs), envs.obs.shape[1]
         self.rows = -(-capacity // self.num_envs)  # steps that are kept
         self.parts, self.gamma = [obs_size, envs.num_actions, obs_size, 1, 1], gamma
@@ -358,7 +360,7 @@ class Replay:
         """Return the number of transitions that can be sampled."""
         return min(self.step, self.rows) * self.num_envs
 
-    def add(self, actions: np.ndarray, steps: Steps, obs: np.ndarray) -> None:
+    def add(self, actions: np.ndarray, steps: MujocoSteps, obs: np.ndarray) -> None:
         """Store what N environments did (actions [N, A]), what came of it, and the obs [N, O] seen now."""
         facts = [steps.rewards[:, None], self.gamma * ~steps.terminated[:, None]]
         rows = np.concatenate([self.obs, actions, steps.last_obs, *facts], 1).astype(np.float32)
@@ -489,6 +491,7 @@ class SAC:
         actor_rest += [p for p in self.actor.parameters() if p.ndim == 1]
         self.weights = [*matrices, *actor_matrices]
         self.masks = [torch.ones_like(w) for w in self.weights]
+        self.target_masks = [mask[:2] for mask in self.masks[:3]]
         decay = 2 * args.weight_decay  # the gradient of a square
         self.critic_optimizer = adam([{"params": matrices, "weight_decay": decay}, {"params": biases}], args)
         self.actor_optimizer = adam([{"params": actor_matrices, "weight_decay": decay}, {"params": actor_rest}], args)
@@ -543,9 +546,8 @@ class SAC:
         with torch.no_grad():
             torch._foreach_mul_(self.weights[3:], self.masks[3:])
             torch._foreach_lerp_(self.targets, self.followed, self.args.tau)
-            torch._foreach_mul_(self.targets[::2], [mask[:2] for mask in self.masks[:3]])
-            means = (q.mean(), losses[::2].mean(), losses[1::2].mean(), actor_loss, alpha, alpha_loss)
-            self.latest.copy_(torch.stack([x.detach() for x in means]))
+            torch._foreach_mul_(self.targets[::2], self.target_masks)
+            self.latest.copy_(torch.stack([*losses.view(-1, 2).mean(0), q.mean(), actor_loss, alpha, alpha_loss]))
         return losses.detach()
 
     def sac_tensors(self) -> dict[str, Tensor]:
@@ -567,7 +569,7 @@ class SAC:
 
     def sac_report(self, pair: int) -> dict[str, float]:
         """Return what is logged: the latest update's means over all critics, the sparsity of what is saved now."""
-        names = ("q_values", "qf1_loss", "qf2_loss", "actor_loss", "alpha", "alpha_loss")
+        names = ("qf1_loss", "qf2_loss", "q_values", "actor_loss", "alpha", "alpha_loss")
         record = {f"losses/{name}": x for name, x in zip(names, self.latest.tolist()) if math.isfinite(x)}
         return record | {f"sparsity/{key}": value for key, value in sparsity_report(self.networks(pair)).items()}
     # <<< shared: sac-update
@@ -638,12 +640,24 @@ class SAC:
 
 
 # >>> shared: mujoco-evaluation
+def require_pictures(flag: str, env_id: str) -> None:
+    """Exit unless episodes can be filmed here. To be called first of all: MuJoCo's import settles how it draws."""
+    if not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen
+    try:
+        MujocoEnvs(env_id, 1, 0, render_mode="rgb_array").picture()
+    except Exit:
+        raise
+    except Exception as error:  # of many kinds, as the drawing libraries see fit
+        raise Exit(2, f"{flag}: {env_id} cannot be filmed here, try MUJOCO_GL=egl or osmesa ({error})") from None
+
+
 @torch.no_grad()
-def evaluate(actor: Actor, env_id: str, episodes: int, seed: int, video: Path | None = None) -> list[float]:
+def evaluate_actor(actor: Actor, env_id: str, episodes: int, seed: int, video: Path | None = None) -> list[float]:
     """Play episodes together by the mean action; return their returns. `video`: film the first there (mp4)."""
-    envs, scores, weight = Envs(env_id, episodes, seed), dict[int, float](), actor.output.weight
+    envs, scores, weight = MujocoEnvs(env_id, episodes, seed), dict[int, float](), actor.output.weight
     if video:  # the same episode once more: its seed and actions are the first environment's
-        film = Envs(env_id, 1, seed, render_mode="rgb_array")
+        film = MujocoEnvs(env_id, 1, seed, render_mode="rgb_array")
         (height, width), fps = film.picture().shape[:2], film.envs[0].metadata["render_fps"]
         writer = imageio_ffmpeg.write_frames(str(video), (width, height), fps=fps, macro_block_size=2)
         writer.send(None)
@@ -664,7 +678,7 @@ def evaluate(actor: Actor, env_id: str, episodes: int, seed: int, video: Path | 
 # >>> shared: mujoco-judge
 def judge(actor: Actor, args: Args, video: Path | None = None) -> dict[str, float]:
     """Return what is logged of an evaluation, whose seeds are always the same and none of training's."""
-    scores = evaluate(actor, args.env_id, args.eval_episodes, args.seed + 1_000_000, video)
+    scores = evaluate_actor(actor, args.env_id, args.eval_episodes, args.seed + 1_000_000, video)
     return {"eval/episodic_return": float(np.mean(scores)), "eval/episodes": len(scores)}
 # <<< shared: mujoco-judge
 
@@ -794,7 +808,7 @@ class Run:
         final = {"status": "finished", "step": step, "seconds": time.time() - self.start, "epoch_return": epoch_return}
         write_file(self.path / "final.json", json.dumps(final | report, indent=1).encode())
         for key, value in report.items():
-            print(f"{key:36} {value:12,.6g}")
+            print(f"{key:36} " + (f"{value:12,.0f}" if float(value).is_integer() else f"{value:12,.6g}"))
         print(f"finished {step} steps in {final['seconds'] / 60:.1f} minutes; everything is in {self.path}")
 # <<< shared: run-directory
 
@@ -875,9 +889,9 @@ def main(args: Args) -> None:
     signal.signal(signal.SIGINT, stop)
     # <<< shared: start
     # >>> shared: mujoco-start
-    envs = Envs(args.env_id, args.num_envs, args.seed)
     if args.capture_video:
-        Envs(args.env_id, 1, 0, render_mode="rgb_array").picture()  # what is missing for it should be said now
+        require_pictures("--capture-video", args.env_id)
+    envs = MujocoEnvs(args.env_id, args.num_envs, args.seed)
     # <<< shared: mujoco-start
     agent = SAC(args, envs.obs.shape[1], envs.num_actions, device)
     # >>> shared: mujoco-go-on

@@ -508,7 +508,7 @@ def play(env_id: str, seed: int, index: int, actions: np.ndarray) -> list[tuple[
 def test_the_replay_holds_what_happened(module: ModuleType, env_id: str, num_envs: int) -> None:
     """Terminations (Hopper), time limits after 200 steps (Pendulum, actions in [-2, 2]), a ring that wraps round."""
     steps, capacity, rng = 450, 300, np.random.default_rng(0)
-    envs = module.Envs(env_id, num_envs, 7)
+    envs = module.MujocoEnvs(env_id, num_envs, 7)
     replay = module.Replay(capacity, envs, CPU, 0, 0.9)
     actions = rng.uniform(-1, 1, (steps, num_envs, envs.num_actions)).astype(np.float32)
     episodes = list[tuple[float, int]]()
@@ -545,10 +545,10 @@ def test_the_replay_holds_what_happened(module: ModuleType, env_id: str, num_env
 
 def test_samples_are_uniform_and_whole(module: ModuleType) -> None:
     """ACT chi-squared test of which transitions are drawn; noise is standard normal and new each time."""
-    envs = module.Envs("Pendulum-v1", 2, 0)
+    envs = module.MujocoEnvs("Pendulum-v1", 2, 0)
     replay = module.Replay(40, envs, CPU, 1, 0.9)
     for step in range(15):  # 30 of 40 places are filled
-        steps = module.Steps(envs.obs, step + np.array([0, 0.5]), np.zeros(2, bool), np.zeros(2, bool), [])
+        steps = module.MujocoSteps(envs.obs, step + np.array([0, 0.5]), np.zeros(2, bool), np.zeros(2, bool), [])
         replay.add(np.full((2, 1), step / 20, np.float32), steps, envs.obs)
     batches = [replay.sample(300) for _ in range(100)]
     rewards = torch.cat([batch.rewards for batch in batches])
@@ -566,7 +566,7 @@ def test_samples_are_uniform_and_whole(module: ModuleType) -> None:
 def test_restored_environments_and_replay_go_on(module: ModuleType, env_id: str, num_envs: int, capacity: int) -> None:
     """From a past at any step the same replay, and then the same future."""
     rng = np.random.default_rng(1)
-    envs = module.Envs(env_id, num_envs, 5)
+    envs = module.MujocoEnvs(env_id, num_envs, 5)
     replay = module.Replay(capacity, envs, CPU, 0, 0.9)
     pasts = {}
     actions = rng.uniform(-1, 1, (700, num_envs, envs.num_actions)).astype(np.float32)
@@ -575,7 +575,7 @@ def test_restored_environments_and_replay_go_on(module: ModuleType, env_id: str,
             pasts[step] = envs.past() | {"began": [[*began] for began in envs.began]}
         replay.add(row, envs.step(row), envs.obs)
     for step, past in pasts.items():
-        again = module.Envs(env_id, num_envs, 5)
+        again = module.MujocoEnvs(env_id, num_envs, 5)
         copy = module.Replay(capacity, again, CPU, 0, 0.9)
         played = torch.from_numpy(actions[:step])
         for row, what, steps in again.restore(past, played, step - copy.rows):
@@ -589,19 +589,19 @@ def test_restored_environments_and_replay_go_on(module: ModuleType, env_id: str,
 
 
 def test_another_past_is_noticed(module: ModuleType) -> None:
-    envs = module.Envs("Hopper-v5", 1, 5)
+    envs = module.MujocoEnvs("Hopper-v5", 1, 5)
     for _ in range(5):
         envs.step(np.zeros((1, 3), np.float32))
     with pytest.raises(module.Exit) as end:
-        [*module.Envs("Hopper-v5", 1, 5).restore(envs.past(), envs.played() + 0.1, 0)]
+        [*module.MujocoEnvs("Hopper-v5", 1, 5).restore(envs.past(), envs.played() + 0.1, 0)]
     assert end.value.args[0] == 1 and "versions.json" in end.value.args[1]
 
 
 def test_evaluation_is_by_the_mean_action_and_always_the_same(module: ModuleType) -> None:
     torch.manual_seed(0)
     actor = module.Actor(3, 1, 16)
-    scores = module.evaluate(actor, "Pendulum-v1", 3, 11)
-    assert scores == module.evaluate(actor, "Pendulum-v1", 3, 11)
+    scores = module.evaluate_actor(actor, "Pendulum-v1", 3, 11)
+    assert scores == module.evaluate_actor(actor, "Pendulum-v1", 3, 11)
     for i, score in enumerate(scores):
         env, total = gym.make("Pendulum-v1"), 0.0
         obs, _ = env.reset(seed=int(np.random.SeedSequence((11, i, 0)).generate_state(1)[0]))
