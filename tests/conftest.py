@@ -20,11 +20,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is `shared` is text that all scripts have in common: the quick suite tries it through the first one only.
 
     What test_runs.py does with the baselines, which have most in common with dqn_atari_gmp.py, is slow too, and so is
-    killing that one.
+    killing the scripts that have most in common with another one.
     """
     for item in items:
         baselines = "dqn_atari_baselines" in item.name and item.path.name == "test_runs.py"
-        killing = "dqn_atari_gmp" in item.name and "broken_off" in getattr(item, "fixturenames", ())
+        twin = "dqn_atari_gmp" in item.name or "sac_mujoco_gmp" in item.name
+        killing = twin and "broken_off" in getattr(item, "fixturenames", ())
         if baselines or killing or (item.get_closest_marker("shared") and "eaudeqn_atari" not in item.name):
             item.add_marker(pytest.mark.slow)
 

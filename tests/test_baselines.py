@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tasks import CPU, Small, all_equal, filled_replay, params
-from test_runs import TINY, records, run, side_by_side, succeed
+from test_runs import TINY_FLAGS, records, run, side_by_side, succeed
 from torch import Tensor
 
 
@@ -100,9 +100,10 @@ def test_smallest_weights_are_replaced(small: ModuleType, monkeypatch: pytest.Mo
     assert all(overlaps) if pruner == "rigl" else not any(overlaps[:4])
 
 
+@pytest.mark.slow
 def test_a_lottery_ticket(tmp_path: Path) -> None:
     """The mask of a finished run on its own initial weights; another seed or size is refused, and so is no run."""
-    flags = f"{TINY} --feature-size 16 --seed 3"
+    flags = f"{TINY_FLAGS} --target-every 50 --feature-size 16 --seed 3"
     succeed("dqn_atari_gmp", flags, "--sparsity 0.9 --prune-every 5 --run-dir winner", cwd=tmp_path)
     lottery = "--pruner lottery --lottery-mask winner"
     tries = (f"{lottery} --run-dir ticket", f"{lottery} --seed 4", f"{lottery} --feature-size 8",
@@ -140,7 +141,7 @@ def test_the_lottery_starts_from_the_initial_weights(baselines: ModuleType, tmp_
 
 def test_gmp_is_the_other_script(tmp_path: Path) -> None:
     """Without a regulariser the model and the losses are those of dqn_atari_gmp.py, bit for bit."""
-    flags = f"{TINY} --feature-size 16 --prune-every 5"
+    flags = f"{TINY_FLAGS} --target-every 50 --feature-size 16 --prune-every 5"
     own = {"dqn_atari_gmp": "--analysis-every 0", "dqn_atari_baselines": ""}
     side_by_side(lambda script: succeed(script, flags, own[script], f"--run-dir {script}", cwd=tmp_path), own)
     models = [(tmp_path / script / "model.safetensors").read_bytes() for script in own]
@@ -264,7 +265,7 @@ def test_the_last_layer_is_made_anew(small: ModuleType, monkeypatch: pytest.Monk
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--regulariser redo --pruner rigl --prune-every 9", "--regulariser l2-features"])
 def test_short_runs(tmp_path: Path, flags: str) -> None:
-    succeed("dqn_atari_baselines", TINY, flags, "--feature-size 16 --run-dir run --eval-episodes 0", cwd=tmp_path)
+    succeed("dqn_atari_baselines", TINY_FLAGS, flags, "--target-every 50 --feature-size 16 --run-dir run --eval-episodes 0", cwd=tmp_path)
     final = json.loads((tmp_path / "run" / "final.json").read_text())
     assert final["sparsity/prunable"] == pytest.approx(0.95, abs=1e-3)
     assert [r for r in records(tmp_path / "run") if r.get("losses/td_loss", 0) > 0]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from conftest import SCRIPTS
 from safetensors.torch import load_file
 from tasks import CATCH_FLAGS, CPU, CatchNetwork, Small, Tiny, all_equal, catch_return, constant, filled_replay, params
-from test_runs import TINY, side_by_side, succeed
+from test_runs import TINY_FLAGS, side_by_side, succeed
 from torch import Tensor
 
 
@@ -145,7 +145,7 @@ def test_no_sparsity_is_no_pruning(tmp_path: Path) -> None:
         assert source.count(line) == 1
         source = source.replace(line, "")
     (tmp_path / "without.py").write_text(source)
-    flags = f"{TINY} --feature-size 16 --sparsity 0 --analysis-every 0"
+    flags = f"{TINY_FLAGS} --target-every 50 --feature-size 16 --sparsity 0 --analysis-every 0"
 
     def work(script: str) -> Path:
         path = tmp_path / "without.py" if script == "without" else SCRIPTS / "dqn_atari_gmp.py"

@@ -72,11 +72,10 @@ SMALL = flags_of(
 # With three environments there is an epoch, and so a record, at each target update.
 VARIANTS = {1: "", 3: "--num-envs 3 --epoch-steps 200"}
 # Still learns and prunes: about 3 s, most of it for the imports.
-TINY = flags_of(
-    "--total-timesteps 300 --learning-starts 100 --buffer-size 200 --batch-size 8 --epoch-steps 100 --eval-episodes 0",
-    atari="--target-every 50",
-    mujoco="",
+TINY_FLAGS = (
+    "--total-timesteps 300 --learning-starts 100 --buffer-size 200 --batch-size 8 --epoch-steps 100 --eval-episodes 0"
 )
+TINY = flags_of(TINY_FLAGS, atari="--target-every 50", mujoco="")
 TIMEOUT = 240.0  # seconds for one process; a run takes ten on a quiet machine
 
 KEYS = """

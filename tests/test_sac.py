@@ -572,15 +572,17 @@ def test_restored_environments_and_replay_go_on(module: ModuleType, env_id: str,
     actions = rng.uniform(-1, 1, (700, num_envs, envs.num_actions)).astype(np.float32)
     for step, row in enumerate(actions):
         if step in (1, 137, 431, 600):
-            pasts[step] = envs.past() | {"began": [[*began] for began in envs.began]}
+            past = envs.past() | {"began": [[*began] for began in envs.began]}
+            pasts[step] = past, replay.table.clone()
         replay.add(row, envs.step(row), envs.obs)
-    for step, past in pasts.items():
+    for step, (past, table) in pasts.items():
         again = module.MujocoEnvs(env_id, num_envs, 5)
         copy = module.Replay(capacity, again, CPU, 0, 0.9)
         played = torch.from_numpy(actions[:step])
         for row, what, steps in again.restore(past, played, step - copy.rows):
             copy.step = row
             copy.add(what, steps, again.obs)
+        assert torch.equal(copy.table, table) and len(copy) == min(step * num_envs, capacity), step
         for row in actions[step:]:
             copy.add(row, again.step(row), again.obs)
         assert torch.equal(copy.table, replay.table) and np.array_equal(again.obs, envs.obs), step
