@@ -213,18 +213,13 @@ class MujocoEnvs:
         self.obs[i] = self.envs[i].reset(seed=int(seed))[0]
         self.returns[i] = self.lengths[i] = 0
 
-    def step(self, actions: np.ndarray, since: np.ndarray | None = None) -> MujocoSteps:
-        """Take a step with actions [N, A] in [-1, 1]; what ended is reset at once.
-
-        `since` [N]: steps before which an environment stands still (restore).
-        """
-        now, n = len(self), len(self.envs)
+    def step(self, actions: np.ndarray) -> MujocoSteps:
+        """Take a step with actions [N, A] in [-1, 1]; what ended is reset at once."""
+        n = len(self.envs)
         self.actions += actions.astype(np.float32).tobytes()
         last_obs, rewards, (terminated, ended) = np.zeros_like(self.obs), np.zeros(n), np.zeros((2, n), bool)
         episodes = list[tuple[float, int]]()
         for i in range(n):
-            if since is not None and now < since[i]:
-                continue
             last_obs[i], rewards[i], terminated[i], truncated, _ = self.envs[i].step(
                 self.middle + self.half * actions[i]
             )
@@ -259,9 +254,9 @@ class MujocoEnvs:
         begins = np.array([max(step for step in began if step <= max(0, first)) for began in past["began"]])
         self.actions = bytearray(actions[: begins.min()].tobytes())
         for step in tqdm(range(begins.min(), len(actions)), "playing again", leave=False, disable=None):
-            for i in np.flatnonzero(begins == step):
+            for i in np.flatnonzero(begins == step):  # what it did until now is not in the record
                 self.reset(int(i))
-            yield step, actions[step], self.step(actions[step], begins)
+            yield step, actions[step], self.step(actions[step])
         self.began = past["began"]
         if hashlib.sha256(self.obs.tobytes()).hexdigest() != past["digest"]:
             raise Exit(1, "the episodes went otherwise when played again; resume with the packages of versions.json")

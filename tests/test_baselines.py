@@ -265,7 +265,8 @@ def test_the_last_layer_is_made_anew(small: ModuleType, monkeypatch: pytest.Monk
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--regulariser redo --pruner rigl --prune-every 9", "--regulariser l2-features"])
 def test_short_runs(tmp_path: Path, flags: str) -> None:
-    succeed("dqn_atari_baselines", TINY_FLAGS, flags, "--target-every 50 --feature-size 16 --run-dir run --eval-episodes 0", cwd=tmp_path)
+    flags = f"{TINY_FLAGS} {flags} --target-every 50 --feature-size 16 --run-dir run"
+    succeed("dqn_atari_baselines", flags, cwd=tmp_path)
     final = json.loads((tmp_path / "run" / "final.json").read_text())
     assert final["sparsity/prunable"] == pytest.approx(0.95, abs=1e-3)
     assert [r for r in records(tmp_path / "run") if r.get("losses/td_loss", 0) > 0]
