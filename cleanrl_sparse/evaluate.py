@@ -412,21 +412,26 @@ class C51Network(QNetwork):
 
 
 # >>> shared: actor
-class Actor(nn.Module):
-    """A Gaussian of actions, squashed to [-1, 1] by tanh; two hidden layers of `units`."""
+class Actor(nn.Sequential):
+    """A Gaussian of actions, squashed to [-1, 1] by tanh; hidden layers of `units`."""
 
-    def __init__(self, obs_size: int, num_actions: int, units: int) -> None:
-        super().__init__()
-        self.dense1, self.dense2 = nn.Linear(obs_size, units), nn.Linear(units, units)
-        self.output = nn.Linear(units, 2 * num_actions)
+    output: nn.Linear
+
+    def __init__(self, obs_size: int, num_actions: int, units: int, layers: int = 2) -> None:
+        parts = OrderedDict[str, nn.Module]()
+        for i in range(1, layers + 1):
+            parts |= {f"dense{i}": nn.Linear(units if i > 1 else obs_size, units), f"relu{i}": nn.ReLU(inplace=True)}
+        super().__init__(parts | {"output": nn.Linear(units, 2 * num_actions)})
         for p in self.parameters():
             nn.init.xavier_uniform_(p) if p.ndim > 1 else nn.init.zeros_(p)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Map obs [B, O] to mean and log standard deviation [B, A] each, the latter in [-20, 2]."""
-        x = torch.relu_(self.dense2(torch.relu_(self.dense1(obs))))
+        x, output = obs, self.output
+        for layer in list(self)[:-1]:
+            x = layer(x)
         with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for actions
-            mean, log_std = self.output(x.to(self.output.weight.dtype)).chunk(2, 1)
+            mean, log_std = output(x.to(output.weight.dtype)).chunk(2, 1)
             return mean, log_std.clamp(-20, 2)
 
     def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

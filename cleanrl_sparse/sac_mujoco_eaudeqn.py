@@ -265,21 +265,26 @@ class MujocoEnvs:
 
 
 # >>> shared: actor
-class Actor(nn.Module):
-    """A Gaussian of actions, squashed to [-1, 1] by tanh; two hidden layers of `units`."""
+class Actor(nn.Sequential):
+    """A Gaussian of actions, squashed to [-1, 1] by tanh; hidden layers of `units`."""
 
-    def __init__(self, obs_size: int, num_actions: int, units: int) -> None:
-        super().__init__()
-        self.dense1, self.dense2 = nn.Linear(obs_size, units), nn.Linear(units, units)
-        self.output = nn.Linear(units, 2 * num_actions)
+    output: nn.Linear
+
+    def __init__(self, obs_size: int, num_actions: int, units: int, layers: int = 2) -> None:
+        parts = OrderedDict[str, nn.Module]()
+        for i in range(1, layers + 1):
+            parts |= {f"dense{i}": nn.Linear(units if i > 1 else obs_size, units), f"relu{i}": nn.ReLU(inplace=True)}
+        super().__init__(parts | {"output": nn.Linear(units, 2 * num_actions)})
         for p in self.parameters():
             nn.init.xavier_uniform_(p) if p.ndim > 1 else nn.init.zeros_(p)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Map obs [B, O] to mean and log standard deviation [B, A] each, the latter in [-20, 2]."""
-        x = torch.relu_(self.dense2(torch.relu_(self.dense1(obs))))
+        x, output = obs, self.output
+        for layer in list(self)[:-1]:
+            x = layer(x)
         with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for actions
-            mean, log_std = self.output(x.to(self.output.weight.dtype)).chunk(2, 1)
+            mean, log_std = output(x.to(output.weight.dtype)).chunk(2, 1)
             return mean, log_std.clamp(-20, 2)
 
     def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,9 +301,9 @@ class Actor(nn.Module):
 
 
 # >>> shared: critics
-def make_critics(count: int, inputs: int, units: int) -> list[Tensor]:
-    """Return Q-functions of three layers as stacked tensors: weights [count, in, out] and biases [count, 1, out]."""
-    critics, sizes = list[Tensor](), [inputs, units, units, 1]
+def make_critics(count: int, inputs: int, units: int, layers: int = 2) -> list[Tensor]:
+    """Return Q-functions as stacked tensors, layer by layer: weights [count, in, out] and biases [count, 1, out]."""
+    critics, sizes = list[Tensor](), [inputs, *[units] * layers, 1]
     for size_in, size_out in itertools.pairwise(sizes):
         weights = torch.empty(count, size_in, size_out)
         for weight in weights:
@@ -309,20 +314,22 @@ def make_critics(count: int, inputs: int, units: int) -> list[Tensor]:
 
 def critic_values(critics: list[Tensor], obs: Tensor, actions: Tensor) -> Tensor:
     """Return Q [count, B] of stacked critics for obs [B, O] and actions [B, A], by one batched product per layer."""
-    w1, b1, w2, b2, w3, b3 = critics
-    x = torch.cat([obs, actions], 1).expand(len(w1), -1, -1)
-    x = torch.relu_(torch.baddbmm(b2, torch.relu_(torch.baddbmm(b1, x, w1)), w2))
+    *hidden, weight, bias = critics
+    x = torch.cat([obs, actions], 1).expand(len(weight), -1, -1)
+    for w, b in zip(hidden[::2], hidden[1::2]):
+        x = torch.relu_(torch.baddbmm(b, x, w))
     with torch.autocast(x.device.type, enabled=False):  # bf16 would round away what actions differ in
-        return torch.baddbmm(b3, x.to(w3.dtype), w3)[:, :, 0]
+        return torch.baddbmm(bias, x.to(weight.dtype), weight)[:, :, 0]
 
 
 def one_critic(critics: list[Tensor], n: int) -> nn.Sequential:
     """Return a copy of the n-th of stacked critics as a module on [B, O + A]."""
     layers = OrderedDict[str, nn.Module]()
-    for name, weight, bias in zip(("dense1", "dense2", "output"), critics[::2], critics[1::2]):
+    for i, (weight, bias) in enumerate(zip(critics[::2], critics[1::2]), 1):
+        name = f"dense{i}" if 2 * i < len(critics) else "output"
         layers[name] = nn.Linear(*weight.shape[1:])
         layers[name].load_state_dict({"weight": weight[n].T, "bias": bias[n, 0]})
-        layers |= {} if name == "output" else {f"relu{name[-1]}": nn.ReLU()}
+        layers |= {f"relu{i}": nn.ReLU()} if name != "output" else {}
     return nn.Sequential(layers)
 # <<< shared: critics
 

@@ -460,6 +460,17 @@ def test_the_schedule_prunes_actor_and_critics_exactly(sac: ModuleType) -> None:
     assert sum(int((m == 0).sum()) for m in agent.masks) == pytest.approx(0.9 * total, abs=5)
 
 
+def test_the_last_masks_come_at_the_end_of_the_schedule(sac: ModuleType) -> None:
+    """3,000 steps of schedule are no multiple of 700."""
+    agent = make_agent(sac, sparsity=0.9, prune_every=700)
+    pruned = {}
+    for agent.gradient_step in range(5000):
+        agent.prune()
+        pruned[agent.gradient_step] = agent.sparsity[0]
+    steps = [step for step in pruned if pruned[step] != pruned.get(step - 1, 0.0)]
+    assert steps == [1700, 2400, 3100, 3800, 4000] and pruned[4000] == 0.9
+
+
 def test_pruned_weights_stay_zero_in_all_networks(sac: ModuleType) -> None:
     agent = make_agent(sac, total_timesteps=276, prune_every=1, sparsity=0.8, tau=0.3)
     replay = Fixed(sac)
