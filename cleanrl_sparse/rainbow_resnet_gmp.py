@@ -136,16 +136,20 @@ class Args:
                 flag, value = name.replace("_", "-"), getattr(self, name)
                 require(accepted(value), f"--{flag} {value}: must be {text}")
 
-        check("total_timesteps batch_size epoch_steps num_envs", lambda x: x >= 1, "at least 1")
+        check("total_timesteps batch_size epoch_steps", lambda x: x >= 1, "at least 1")
         check("eval_episodes checkpoint_minutes", lambda x: x >= 0, "at least 0")
         check("seed", lambda x: 0 <= x < 2**32, "in [0, 2^32)")
-        check("learning_rate replay_ratio", lambda x: 0 < x < math.inf, "above 0")
+        check("learning_rate", lambda x: 0 < x < math.inf, "above 0")
         check("gamma", lambda x: 0 <= x <= 1, "in [0, 1]")
+        check("capture_video", lambda x: not x or self.eval_episodes > 0, "used with --eval-episodes above 0")
+        # <<< shared: check
+        # >>> shared: check-replay-flags
+        check("num_envs", lambda x: x >= 1, "at least 1")
+        check("replay_ratio", lambda x: 0 < x < math.inf, "above 0")
         check("learning_starts buffer_size", lambda x: x >= self.batch_size, f"at least a batch, {self.batch_size}")
         text = f"at least --num-envs {self.num_envs}"
         check("learning_starts buffer_size", lambda x: x >= self.num_envs, text)
-        check("capture_video", lambda x: not x or self.eval_episodes > 0, "used with --eval-episodes above 0")
-        # <<< shared: check
+        # <<< shared: check-replay-flags
         # >>> shared: check-run-flags
         check("epsilon_steps", lambda x: x >= 1, "at least 1")
         check("adam_eps", lambda x: 0 < x < math.inf, "above 0")
@@ -509,6 +513,33 @@ class PrioritisedReplay(FrameReplay):
 
 
 # >>> shared: sparsity
+def largest(score: Tensor, kept: int) -> Tensor:
+    """Return a bool mask of the `kept` largest entries of score [n], ties broken by lower index."""
+    rank = score.numel() - kept
+    if score.device.type == "cpu":  # a partition is ten times faster than kthvalue or topk there
+        threshold = torch.from_numpy(np.partition(score.numpy(), rank)[rank : rank + 1])
+    else:
+        threshold = score.kthvalue(rank + 1).values
+    above, ties = score > threshold, score == threshold
+    return above | (ties & (ties.cumsum(0) <= kept - above.sum()))
+
+
+def prunable(network: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that pruning may remove: every tensor of two or more dimensions, no bias."""
+    return {name.removesuffix(".weight"): p for name, p in network.named_parameters() if p.ndim >= 2}
+
+
+def sparsity_report(network: nn.Module) -> dict[str, float]:
+    """Measure the share of zeros: in the prunable weights, in all parameters, per layer; and the parameters left."""
+    zeros = {name: int((w == 0).sum()) for name, w in prunable(network).items()}
+    size, total = sum(w.numel() for w in prunable(network).values()), sum(p.numel() for p in network.parameters())
+    pruned = sum(zeros.values())
+    report = {"prunable": pruned / size, "total": pruned / total, "active_params": float(total - pruned)}
+    return report | {f"layer/{name}": zeros[name] / w.numel() for name, w in prunable(network).items()}
+# <<< shared: sparsity
+
+
+# >>> shared: magnitude-masks
 def erk_densities(shapes: list[torch.Size], sparsity: float) -> list[float]:
     """Return each tensor's density under the Erdos-Renyi-Kernel rule (Evci et al. 2020) for a total sparsity in [0, 1].
 
@@ -524,17 +555,6 @@ def erk_densities(shapes: list[torch.Size], sparsity: float) -> list[float]:
             break
         free, dense = free - full, dense | full
     return [1.0 if i in dense else eps * sums[i] / sizes[i] for i in range(len(shapes))]
-
-
-def largest(score: Tensor, kept: int) -> Tensor:
-    """Return a bool mask of the `kept` largest entries of score [n], ties broken by lower index."""
-    rank = score.numel() - kept
-    if score.device.type == "cpu":  # a partition is ten times faster than kthvalue or topk there
-        threshold = torch.from_numpy(np.partition(score.numpy(), rank)[rank : rank + 1])
-    else:
-        threshold = score.kthvalue(rank + 1).values
-    above, ties = score > threshold, score == threshold
-    return above | (ties & (ties.cumsum(0) <= kept - above.sum()))
 
 
 def magnitude_masks(weights: list[Tensor], parents: list[Tensor], sparsity: float, scope: str,
@@ -557,21 +577,7 @@ def magnitude_masks(weights: list[Tensor], parents: list[Tensor], sparsity: floa
         kept_shares = [1 - progress * (1 - d) if progress < 1 else d for d in densities]
         flat = [largest(s, max(1, round(s.numel() * d))) for s, d in zip(scores, kept_shares, strict=True)]
     return [f.view(w.shape) & m for f, w, m in zip(flat, weights, parents, strict=True)]
-
-
-def prunable(network: nn.Module) -> dict[str, Tensor]:
-    """Return the weights that pruning may remove: every tensor of two or more dimensions, no bias."""
-    return {name.removesuffix(".weight"): p for name, p in network.named_parameters() if p.ndim >= 2}
-
-
-def sparsity_report(network: nn.Module) -> dict[str, float]:
-    """Measure the share of zeros: in the prunable weights, in all parameters, per layer; and the parameters left."""
-    zeros = {name: int((w == 0).sum()) for name, w in prunable(network).items()}
-    size, total = sum(w.numel() for w in prunable(network).values()), sum(p.numel() for p in network.parameters())
-    pruned = sum(zeros.values())
-    report = {"prunable": pruned / size, "total": pruned / total, "active_params": float(total - pruned)}
-    return report | {f"layer/{name}": zeros[name] / w.numel() for name, w in prunable(network).items()}
-# <<< shared: sparsity
+# <<< shared: magnitude-masks
 
 
 # >>> shared: schedule
