@@ -882,7 +882,7 @@ def main(args: Args) -> None:
         print(f"{args.resume} is finished; nothing is left to do")
         return
     device, total = find_device(args), args.total_timesteps
-    step, epoch_return, returns, recent = 0, None, list[float](), [0.0]  # of the episodes of this epoch, of the latest
+    step, epoch_return = 0, None
     run, stops, training = None, list[int](), False
 
     def stop(signum: int, _: Any) -> None:
@@ -897,6 +897,7 @@ def main(args: Args) -> None:
     signal.signal(signal.SIGINT, stop)
     # <<< shared: start
     # >>> shared: atari-start
+    returns, recent = list[float](), [0.0]  # of the episodes of this epoch, of the latest
     rom, title = find_rom(args.env_id)
     envs = AtariEnvs(rom, args.num_envs, args.seed)
     fits = device.type == "cpu" or 7130 * args.buffer_size < 0.8 * torch.cuda.mem_get_info(device)[0]

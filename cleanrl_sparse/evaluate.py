@@ -435,7 +435,9 @@ class Actor(nn.Sequential):
             return mean, log_std.clamp(-20, 2)
 
     def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return actions [B, A] in [-1, 1] and their log-probabilities [B], from standard normal noise [B, A].
+        """Return actions [..., B, A] in [-1, 1] and their log-probabilities [..., B] from standard normal noise.
+
+        Noise is [..., B, A], obs [B, O].
 
         With u = mean + std * noise, log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), and the latter is
         2 * (log 2 - u - softplus(-2 * u)), which neither overflows nor loses digits at large |u|.
@@ -443,7 +445,7 @@ class Actor(nn.Sequential):
         mean, log_std = self(obs)
         u = mean + log_std.exp() * noise
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        return u.tanh(), (log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(1)
+        return u.tanh(), (log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
 # <<< shared: actor
 
 
@@ -543,7 +545,8 @@ def load_network(run_dir: Path, device: str) -> tuple[QNetwork | Actor, str]:
         if "actor.output.bias" in weights:
             weights = {name.removeprefix("actor."): p for name, p in weights.items() if name.startswith("actor.")}
             units, obs_size = weights["dense1.weight"].shape
-            network = Actor(obs_size, len(weights["output.bias"]) // 2, units)
+            layers = sum(name.startswith("dense") and name.endswith("weight") for name in weights)
+            network = Actor(obs_size, len(weights["output.bias"]) // 2, units, layers)
         else:
             num_actions = AtariEnvs(find_rom(flags["env_id"])[0], 1, 0).num_actions
             kind = NormalisedQNetwork if flags.get("regulariser") == "l2-features" else QNetwork

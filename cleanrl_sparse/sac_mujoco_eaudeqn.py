@@ -292,7 +292,9 @@ class Actor(nn.Sequential):
             return mean, log_std.clamp(-20, 2)
 
     def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return actions [B, A] in [-1, 1] and their log-probabilities [B], from standard normal noise [B, A].
+        """Return actions [..., B, A] in [-1, 1] and their log-probabilities [..., B] from standard normal noise.
+
+        Noise is [..., B, A], obs [B, O].
 
         With u = mean + std * noise, log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), and the latter is
         2 * (log 2 - u - softplus(-2 * u)), which neither overflows nor loses digits at large |u|.
@@ -300,7 +302,7 @@ class Actor(nn.Sequential):
         mean, log_std = self(obs)
         u = mean + log_std.exp() * noise
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        return u.tanh(), (log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(1)
+        return u.tanh(), (log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
 # <<< shared: actor
 
 
@@ -454,14 +456,16 @@ def magnitude_masks(weights: list[Tensor], parents: list[Tensor], sparsity: floa
 # <<< shared: magnitude-masks
 
 
-# >>> shared: sac-parts
+# >>> shared: prune
 def prune(weights: list[Tensor], masks: list[Tensor], sparsity: float, scope: str, progress: float = 1.0) -> None:
     """Take new masks of one network from its weights, at a total sparsity in [0, 1]; what is pruned stays pruned."""
     new = magnitude_masks(weights, [mask.bool() for mask in masks], sparsity, scope, progress)
     for mask, kept in zip(masks, new):
         mask.copy_(kept)
+# <<< shared: prune
 
 
+# >>> shared: adam
 def adam(groups: list[dict[str, Any]], args: Args) -> torch.optim.Adam:
     """Return Adam, its moments made now and not in the first step, since a checkpoint restores into them."""
     optimizer = torch.optim.Adam(groups, lr=args.learning_rate, fused=True, capturable=args.compile)
@@ -469,7 +473,7 @@ def adam(groups: list[dict[str, Any]], args: Args) -> torch.optim.Adam:
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     return optimizer
-# <<< shared: sac-parts
+# <<< shared: adam
 
 
 # >>> shared: eau-de
@@ -908,7 +912,7 @@ def main(args: Args) -> None:
         print(f"{args.resume} is finished; nothing is left to do")
         return
     device, total = find_device(args), args.total_timesteps
-    step, epoch_return, returns, recent = 0, None, list[float](), [0.0]  # of the episodes of this epoch, of the latest
+    step, epoch_return = 0, None
     run, stops, training = None, list[int](), False
 
     def stop(signum: int, _: Any) -> None:
@@ -923,6 +927,7 @@ def main(args: Args) -> None:
     signal.signal(signal.SIGINT, stop)
     # <<< shared: start
     # >>> shared: mujoco-start
+    returns, recent = list[float](), [0.0]  # of the episodes of this epoch, of the latest
     if args.capture_video:
         require_pictures("--capture-video", args.env_id)
     envs = MujocoEnvs(args.env_id, args.num_envs, args.seed)

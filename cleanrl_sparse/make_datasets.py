@@ -1,0 +1,386 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.13", "numpy>=2", "gymnasium>=1.2", "mujoco>=3.3", "tyro>=0.9", "safetensors>=0.5",
+#                 "tqdm>=4.66", "minari>=0.5", "h5py>=3.11", "pillow>=10"]
+# ///
+"""Record Minari datasets for cql_offline_snip.py from online SAC runs, which are trained first if they are not there.
+
+    python make_datasets.py --env-id Hopper-v5                    # local/hopper/{random,medium,...}-v0
+    python make_datasets.py --env-id Hopper-v5 --medium-steps 40000 --expert-steps 400000 --transitions 100000
+
+Two runs of sac_mujoco_gmp.py (dense, 256 units, one seed) are made beside this script's datasets: since they differ in
+length only, the medium run is the beginning of the expert run. What is recorded, by its name:
+
+    random          uniformly random actions
+    medium          the medium run's final policy, actions drawn from it
+    medium-replay   everything that the medium run did, from its first step to its last
+    expert          the expert run's final policy, actions drawn from it
+    medium-expert   medium and expert, one after the other
+
+These names are relative to the runs made here; nothing of them may be set beside D4RL's datasets of the same names. A
+policy is recorded in whole episodes, to the first end after --transitions. Minari keeps its datasets in ~/.minari, or
+where MINARI_DATASETS_PATH says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import difflib
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch
+import tyro
+from minari.data_collector import EpisodeBuffer
+from safetensors.torch import load, load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+# >>> shared: basics
+class Exit(Exception):
+    """Exit(status, line) ends the program: status 2 bad input, 1 a fault while running, 75 stopped and resumable."""
+
+
+def require(accepted: bool, line: str) -> None:
+    """Refuse bad input, with a line that names the flag or file and what is accepted."""
+    if not accepted:
+        raise Exit(2, line)
+
+# <<< shared: basics
+
+
+@dataclass
+class Args:
+    """Flags."""
+
+    env_id: str = "Hopper-v5"  # Gymnasium environment with a vector of observations and bounded continuous actions
+    medium_steps: int = 60_000  # steps of the medium run (>= 1)
+    expert_steps: int = 300_000  # steps of the expert run (> --medium-steps)
+    transitions: int = 50_000  # that each policy is recorded for, at least (>= 1)
+    seed: int = 1  # seed of the runs and of what is recorded, in [0, 2^32)
+    precision: str = "fp32"  # of the runs: fp32 or bf16
+    runs: Path = Path("runs", "datasets")  # folder for the two runs
+    name: str = "local"  # first part of the datasets' names
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, naming the flag."""
+        for name in ("medium_steps", "transitions"):
+            value = getattr(self, name)
+            require(value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
+        require(self.expert_steps > self.medium_steps, f"--expert-steps {self.expert_steps}: must be above --medium-steps")
+        require(0 <= self.seed < 2**32, f"--seed {self.seed}: must be in [0, 2^32)")
+        require(self.precision in ("fp32", "bf16"), f"--precision {self.precision}: must be fp32 or bf16")
+
+
+# >>> shared: mujoco-env
+def make_env(env_id: str, **options: Any) -> gym.Env:
+    """Return Gymnasium's environment (Hopper is Hopper-v5); Exit if there is none such or its spaces do not fit."""
+    import mujoco  # not before require_pictures()
+
+    mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
+    name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
+    v5 = [n for n in gym.registry if n.endswith("-v5") and ":" not in n]
+    near = ", ".join(difflib.get_close_matches(env_id, v5, n=3, cutoff=0.3)) or "none"
+    require(bool(name), f"--env-id {env_id}: no such environment; the nearest names are {near}")
+    try:
+        env = gym.make(name, disable_env_checker=True, **options)
+    except (gym.error.Error, ImportError) as error:
+        raise Exit(2, f"--env-id {env_id} cannot be made: {' '.join(str(error).split())}") from None
+    obs: Any = env.observation_space
+    actions: Any = env.action_space
+    fits = isinstance(obs, gym.spaces.Box) and isinstance(actions, gym.spaces.Box) and len(obs.shape) == 1
+    text = "needs a vector of observations and bounded continuous actions"
+    require(fits and bool(np.isfinite([actions.low, actions.high]).all()), f"--env-id {env_id}: {text}")
+    return env
+
+
+class MujocoSteps(NamedTuple):
+    """One step of N environments."""
+
+    last_obs: np.ndarray  # [N, O] float32, the observation before any reset
+    rewards: np.ndarray  # [N] float64
+    terminated: np.ndarray  # [N] bool
+    ended: np.ndarray  # [N] bool, terminated or truncated
+    episodes: list[tuple[float, int]]  # (undiscounted return, steps) of each episode that ended
+
+
+class MujocoEnvs:
+    """N copies of an environment with actions in [-1, 1], rescaled to its bounds; restorable at any step.
+
+    `obs` [N, O] float32 is what the agent sees now: after an ending, the next episode's first observation. Every
+    episode has a seed of its own, from (seed, environment, step). What an environment did follows from these seeds and
+    its actions: a checkpoint keeps them, restore() plays them again.
+    """
+
+    def __init__(self, env_id: str, num_envs: int, seed: int, **options: Any) -> None:
+        self.envs: list[Any] = [make_env(env_id, **options) for _ in range(num_envs)]
+        space = self.envs[0].action_space
+        self.middle, self.half = (space.high + space.low) / 2, (space.high - space.low) / 2  # [A] float32
+        self.title, self.num_actions = self.envs[0].spec.id, len(space.low)
+        self.seed, self.actions = seed, bytearray()  # every action so far, float32
+        self.began = [list[int]() for _ in range(num_envs)]  # the steps at which each environment's episodes began
+        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
+        self.obs = np.zeros((num_envs, *self.envs[0].observation_space.shape), np.float32)
+        for i in range(num_envs):
+            self.reset(i)
+
+    def __len__(self) -> int:
+        """Return the number of steps so far."""
+        return len(self.actions) // (4 * len(self.envs) * self.num_actions)
+
+    def reset(self, i: int) -> None:
+        """Start an episode of environment i."""
+        self.began[i].append(len(self))
+        seed = np.random.SeedSequence((self.seed, i, len(self))).generate_state(1)[0]
+        self.obs[i] = self.envs[i].reset(seed=int(seed))[0]
+        self.returns[i] = self.lengths[i] = 0
+
+    def step(self, actions: np.ndarray) -> MujocoSteps:
+        """Take a step with actions [N, A] in [-1, 1]; what ended is reset at once."""
+        n = len(self.envs)
+        self.actions += actions.astype(np.float32).tobytes()
+        last_obs, rewards, (terminated, ended) = np.zeros_like(self.obs), np.zeros(n), np.zeros((2, n), bool)
+        episodes = list[tuple[float, int]]()
+        for i in range(n):
+            last_obs[i], rewards[i], terminated[i], truncated, _ = self.envs[i].step(
+                self.middle + self.half * actions[i]
+            )
+            self.obs[i], ended[i] = last_obs[i], terminated[i] or truncated
+            self.returns[i] += rewards[i]
+            self.lengths[i] += 1
+            if ended[i]:
+                episodes.append((float(self.returns[i]), int(self.lengths[i])))
+                self.reset(i)
+        return MujocoSteps(last_obs, rewards, terminated, ended, episodes)
+
+    def picture(self) -> np.ndarray:
+        """Return an RGB picture [H, W, 3] uint8 of the first environment, made with render_mode="rgb_array"."""
+        return np.ascontiguousarray(self.envs[0].render())
+
+    def played(self) -> Tensor:
+        """Return all actions so far [steps, N, A]."""
+        flat = torch.frombuffer(self.actions, dtype=torch.float32) if self.actions else torch.empty(0)
+        return flat.view(len(self), len(self.envs), self.num_actions)
+
+    def past(self) -> dict[str, Any]:
+        """Return what restore() needs beside the actions, as JSON."""
+        return {"began": self.began, "digest": hashlib.sha256(self.obs.tobytes()).hexdigest()}
+
+    def restore(self, past: dict[str, Any], played: Tensor,
+                first: int) -> Iterator[tuple[int, np.ndarray, MujocoSteps]]:
+        """Play a past() again with the actions played [steps, N, A], from episodes that were running at step `first`.
+
+        Yields (step, actions [N, A], MujocoSteps). Raises Exit if the episodes went otherwise than recorded.
+        """
+        actions = played.numpy()
+        begins = np.array([max(step for step in began if step <= max(0, first)) for began in past["began"]])
+        self.actions = bytearray(actions[: begins.min()].tobytes())
+        for step in tqdm(range(begins.min(), len(actions)), "playing again", leave=False, disable=None):
+            for i in np.flatnonzero(begins == step):  # what it did until now is not in the record
+                self.reset(int(i))
+            yield step, actions[step], self.step(actions[step])
+        self.began = past["began"]
+        if hashlib.sha256(self.obs.tobytes()).hexdigest() != past["digest"]:
+            raise Exit(1, "the episodes went otherwise when played again; resume with the packages of versions.json")
+# <<< shared: mujoco-env
+
+
+# >>> shared: actor
+class Actor(nn.Sequential):
+    """A Gaussian of actions, squashed to [-1, 1] by tanh; hidden layers of `units`."""
+
+    output: nn.Linear
+
+    def __init__(self, obs_size: int, num_actions: int, units: int, layers: int = 2) -> None:
+        parts = OrderedDict[str, nn.Module]()
+        for i in range(1, layers + 1):
+            parts |= {f"dense{i}": nn.Linear(units if i > 1 else obs_size, units), f"relu{i}": nn.ReLU(inplace=True)}
+        super().__init__(parts | {"output": nn.Linear(units, 2 * num_actions)})
+        for p in self.parameters():
+            nn.init.xavier_uniform_(p) if p.ndim > 1 else nn.init.zeros_(p)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Map obs [B, O] to mean and log standard deviation [B, A] each, the latter in [-20, 2]."""
+        x, output = obs, self.output
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for actions
+            mean, log_std = output(x.to(output.weight.dtype)).chunk(2, 1)
+            return mean, log_std.clamp(-20, 2)
+
+    def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return actions [..., B, A] in [-1, 1] and their log-probabilities [..., B] from standard normal noise.
+
+        Noise is [..., B, A], obs [B, O].
+
+        With u = mean + std * noise, log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), and the latter is
+        2 * (log 2 - u - softplus(-2 * u)), which neither overflows nor loses digits at large |u|.
+        """
+        mean, log_std = self(obs)
+        u = mean + log_std.exp() * noise
+        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        return u.tanh(), (log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
+# <<< shared: actor
+
+
+Episode = dict[str, np.ndarray]  # observations [T + 1, O], actions [T, A], rewards, terminations, truncations [T]
+
+
+def train(args: Args, steps: int) -> Path:
+    """Return the folder of the finished run of so many steps, made now if it is not there."""
+    folder = args.runs / f"{args.env_id}__{args.seed}__{steps}"
+    script = str(Path(__file__).with_name("sac_mujoco_gmp.py"))
+    flags = ["--env-id", args.env_id, "--seed", args.seed, "--total-timesteps", steps, "--sparsity", 0, "--width", 1,
+             "--learning-starts", min(5000, max(256, steps // 10)), "--learning-rate", 1e-3, "--reward-scale", 1,
+             "--target-entropy", -1, "--weight-decay", 0, "--precision", args.precision, "--run-dir", folder]
+    if (folder / "args.json").exists():
+        flags = ["--resume", folder]
+    status = subprocess.run([sys.executable, script, *map(str, flags)], check=False).returncode
+    if status:
+        raise Exit(status, f"the run in {folder} did not finish; start this again to go on with it")
+    return folder
+
+
+def transitions(steps: Iterator[tuple[np.ndarray, np.ndarray, MujocoSteps]]) -> list[Episode]:
+    """Return the episodes of one environment's (obs, actions, outcome); what has not ended is cut, as a truncation."""
+    episodes, parts = list[Episode](), list[tuple[Any, ...]]()
+    last = None
+
+    def close() -> None:
+        """End an episode."""
+        obs, actions, rewards, terminated = map(np.array, zip(*parts))
+        final = np.arange(len(parts)) == len(parts) - 1
+        episodes.append({"observations": np.concatenate([obs, [last]]), "actions": actions, "rewards": rewards,
+                         "terminations": terminated, "truncations": final & ~terminated})
+        parts.clear()
+
+    for obs, actions, outcome in steps:
+        parts.append((obs[0], actions[0], outcome.rewards[0], outcome.terminated[0]))
+        last = outcome.last_obs[0].copy()
+        if outcome.ended[0]:
+            close()
+    if parts:
+        close()
+    return episodes
+
+
+def play(args: Args, seed: int, policy: Actor | None) -> Iterator[tuple[np.ndarray, np.ndarray, MujocoSteps]]:
+    """Yield (obs, actions, outcome) of whole episodes, with actions drawn from a policy or, without one, uniformly."""
+    env, rng, ended = MujocoEnvs(args.env_id, 1, seed), np.random.default_rng(seed), False
+    while len(env) < args.transitions or not ended:
+        obs = env.obs.copy()
+        if policy is None:
+            actions = rng.uniform(-1, 1, (1, env.num_actions)).astype(np.float32)
+        else:
+            with torch.no_grad():
+                noise = torch.from_numpy(rng.standard_normal((1, env.num_actions), np.float32))
+                actions = policy.sample(torch.from_numpy(obs), noise)[0].numpy()
+        outcome = env.step(actions)
+        ended = bool(outcome.ended[0])
+        yield obs, actions, outcome
+
+
+def replay(args: Args, folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray, MujocoSteps]]:
+    """Yield (obs, actions, outcome) of everything that a run did, by playing it again from its last checkpoint."""
+    path = max((folder / "checkpoint").glob("[0-9]*"))
+    line, _, data = path.read_bytes().partition(b"\n")[2].partition(b"\n")
+    past, played = json.loads(line)["state"]["episodes"], load(data)["actions"]
+    env = MujocoEnvs(args.env_id, 1, args.seed)
+    obs = env.obs.copy()
+    for _, actions, outcome in env.restore(past, played, 0):
+        yield obs, actions, outcome
+        obs = env.obs.copy()
+
+
+def load_policy(folder: Path) -> Actor:
+    """Return a finished run's actor."""
+    weights = load_file(folder / "model.safetensors")
+    weights = {name.removeprefix("actor."): p for name, p in weights.items() if name.startswith("actor.")}
+    units, obs_size = weights["dense1.weight"].shape
+    actor = Actor(obs_size, len(weights["output.bias"]) // 2, units)
+    actor.load_state_dict(weights)
+    return actor
+
+
+def write(args: Args, kind: str, episodes: list[Episode]) -> str:
+    """Write a Minari dataset in place of an older one; return a line about it."""
+    env = make_env(args.env_id)
+    title, low, half = env.spec.id if env.spec else "", env.action_space.low, env.action_space.high - env.action_space.low
+    name = f"{args.name}/{title.partition('-')[0].lower()}/{kind}-v0"
+    actions = [(low + (episode["actions"] + 1) / 2 * half).astype(np.float32) for episode in episodes]
+    buffers = [EpisodeBuffer(id=i, **episode | {"actions": a}) for i, (episode, a) in enumerate(zip(episodes, actions))]
+    if minari.storage.get_dataset_path(name).exists():
+        minari.delete_dataset(name)
+    minari.create_dataset_from_buffers(
+        name, buffers, env=env.spec, algorithm_name="SAC" if kind != "random" else "random",
+        observation_space=gym.spaces.Box(-np.inf, np.inf, episodes[0]["observations"].shape[1:], np.float32),
+        description=f"{kind}: recorded by cleanrl-sparse, seed {args.seed}, {args.medium_steps} and {args.expert_steps} steps",
+    )
+    digest = hashlib.sha256()
+    for episode, a in zip(episodes, actions):
+        for array in (episode["observations"], a, episode["rewards"]):
+            digest.update(array.astype(np.float32).tobytes())
+    returns, count = [episode["rewards"].sum() for episode in episodes], sum(len(a) for a in actions)
+    numbers = f"{len(episodes)} | {count:,} | {np.mean(returns):,.0f} | {min(returns):,.0f} | {max(returns):,.0f}"
+    return f"| {name} | {numbers} | {digest.hexdigest()[:12]} |"
+
+
+# >>> shared: entry
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed blocks; else every update faults its gradients' pages in anew, a fifth of its time."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            mallopt(option, value)
+
+
+def command_line(main: Callable[[Args], None]) -> None:
+    """Run main; a fault ends it with one line and an exit status."""
+    keep_freed_memory()
+    try:
+        main(parse(sys.argv[1:]))
+    except (Exit, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise  # a fault of ours, which deserves its traceback
+        hint = "" if isinstance(error, OSError) else "these flags need more memory than there is: "
+        status, line = error.args if isinstance(error, Exit) else (1, f"{hint}{str(error).splitlines()[0]}")
+        print(f"{Path(__file__).name}: {line}", file=sys.stderr)
+        sys.exit(status)
+# <<< shared: entry
+
+
+def parse(argv: list[str]) -> Args:
+    """Return the flags of the command line."""
+    return tyro.cli(Args, args=argv, description=(__doc__ or "").partition("\n")[0])
+
+
+def main(args: Args) -> None:
+    """Train, record, and print what came out."""
+    make_env(args.env_id)  # a wrong name is refused now
+    medium, expert = train(args, args.medium_steps), train(args, args.expert_steps)
+    kinds = {
+        "random": transitions(play(args, args.seed + 3_000_000, None)),
+        "medium": transitions(play(args, args.seed + 3_000_001, load_policy(medium))),
+        "medium-replay": transitions(replay(args, medium)),
+        "expert": transitions(play(args, args.seed + 3_000_002, load_policy(expert))),
+    }
+    kinds["medium-expert"] = kinds["medium"] + kinds["expert"]
+    lines = [write(args, kind, episodes) for kind, episodes in kinds.items()]
+    print("| dataset | episodes | transitions | return: mean | lowest | highest | SHA-256 |\n|---|---|---|---|---|---|---|")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,459 @@
+"""Conservative Q-learning on a dataset: losses, pruning at the start, loaders, against slow versions of their own."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import pytest
+import torch
+from minari.data_collector import EpisodeBuffer
+from tasks import CPU
+from torch import Tensor, nn
+
+OBS, ACT, B, N = 5, 2, 8, 3  # sizes of observations, actions, batch, and the actions drawn of each kind
+
+
+def make_agent(cql: ModuleType, **flags: Any) -> Any:
+    """Return an agent in float64 with random biases, so that all of them matter."""
+    agent = cql.CQL(cql.Args(**{"cql_actions": N, "seed": 3, "layers": 2, **flags}), OBS, ACT, CPU, torch.float64)
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in (*agent.critics, *agent.targets, *agent.actor.parameters()):
+            p += 0.05 * torch.randn(p.shape, generator=rng, dtype=torch.float64)
+        agent.log_alpha += 0.3
+    return agent
+
+
+def make_batch(cql: ModuleType, seed: int, n: int = N) -> Any:
+    """Return random transitions, of which a third terminate."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    discounts = 0.97 * (torch.rand(B, generator=rng, dtype=torch.float64) < 0.67)
+    uniform = 2 * torch.rand(n, B, ACT, generator=rng, dtype=torch.float64) - 1
+    return cql.Batch(normal(B, OBS), normal(B, ACT).tanh(), normal(B, OBS), normal(B), discounts,
+                     normal(2, 1 + n, B, ACT), uniform)  # fmt: skip
+
+
+class Reference:
+    """CQL transition by transition, action by action, on one module per network."""
+
+    def __init__(self, agent: Any) -> None:
+        self.args = agent.args
+        self.actor = copy.deepcopy(agent.actor)
+        self.critics, self.targets = (
+            [self.unstacked(stacks, n) for n in range(2)] for stacks in (agent.critics, agent.targets)
+        )
+        self.log_alpha = agent.log_alpha.detach().clone().requires_grad_()
+
+    @staticmethod
+    def unstacked(stacks: list[Tensor], n: int) -> nn.Sequential:
+        layers = list[nn.Module]()
+        for weight, bias in zip(stacks[::2], stacks[1::2]):
+            layers += [nn.Linear(*weight.shape[1:], dtype=torch.float64), nn.ReLU()]
+            layers[-2].load_state_dict({"weight": weight[n].T, "bias": bias[n, 0]})
+        return nn.Sequential(*layers[:-1])
+
+    def act(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return an action [A] and its log-probability for obs [O]."""
+        x = obs
+        for layer in [*self.actor][:-1]:
+            x = torch.relu(layer(x)) if isinstance(layer, nn.Linear) else x
+        mean, log_std = self.actor.output(x).split(ACT)
+        normal = torch.distributions.Normal(mean, log_std.clamp(-20, 2).exp())
+        tanh = torch.distributions.TanhTransform(cache_size=1)
+        squashed = torch.distributions.TransformedDistribution(normal, [tanh])
+        action = tanh(mean + log_std.clamp(-20, 2).exp() * noise)
+        return action, squashed.log_prob(action).sum()
+
+    def losses(self, batch: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        """Return TD losses, gaps, the actor's and the temperature's loss."""
+        alpha, args = self.log_alpha.exp().detach(), self.args
+        td, gaps = ([torch.zeros((), dtype=torch.float64) for _ in range(2)] for _ in range(2))
+        actor_loss = alpha_loss = torch.zeros((), dtype=torch.float64)
+        for b in range(B):
+            obs, action, next_obs = batch.obs[b], batch.actions[b], batch.next_obs[b]
+            drawn = [self.act(obs, noise[b]) for noise in batch.noise[0]]
+            later = [self.act(next_obs, noise[b]) for noise in batch.noise[1]]
+            next_q = min(net(torch.cat([next_obs, later[0][0]]))[0] for net in self.targets).detach()
+            if args.entropy_backup:
+                next_q = next_q - alpha * later[0][1].detach()
+            y = batch.rewards[b] + batch.discounts[b] * next_q
+            asked = [(u[b], torch.tensor(ACT * math.log(0.5), dtype=torch.float64)) for u in batch.uniform]
+            asked += [*later[1:], *drawn[1:]]
+            for n, net in enumerate(self.critics):
+                q = net(torch.cat([obs, action]))[0]
+                td[n] = td[n] + (q - y) ** 2 / B
+                weighed = sum(torch.exp(net(torch.cat([obs, a.detach()]))[0]) / p.detach().exp() for a, p in asked)
+                gaps[n] = gaps[n] + (torch.log(torch.as_tensor(weighed)) - q) / B
+            new, log_prob = drawn[0]
+            value = min(net(torch.cat([obs, new]))[0] for net in self.critics)
+            actor_loss = actor_loss + (alpha * log_prob - value) / B
+            alpha_loss = alpha_loss - self.log_alpha * (log_prob.detach() + args.target_entropy * ACT) / B
+        return td, gaps, actor_loss, alpha_loss
+
+
+@pytest.mark.parametrize("backup", [False, True])
+@pytest.mark.parametrize("alpha", [0.0, 7.0])
+def test_the_losses_and_an_update_equal_the_reference(cql: ModuleType, alpha: float, backup: bool) -> None:
+    """With alpha 0 and the entropy in the backup it is SAC's; importance weights included."""
+    flags = {"learning_rate": 2e-3, "actor_learning_rate": 1e-3, "tau": 0.1}
+    agent = make_agent(cql, cql_alpha=alpha, entropy_backup=backup, **flags)
+    reference = Reference(agent)
+    networks = [*reference.critics, reference.actor, reference.log_alpha]
+    parameters = [[n] if isinstance(n, Tensor) else [*n.parameters()] for n in networks]
+    rates = [2e-3, 2e-3, 1e-3, 1e-3]
+    adams = [torch.optim.Adam(p, lr=rate, foreach=False) for p, rate in zip(parameters, rates)]
+    for step in range(3):
+        batch = make_batch(cql, step)
+        td, gaps, actor_loss, alpha_loss = reference.losses(batch)
+        critic_loss = sum(td) + alpha * sum(gaps)  # type: ignore[operator]
+        ours = agent.loss(batch)
+        wanted = torch.stack([critic_loss, actor_loss + alpha_loss])
+        torch.testing.assert_close(torch.stack(ours[:2]), wanted, atol=1e-9, rtol=0)
+        logged = [*(x.item() for x in td), None, alpha * sum(x.item() for x in gaps) / 2, actor_loss.item(), None,
+                  alpha_loss.item()]  # fmt: skip
+        for mine, theirs in zip(ours[2].tolist(), logged):
+            assert theirs is None or mine == pytest.approx(theirs, abs=1e-9)
+        gradients = [torch.autograd.grad(critic_loss, p, retain_graph=True) for p in parameters[:2]]
+        gradients += [torch.autograd.grad(actor_loss, parameters[2]), torch.autograd.grad(alpha_loss, parameters[3])]
+        for adam, ps, gs in zip(adams, parameters, gradients):
+            for p, g in zip(ps, gs):
+                p.grad = g
+            adam.step()
+        agent.update(batch)
+        with torch.no_grad():
+            for target, net in zip(reference.targets, reference.critics):
+                for t, p in zip(target.parameters(), net.parameters()):
+                    t.copy_(0.9 * t + 0.1 * p)
+    for stacks, nets in ((agent.critics, reference.critics), (agent.targets, reference.targets)):
+        for n, net in enumerate(nets):
+            for mine, theirs in zip(reference.unstacked(stacks, n).parameters(), net.parameters(), strict=True):
+                torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=0)
+    for mine, theirs in zip(agent.actor.parameters(), reference.actor.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=0)
+    torch.testing.assert_close(agent.log_alpha, reference.log_alpha, atol=1e-9, rtol=0)
+
+
+def test_the_multiplier_grows_while_the_gap_is_too_large(cql: ModuleType) -> None:
+    """Critic loss: multiplier * alpha * (gap - aim); the multiplier goes up the same way, at half the rate."""
+    agent = make_agent(cql, cql_alpha=2.0, cql_gap=0.5)
+    batch = make_batch(cql, 0)
+    td, gaps, *_ = Reference(agent).losses(batch)
+    excess = torch.stack([2 * (gap - 0.5) for gap in gaps]).sum()
+    m = agent.log_multiplier.exp().item()
+    loss = agent.loss(batch)[0]
+    assert loss.item() == pytest.approx((sum(td) + m * excess - 0.5 * m * excess).item(), abs=1e-9)  # type: ignore[operator]
+    (slope,) = torch.autograd.grad(loss, agent.log_multiplier)
+    assert slope.item() == pytest.approx(-0.5 * m * excess.item(), rel=1e-9)
+    before = agent.log_multiplier.item()
+    agent.update(batch)
+    assert (agent.log_multiplier.item() > before) == (excess.item() > 0)
+
+
+# Pruning at the start
+
+
+def pooled(agent: Any) -> list[Tensor]:
+    """Return the weights of both critics, and of the actor, flat."""
+    return [torch.cat([w.detach().flatten() for w in group]) for group in agent.groups]
+
+
+@pytest.mark.parametrize("pruner", ["snip", "grasp", "random", "magnitude"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.8])
+def test_counts_are_exact_and_stay(cql: ModuleType, pruner: str, sparsity: float) -> None:
+    agent = make_agent(cql, pruner=pruner, sparsity=sparsity, learning_rate=1e-2, actor_learning_rate=1e-2)
+    batches = [make_batch(cql, step) for step in range(2)]
+    old, scores = pooled(agent), [torch.cat([s.flatten() for s in part]) for part in agent.scores(batches)]
+    agent.prune(batches)
+    kept = [flat != 0 for flat in pooled(agent)]
+    for mask, score in zip(kept, scores):
+        assert int(mask.sum()) == round(len(mask) * (1 - sparsity))
+        assert score[mask].min() >= score[~mask].max(), "the largest stay"
+    for weights, mask, before in zip(pooled(agent), kept, old):
+        assert torch.equal(weights[mask], before[mask]), "no new initialisation"
+    assert all(map(torch.equal, agent.targets, agent.followed)), "the target is copied after"
+    for step in range(5):
+        agent.update(make_batch(cql, 10 + step))
+    for flat, mask in zip(pooled(agent), kept):
+        assert torch.equal(flat != 0, mask)
+    for target, p in zip(agent.targets[::2], agent.critics[::2]):
+        assert torch.equal(target != 0, p != 0)
+    report = agent.report()
+    assert report["sparsity/prunable"] == pytest.approx(sparsity, abs=1e-4)
+
+
+def test_snip_is_the_gradient_at_gates(cql: ModuleType) -> None:
+    """|dL/dc| at c = 1, where each weight is multiplied by its own gate c; over two batches their mean loss."""
+    agent = make_agent(cql, pruner="snip")
+    batches = [make_batch(cql, step) for step in range(2)]
+    scores = agent.scores(batches)
+    for which, group in enumerate(agent.groups):
+        gates = [torch.ones_like(w, requires_grad=True) for w in group]
+        gated = copy.copy(agent)
+        if which == 0:
+            gated.critics = [p if i % 2 else p.detach() * gates[i // 2] for i, p in enumerate(agent.critics)]
+            loss = sum(gated.loss(batch)[0] for batch in batches) / 2
+            found = torch.autograd.grad(loss, gates)
+        else:
+            names = [name for name, p in agent.actor.named_parameters() if p.ndim > 1]
+            values = {name: w.detach() * gate for name, w, gate in zip(names, group, gates)}
+
+            class Gated:
+                def sample(self, obs: Tensor, noise: Tensor) -> Any:
+                    named = {f"actor.{name}": value for name, value in values.items()}
+                    return torch.func.functional_call(Sampling(agent.actor), named, (obs, noise))
+
+            gated.actor = Gated()
+            loss = sum(gated.loss(batch)[1] for batch in batches) / 2
+            found = torch.autograd.grad(loss, gates)
+        for score, gradient in zip(scores[which], found):
+            torch.testing.assert_close(score, gradient.abs(), atol=1e-12, rtol=1e-9)
+
+
+class Sampling(nn.Module):
+    """An actor's sample() as forward, which functional_call needs."""
+
+    def __init__(self, actor: Any) -> None:
+        super().__init__()
+        self.actor = actor
+
+    def forward(self, obs: Tensor, noise: Tensor) -> Any:
+        return self.actor.sample(obs, noise)
+
+
+def test_grasp_is_a_finite_difference(cql: ModuleType) -> None:
+    """w * (H g), and H g is the change of the gradient along g."""
+    agent = make_agent(cql, pruner="grasp")
+    batch = make_batch(cql, 0)
+    scores = agent.scores([batch])
+    for which, group in enumerate(agent.groups):
+        g = torch.autograd.grad(agent.loss(batch)[which], group)
+        eps = 1e-6 / max(part.abs().max().item() for part in g)
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for w, part in zip(group, g):
+                    w += sign * eps * part
+            ends.append(torch.autograd.grad(agent.loss(batch)[which], group))
+            with torch.no_grad():
+                for w, part in zip(group, g):
+                    w -= sign * eps * part
+        for score, w, up, down in zip(scores[which], group, *ends):
+            wanted = w.detach() * (up - down) / (2 * eps)
+            assert (score - wanted).norm() < 1e-4 * wanted.norm()
+
+
+def test_sparsity_zero_is_no_pruning_bit_for_bit(cql: ModuleType) -> None:
+    kinds = (("none", 0.95), ("snip", 0.0), ("grasp", 0.0))
+    agents = [make_agent(cql, pruner=pruner, sparsity=sparsity) for pruner, sparsity in kinds]
+    for agent in agents:
+        agent.prune([make_batch(cql, 99)])
+        for step in range(4):
+            agent.update(make_batch(cql, step))
+    for agent in agents[1:]:
+        for ours, theirs in zip(agent.tensors().values(), agents[0].tensors().values(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_layer_with_nothing_left_is_refused(cql: ModuleType) -> None:
+    agent = make_agent(cql, pruner="magnitude", sparsity=0.9)
+    with torch.no_grad():
+        agent.critics[-2].mul_(1e-9)
+    with pytest.raises(cql.Exit) as end:
+        agent.prune([make_batch(cql, 0)])
+    status, line = end.value.args
+    assert status == 2 and "qf1.output" in line and "qf2.output" in line and "--sparsity" in line
+
+
+def test_the_saved_networks_take_raw_observations(cql: ModuleType) -> None:
+    agent = make_agent(cql, layers=3)
+    mean, std, batch = np.arange(5.0), np.array([1, 2, 3, 0.5, 0.1]), make_batch(cql, 0)
+    raw = batch.obs * torch.from_numpy(std) + torch.from_numpy(mean)
+    networks = agent.networks(mean, std).double()
+    q = cql.critic_values(agent.critics, batch.obs, batch.actions)
+    for n in range(2):
+        ours = networks[f"qf{n + 1}"](torch.cat([raw, batch.actions], 1))[:, 0]
+        torch.testing.assert_close(ours, q[n], atol=1e-4, rtol=1e-4)
+    for ours, theirs in zip(networks["actor"](raw), agent.actor(batch.obs)):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+
+
+# Datasets
+
+
+def episodes() -> list[dict[str, np.ndarray]]:
+    """Return four short episodes of Hopper: terminated, timed out, terminated after one step, cut by the file's end."""
+    rng = np.random.default_rng(0)
+    found = []
+    for length, ending in ((4, "terminated"), (3, "timeout"), (1, "terminated"), (5, "")):
+        found.append({
+            "observations": rng.normal(size=(length + 1, 11)).astype(np.float32),
+            "actions": rng.uniform(-1, 1, (length, 3)).astype(np.float32),
+            "rewards": rng.normal(size=length).astype(np.float32),
+            "terminations": np.arange(length) == (length - 1 if ending == "terminated" else -1),
+            "truncations": np.arange(length) == (length - 1 if ending == "timeout" else -1),
+        })  # fmt: skip
+    return found
+
+
+def write_d4rl(path: Path, with_next: bool = True, **changes: Any) -> Path:
+    """Write the episodes as one file; a change of None leaves a key out."""
+    parts: dict[str, Any] = {
+        "observations": np.concatenate([e["observations"][:-1] for e in episodes()]),
+        "actions": np.concatenate([e["actions"] for e in episodes()]),
+        "rewards": np.concatenate([e["rewards"] for e in episodes()]),
+        "terminals": np.concatenate([e["terminations"] for e in episodes()]),
+        "timeouts": np.concatenate([e["truncations"] for e in episodes()]),
+    }
+    if with_next:
+        parts["next_observations"] = np.concatenate([e["observations"][1:] for e in episodes()])
+    with h5py.File(path, "w") as file:
+        for key, value in (parts | changes).items():
+            if value is not None:
+                file[key] = value
+    return path
+
+
+def write_minari(name: str, env: str | None = "Hopper-v5") -> Path:
+    """Write the episodes as a local Minari dataset; return its folder."""
+    buffers = [EpisodeBuffer(id=i, **episode) for i, episode in enumerate(episodes())]
+    spaces = {"observation_space": gym.spaces.Box(-np.inf, np.inf, (11,), np.float32),
+              "action_space": gym.spaces.Box(-1, 1, (3,), np.float32)}  # fmt: skip
+    minari.create_dataset_from_buffers(name, buffers, env=env, **spaces)
+    return Path(minari.storage.get_dataset_path(name))
+
+
+@pytest.fixture
+def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for local Minari datasets."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_loaders_give_the_same_transitions(cql: ModuleType, datasets: Path) -> None:
+    """A timeout is no terminal, no bootstrap crosses an end, and only what has no next observation is lost."""
+    folder = write_minari("local/hopper/test-v0")
+    read = {"id": cql.read_dataset("local/hopper/test-v0"), "folder": cql.read_dataset(str(folder)),
+            "d4rl": cql.read_dataset(str(write_d4rl(datasets / "a.hdf5")))}  # fmt: skip
+    assert [env_id for _, env_id in read.values()] == ["Hopper-v5", "Hopper-v5", ""]
+    wanted = [
+        (e["observations"][t], e["actions"][t], e["rewards"][t], e["observations"][t + 1], e["terminations"][t])
+        for e in episodes() for t in range(len(e["rewards"]))
+    ]  # fmt: skip
+    for data, _ in read.values():
+        arrays = (data.obs, data.actions, data.rewards, data.next_obs, data.terminated)
+        for found, *parts in zip(wanted, *arrays, strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(found, parts, strict=True))
+        assert np.flatnonzero(data.ended).tolist() == [3, 6, 7, 12]
+    data, _ = cql.read_dataset(str(write_d4rl(datasets / "b.hdf5", with_next=False)))
+    kept = [t for t in range(13) if t not in (6, 12)]  # the rows of the timeout and of the file's end
+    assert len(data.obs) == 11
+    for i, t in enumerate(kept):
+        assert np.array_equal(data.obs[i], wanted[t][0]) and data.terminated[i] == wanted[t][4]
+        assert data.terminated[i] or np.array_equal(data.next_obs[i], wanted[t][3])
+    assert np.flatnonzero(data.ended).tolist() == [3, 5, 6, 10]
+
+
+def test_rewards_are_normalised_by_the_range_of_returns(cql: ModuleType, datasets: Path) -> None:
+    data, _ = cql.read_dataset(str(write_d4rl(datasets / "a.hdf5")))
+    returns = [e["rewards"].sum(dtype=np.float64) for e in episodes()]
+    wanted = data.rewards * 1000 / (max(returns) - min(returns))
+    np.testing.assert_allclose(cql.normalized(data).rewards, wanted, rtol=1e-5)
+
+
+def test_the_table_is_standardised_and_in_the_environments_units(cql: ModuleType, datasets: Path) -> None:
+    data, _ = cql.read_dataset(str(write_d4rl(datasets / "a.hdf5")))
+    env = cql.MujocoEnvs("Hopper-v5", 1, 0)
+    dataset = cql.Dataset(data, env, cql.Args(dataset="a", gamma=0.9), CPU)
+    obs, actions, next_obs, rewards, discounts = dataset.table.split([11, 3, 11, 1, 1], 1)
+    std = data.obs.std(0) + 1e-3
+    np.testing.assert_allclose(obs, (data.obs - data.obs.mean(0)) / std, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(next_obs, (data.next_obs - data.obs.mean(0)) / std, rtol=1e-4, atol=1e-5)
+    assert np.array_equal(actions, data.actions) and np.array_equal(rewards[:, 0], data.rewards)
+    np.testing.assert_allclose(discounts[:, 0], np.where(data.terminated, 0, 0.9), rtol=1e-6)
+    batches = [dataset.sample(1300) for _ in range(10)]
+    drawn = torch.cat([batch.rewards for batch in batches])
+    counts = torch.stack([(drawn == reward).sum() for reward in rewards[:, 0]])
+    assert counts.sum() == 13_000 and ((counts - 1000.0) ** 2 / 1000).sum() < 33  # 12 degrees of freedom, p = 0.001
+    uniform = torch.stack([batch.uniform for batch in batches])
+    assert uniform.min() > -1 and uniform.max() < 1 and uniform.std() == pytest.approx(3**-0.5, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rewards": None}, "rewards is missing"),
+        ({"observations": None}, "observations is missing"),
+        ({"rewards": np.array([np.inf] * 13)}, "rewards has values that are not finite"),
+        ({"observations": np.full((13, 11), np.nan)}, "observations has values that are not finite"),
+        ({"actions": np.zeros((12, 3))}, "actions has 12 rows, observations 13"),
+        ({"actions": np.zeros((13, 4))}, "actions have 4 numbers, Hopper-v5's have 3"),
+        ({"observations": np.zeros((13, 9)), "next_observations": np.zeros((13, 9))}, "observations have 9 numbers"),
+        ({"next_observations": np.zeros((13, 9))}, "next_observations are not like observations"),
+        ({"actions": np.full((13, 3), 1.5)}, "actions reach 1.5 times Hopper-v5's bounds"),
+        ({"actions": np.zeros(13)}, "actions must be a table of vectors"),
+    ],
+)
+def test_bad_data_is_refused(
+    cql: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_d4rl(Path("bad.hdf5"), **changes)
+    with pytest.raises(cql.Exit) as end:
+        cql.main(cql.Args(dataset="bad.hdf5", env_id="Hopper-v5"))
+    status, line = end.value.args
+    assert status == 2 and "--dataset bad.hdf5" in line and words in line and "\n" not in line
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.hdf5"], "nothing was begun"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_dataset_is_refused(cql: ModuleType, datasets: Path) -> None:
+    (datasets / "damaged.hdf5").write_bytes(write_d4rl(datasets / "a.hdf5").read_bytes()[:3000])
+    (datasets / "empty").mkdir()
+    for name in (str(datasets / "damaged.hdf5"), str(datasets / "empty"), "local/no/such-v0", "nonsense", ""):
+        with pytest.raises(cql.Exit) as end:
+            cql.read_dataset(name)
+        status, line = end.value.args
+        assert status == 2 and line.startswith("--dataset") and name in line and "\n" not in line
+
+
+def test_the_environment_must_be_known(cql: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(cql.Exit) as end:
+        cql.main(cql.Args(dataset=str(write_d4rl(tmp_path / "a.hdf5"))))
+    assert "--env-id is missing" in end.value.args[1]
+
+
+# A run
+
+
+def test_a_run_prunes_once_trains_and_can_be_resumed(cql: ModuleType, tmp_path: Path) -> None:
+    """Twice straight: the same; its records, its model, its score against D4RL's references."""
+    path = write_d4rl(tmp_path / "a.hdf5")
+    flags = {"dataset": str(path), "env_id": "Hopper", "total_timesteps": 250, "batch_size": 8, "epoch_steps": 100,
+             "eval_episodes": 2, "sparsity": 0.9}  # fmt: skip
+    for name in ("one", "two"):
+        cql.main(cql.Args(**flags, run_dir=str(tmp_path / name)))
+    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert models[0] == models[1]
+    records = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [0, 100, 200, 250]
+    assert all(r["sparsity/prunable"] == pytest.approx(0.9, abs=1e-4) for r in records[:3]), "from the start"
+    assert "losses/cql_loss" in records[1] and "losses/cql_loss" not in records[0]
+    last = records[-1]
+    assert last["eval/d4rl_score"] == pytest.approx(100 * (last["eval/episodic_return"] + 20.272305) / 3254.572305)
+    args = json.loads((tmp_path / "one" / "args.json").read_text())
+    assert args["env_id"] == "Hopper" and args["script"] == "cql_offline_snip.py"
