@@ -29,9 +29,9 @@ import difflib
 import hashlib
 import json
 import math
-import os
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,7 +80,8 @@ class Args:
         for name in ("medium_steps", "transitions"):
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
-        require(self.expert_steps > self.medium_steps, f"--expert-steps {self.expert_steps}: must be above --medium-steps")
+        longer = self.expert_steps > self.medium_steps
+        require(longer, f"--expert-steps {self.expert_steps}: must be above --medium-steps, {self.medium_steps}")
         require(0 <= self.seed < 2**32, f"--seed {self.seed}: must be in [0, 2^32)")
         require(self.precision in ("fp32", "bf16"), f"--precision {self.precision}: must be fp32 or bf16")
 
@@ -243,9 +244,10 @@ def train(args: Args, steps: int) -> Path:
     """Return the folder of the finished run of so many steps, made now if it is not there."""
     folder = args.runs / f"{args.env_id}__{args.seed}__{steps}"
     script = str(Path(__file__).with_name("sac_mujoco_gmp.py"))
-    flags = ["--env-id", args.env_id, "--seed", args.seed, "--total-timesteps", steps, "--sparsity", 0, "--width", 1,
-             "--learning-starts", min(5000, max(256, steps // 10)), "--learning-rate", 1e-3, "--reward-scale", 1,
-             "--target-entropy", -1, "--weight-decay", 0, "--precision", args.precision, "--run-dir", folder]
+    starts = min(5000, max(256, args.medium_steps // 10))
+    flags = ["--env-id", args.env_id, "--seed", args.seed, "--total-timesteps", steps, "--learning-starts", starts,
+             "--sparsity", 0, "--width", 1, "--learning-rate", 1e-3, "--reward-scale", 1, "--target-entropy", -1,
+             "--weight-decay", 0, "--precision", args.precision, "--run-dir", folder]
     if (folder / "args.json").exists():
         flags = ["--resume", folder]
     status = subprocess.run([sys.executable, script, *map(str, flags)], check=False).returncode
@@ -317,18 +319,17 @@ def load_policy(folder: Path) -> Actor:
 
 def write(args: Args, kind: str, episodes: list[Episode]) -> str:
     """Write a Minari dataset in place of an older one; return a line about it."""
-    env = make_env(args.env_id)
-    title, low, half = env.spec.id if env.spec else "", env.action_space.low, env.action_space.high - env.action_space.low
+    env: Any = make_env(args.env_id)
+    title, middle, half = env.spec.id, *((env.action_space.high + s * env.action_space.low) / 2 for s in (1, -1))
     name = f"{args.name}/{title.partition('-')[0].lower()}/{kind}-v0"
-    actions = [(low + (episode["actions"] + 1) / 2 * half).astype(np.float32) for episode in episodes]
+    actions = [middle + half * episode["actions"] for episode in episodes]
     buffers = [EpisodeBuffer(id=i, **episode | {"actions": a}) for i, (episode, a) in enumerate(zip(episodes, actions))]
     if minari.storage.get_dataset_path(name).exists():
         minari.delete_dataset(name)
-    minari.create_dataset_from_buffers(
-        name, buffers, env=env.spec, algorithm_name="SAC" if kind != "random" else "random",
-        observation_space=gym.spaces.Box(-np.inf, np.inf, episodes[0]["observations"].shape[1:], np.float32),
-        description=f"{kind}: recorded by cleanrl-sparse, seed {args.seed}, {args.medium_steps} and {args.expert_steps} steps",
-    )
+    text = f"{kind}, recorded by cleanrl-sparse: seed {args.seed}, runs of {args.medium_steps} and {args.expert_steps}"
+    space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+    with warnings.catch_warnings(action="ignore"):  # that no author and no address are given
+        minari.create_dataset_from_buffers(name, buffers, env=env.spec, observation_space=space, description=text)
     digest = hashlib.sha256()
     for episode, a in zip(episodes, actions):
         for array in (episode["observations"], a, episode["rewards"]):
@@ -378,8 +379,8 @@ def main(args: Args) -> None:
     }
     kinds["medium-expert"] = kinds["medium"] + kinds["expert"]
     lines = [write(args, kind, episodes) for kind, episodes in kinds.items()]
-    print("| dataset | episodes | transitions | return: mean | lowest | highest | SHA-256 |\n|---|---|---|---|---|---|---|")
-    print("\n".join(lines))
+    print("| dataset | episodes | transitions | return: mean | lowest | highest | SHA-256 |")
+    print("\n".join(["|---|---|---|---|---|---|---|", *lines]))
 
 
 if __name__ == "__main__":
