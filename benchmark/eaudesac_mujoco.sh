@@ -6,13 +6,14 @@
 # What is finished is left alone and what was broken off goes on, so start it again as often as you like.
 #
 #     benchmark/eaudesac_mujoco.sh                                    # JOBS=2 at a time, runs/eaudesac_mujoco/
-#     python benchmark/plot.py runs/eaudesac_mujoco benchmark/results/eaudesac_mujoco
+#     pip install -e ".[plot]" && python benchmark/plot.py runs/eaudesac_mujoco benchmark/results/eaudesac_mujoco
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 ENVS=${ENVS:-"Hopper-v5 HalfCheetah-v5"}
 SEEDS=${SEEDS:-"1 2 3"}
 METHODS=${METHODS:-"dense gmp-0.95 eaudesac gmp-0.99 eaudesac-pruned-actor"}
+STEPS=${STEPS:-200000}
 JOBS=${JOBS:-2}
 RUNS=${RUNS:-runs/eaudesac_mujoco}
 
@@ -23,21 +24,23 @@ train() { # METHOD ENV SEED
     eaudesac-pruned-actor) script=sac_mujoco_eaudeqn.py flags="--prune-actor" ;;
     dense) script=sac_mujoco_gmp.py flags="--sparsity 0" ;;
     gmp-*) script=sac_mujoco_gmp.py flags="--sparsity ${1#gmp-}" ;;
+    *) echo "METHODS: $1 is none of dense, gmp-SPARSITY, eaudesac, eaudesac-pruned-actor" >&2 && return 2 ;;
   esac
   if [ $script = sac_mujoco_gmp.py ]; then
     flags="$flags --width 1 --learning-starts 5000 --learning-rate 1e-3 --reward-scale 1 --target-entropy -1"
     flags="$flags --weight-decay 0"
   fi
-  flags="--env-id $2 --seed $3 --total-timesteps 200000 --precision bf16 $flags --run-dir $folder"
+  flags="--env-id $2 --seed $3 --total-timesteps $STEPS --precision bf16 $flags --run-dir $folder"
   [ -e "$folder/args.json" ] && flags="--resume $folder"
   mkdir -p "$folder"
   echo "$script $flags"
   # shellcheck disable=SC2086  # the flags are words
-  OMP_NUM_THREADS=1 python "cleanrl_sparse/$script" $flags &> "$folder/.log" || echo "failed: see $folder/.log" >&2
+  OMP_NUM_THREADS=1 python "cleanrl_sparse/$script" $flags &>> "$folder/.log" && return
+  echo "$folder did not finish: $(tail -n 1 "$folder/.log")" >&2 && return 1
 }
 
 export -f train
-export RUNS
+export RUNS STEPS
 for seed in $SEEDS; do
   for method in $METHODS; do
     for env in $ENVS; do echo "$method $env $seed"; done

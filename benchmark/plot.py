@@ -10,6 +10,7 @@ Lines are means over the seeds, bands reach from the lowest to the highest seed.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import sys
 from collections import defaultdict
@@ -45,15 +46,16 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for metrics in sorted(folder.glob("*/*/*/metrics.jsonl")):
         method, env_id, seed = metrics.parent.parts[-3:]
-        steps: dict[int, dict[str, Any]] = defaultdict(dict)
+        latest: dict[str, Any] = {}
         for line in metrics.read_text().splitlines():
             record = json.loads(line)
-            steps[record["step"]] |= record
-        for step, record in sorted(steps.items()):
+            latest |= record  # an evaluation may come without sparsity, which then is what it was
+            step = record["step"]
             if KEYS["return"] in record:
-                values = {column: record[key] for column, key in KEYS.items()}
+                values = {column: latest[key] for column, key in KEYS.items()}
                 facts = {"method": method, "env_id": env_id, "seed": int(seed), "step": step}
-                rows.append(facts | {"seconds": round(record["seconds"])} | {k: round(v, 6) for k, v in values.items()})
+                values = {column: round(value, 6) for column, value in values.items()}
+                rows.append(facts | {"seconds": round(record["seconds"])} | values)
     return rows
 
 
@@ -83,7 +85,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     panels = (("return", "return of 10 evaluation episodes"), ("sparsity_target", "sparsity of the critics"))
     for (i, (column, label)), (j, env_id) in ((a, b) for a in enumerate(panels) for b in enumerate(envs)):
         axis = axes[i, j]
-        for (colour, dash, marker), method in zip(STYLES, methods):
+        for (colour, dash, marker), method in zip(itertools.cycle(STYLES), methods):
             mine = [row for row in rows if (row["env_id"], row["method"]) == (env_id, method)]
             step, mean, low, high = curves(mine, column)
             name = f"{method} ({len({row['seed'] for row in mine})} seeds)"
@@ -103,6 +105,8 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 def main(args: Args) -> None:
     """Write the CSV file and the picture, print the last evaluations."""
+    if not args.source.exists():
+        sys.exit(f"plot.py: {args.source}: neither a folder METHOD/ENVIRONMENT/SEED/ of runs nor a CSV file")
     rows = collect(args.source) if args.source.is_dir() else read(args.source)
     if not rows:
         sys.exit(f"plot.py: {args.source}: no METHOD/ENVIRONMENT/SEED/metrics.jsonl with an evaluation is there")

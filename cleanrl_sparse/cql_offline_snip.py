@@ -149,8 +149,8 @@ def make_env(env_id: str, **options: Any) -> gym.Env:
 
     mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
     name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
-    v5 = [n for n in gym.registry if n.endswith("-v5") and ":" not in n]
-    near = ", ".join(difflib.get_close_matches(env_id, v5, n=3, cutoff=0.3)) or "none"
+    known = [n for n in gym.registry if not n.startswith("ALE/") and "NoFrameskip" not in n]
+    near = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0.3)) or "none"
     require(bool(name), f"--env-id {env_id}: no such environment; the nearest names are {near}")
     try:
         env = gym.make(name, disable_env_checker=True, **options)
@@ -238,12 +238,12 @@ class MujocoEnvs:
 
     def restore(self, past: dict[str, Any], played: Tensor,
                 first: int) -> Iterator[tuple[int, np.ndarray, MujocoSteps]]:
-        """Play a past() again with the actions played [steps, N, A], from episodes that were running at step `first`.
+        """Play a past() again with the actions played [steps, N, A], from episodes that began before step `first`.
 
         Yields (step, actions [N, A], MujocoSteps). Raises Exit if the episodes went otherwise than recorded.
         """
         actions = played.numpy()
-        begins = np.array([max(step for step in began if step <= max(0, first)) for began in past["began"]])
+        begins = np.array([max(step for step in began if step < max(1, first)) for began in past["began"]])
         self.actions = bytearray(actions[: begins.min()].tobytes())
         for step in tqdm(range(begins.min(), len(actions)), "playing again", leave=False, disable=None):
             for i in np.flatnonzero(begins == step):  # what it did until now is not in the record
@@ -689,7 +689,8 @@ def require_pictures(flag: str, env_id: str) -> None:
     except Exit:
         raise
     except Exception as error:  # of many kinds, as the drawing libraries see fit
-        raise Exit(2, f"{flag}: {env_id} cannot be filmed here, try MUJOCO_GL=egl or osmesa ({error})") from None
+        hint = "without a screen MuJoCo draws with EGL, or with OSMesa if MUJOCO_GL=osmesa"
+        raise Exit(2, f"{flag}: {env_id} cannot be filmed here: {' '.join(str(error).split())} ({hint})") from None
 
 
 @torch.no_grad()
@@ -979,13 +980,14 @@ def main(args: Args) -> None:
         # Log.
         epoch_ends = now % args.epoch_steps == 0
         if epoch_ends or now // 1000 > step // 1000:
-            speed, shown = (now - shown[0]) / (time.monotonic() - shown[1]), (now, time.monotonic())
+            speed = (now - shown[0]) / (time.monotonic() - shown[1])
             record = {"charts/SPS": speed, "charts/learning_rate": args.learning_rate,
                       "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
             if epoch_ends and args.eval_episodes and now < total:
                 record |= score()
                 epoch_return = record["eval/episodic_return"]
             run.log(now, record | agent.report())
+            shown = (now, time.monotonic())
         bar.set_description_str(f"return {epoch_return or 0:.1f} sparsity {args.sparsity:.3f}", False)
         bar.update(now - step)
         step = now

@@ -93,8 +93,8 @@ def make_env(env_id: str, **options: Any) -> gym.Env:
 
     mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
     name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
-    v5 = [n for n in gym.registry if n.endswith("-v5") and ":" not in n]
-    near = ", ".join(difflib.get_close_matches(env_id, v5, n=3, cutoff=0.3)) or "none"
+    known = [n for n in gym.registry if not n.startswith("ALE/") and "NoFrameskip" not in n]
+    near = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0.3)) or "none"
     require(bool(name), f"--env-id {env_id}: no such environment; the nearest names are {near}")
     try:
         env = gym.make(name, disable_env_checker=True, **options)
@@ -182,12 +182,12 @@ class MujocoEnvs:
 
     def restore(self, past: dict[str, Any], played: Tensor,
                 first: int) -> Iterator[tuple[int, np.ndarray, MujocoSteps]]:
-        """Play a past() again with the actions played [steps, N, A], from episodes that were running at step `first`.
+        """Play a past() again with the actions played [steps, N, A], from episodes that began before step `first`.
 
         Yields (step, actions [N, A], MujocoSteps). Raises Exit if the episodes went otherwise than recorded.
         """
         actions = played.numpy()
-        begins = np.array([max(step for step in began if step <= max(0, first)) for began in past["began"]])
+        begins = np.array([max(step for step in began if step < max(1, first)) for began in past["began"]])
         self.actions = bytearray(actions[: begins.min()].tobytes())
         for step in tqdm(range(begins.min(), len(actions)), "playing again", leave=False, disable=None):
             for i in np.flatnonzero(begins == step):  # what it did until now is not in the record

@@ -1041,7 +1041,9 @@ def main(args: Args) -> None:
     signal.signal(signal.SIGINT, stop)
     # <<< shared: start
     # >>> shared: atari-start
-    returns, recent = list[float](), [0.0]  # of the episodes of this epoch, of the latest
+    returns, recent = list[float](), list[float]()  # of the episodes of this epoch, of the latest
+    if total <= args.learning_starts:
+        print(f"nothing will be learned: --total-timesteps {total} is within --learning-starts {args.learning_starts}")
     rom, title = find_rom(args.env_id)
     envs = AtariEnvs(rom, args.num_envs, args.seed)
     fits = device.type == "cpu" or 7130 * args.buffer_size < 0.8 * torch.cuda.mem_get_info(device)[0]
@@ -1099,7 +1101,7 @@ def main(args: Args) -> None:
         if trained and now < total and now // args.target_every > step // args.target_every:
             agent.update_target()
         # Log.
-        bar.set_description_str(f"return {np.mean(recent):.1f} sparsity {agent.sparsity[0]:.3f}", False)
+        bar.set_description_str(f"return {np.mean(recent or 0):.1f} sparsity {agent.sparsity[0]:.3f}", False)
         bar.update(min(now, total) - step)
         epoch_ends, log_every = now // args.epoch_steps > step // args.epoch_steps, max(args.target_every, 1000)
         if epoch_ends or now // log_every > step // log_every:

@@ -162,8 +162,8 @@ def make_env(env_id: str, **options: Any) -> gym.Env:
 
     mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
     name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
-    v5 = [n for n in gym.registry if n.endswith("-v5") and ":" not in n]
-    near = ", ".join(difflib.get_close_matches(env_id, v5, n=3, cutoff=0.3)) or "none"
+    known = [n for n in gym.registry if not n.startswith("ALE/") and "NoFrameskip" not in n]
+    near = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0.3)) or "none"
     require(bool(name), f"--env-id {env_id}: no such environment; the nearest names are {near}")
     try:
         env = gym.make(name, disable_env_checker=True, **options)
@@ -251,12 +251,12 @@ class MujocoEnvs:
 
     def restore(self, past: dict[str, Any], played: Tensor,
                 first: int) -> Iterator[tuple[int, np.ndarray, MujocoSteps]]:
-        """Play a past() again with the actions played [steps, N, A], from episodes that were running at step `first`.
+        """Play a past() again with the actions played [steps, N, A], from episodes that began before step `first`.
 
         Yields (step, actions [N, A], MujocoSteps). Raises Exit if the episodes went otherwise than recorded.
         """
         actions = played.numpy()
-        begins = np.array([max(step for step in began if step <= max(0, first)) for began in past["began"]])
+        begins = np.array([max(step for step in began if step < max(1, first)) for began in past["began"]])
         self.actions = bytearray(actions[: begins.min()].tobytes())
         for step in tqdm(range(begins.min(), len(actions)), "playing again", leave=False, disable=None):
             for i in np.flatnonzero(begins == step):  # what it did until now is not in the record
@@ -687,7 +687,8 @@ def require_pictures(flag: str, env_id: str) -> None:
     except Exit:
         raise
     except Exception as error:  # of many kinds, as the drawing libraries see fit
-        raise Exit(2, f"{flag}: {env_id} cannot be filmed here, try MUJOCO_GL=egl or osmesa ({error})") from None
+        hint = "without a screen MuJoCo draws with EGL, or with OSMesa if MUJOCO_GL=osmesa"
+        raise Exit(2, f"{flag}: {env_id} cannot be filmed here: {' '.join(str(error).split())} ({hint})") from None
 
 
 @torch.no_grad()
@@ -927,7 +928,9 @@ def main(args: Args) -> None:
     signal.signal(signal.SIGINT, stop)
     # <<< shared: start
     # >>> shared: mujoco-start
-    returns, recent = list[float](), [0.0]  # of the episodes of this epoch, of the latest
+    returns, recent = list[float](), list[float]()  # of the episodes of this epoch, of the latest
+    if total <= args.learning_starts:
+        print(f"nothing will be learned: --total-timesteps {total} is within --learning-starts {args.learning_starts}")
     if args.capture_video:
         require_pictures("--capture-video", args.env_id)
     envs = MujocoEnvs(args.env_id, args.num_envs, args.seed)
@@ -976,11 +979,11 @@ def main(args: Args) -> None:
             last = f"step {run.saved} in {run.folder}" if run.saved else "none yet"
             raise Exit(1, f"the losses became {agent.losses} at step {now}; last checkpoint: {last}")
         # Log.
-        bar.set_description_str(f"return {np.mean(recent):.1f} sparsity {agent.sparsity[0]:.3f}", False)
+        bar.set_description_str(f"return {np.mean(recent or 0):.1f} sparsity {agent.sparsity[0]:.3f}", False)
         bar.update(min(now, total) - step)
         epoch_ends = now // args.epoch_steps > step // args.epoch_steps
         if epoch_ends or now // 1000 > step // 1000:
-            speed, shown = (now - shown[0]) / (time.monotonic() - shown[1]), (now, time.monotonic())
+            speed = (now - shown[0]) / (time.monotonic() - shown[1])
             record = {"charts/SPS": speed, "charts/learning_rate": args.learning_rate,
                       "charts/buffer_size": len(replay), "memory/replay_bytes": replay.nbytes,
                       "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
@@ -989,6 +992,7 @@ def main(args: Args) -> None:
                 record |= {} if epoch_return is None else {"charts/epoch_return": epoch_return}
                 record |= judge(agent.actor, args) if args.eval_episodes and now < total else {}
             run.log(now, record | agent.report())
+            shown = (now, time.monotonic())
         step = now
         # Save.
         if stops or step >= total or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:

@@ -9,7 +9,7 @@ Paper: Obando-Ceron, Courville, Castro, "In value-based deep reinforcement learn
 network", ICML 2024, arXiv 2402.12479. The agent is SAC (Haarnoja et al. 2018) as in rigl/rl, which is TF-Agents'.
 
 From 20 % to 80 % of the gradient steps the weights of the smallest magnitude are removed along a cubic schedule
-(Zhu and Gupta 2017), every 1,000 steps. What is removed stays removed.
+(Zhu and Gupta 2017), every 1,000 gradient steps. What is removed stays removed.
 
     python sac_mujoco_gmp.py --env-id Walker2d-v5                   # the paper's setting: 1M steps, 1,280 units, 95 %
     python sac_mujoco_gmp.py --width 1 --sparsity 0.9               # 256 units, for a machine without a GPU
@@ -19,10 +19,10 @@ From 20 % to 80 % of the gradient steps the weights of the smallest magnitude ar
 Differences from the paper, and guesses ([C] read in the paper or its authors' code, [I] inferred, [D] our decision):
  1. [C] Score |w|, per tensor, exact counts, ties by lower index; all weight matrices of actor and critics, output
     layers included, no biases; each network's layers share its sparsity by the Erdos-Renyi rule (--scope erk).
- 2. [D] The schedule counts this run's gradient steps: 198,000 to 792,000 here, 200,000 to 800,000 in the paper.
+ 2. [D] The schedule counts this run's gradient steps: 199,800 to 799,200 here, 200,000 to 800,000 in the paper.
  3. [D] A weight that is pruned is exactly 0 in the target too, and not only fades by Polyak averaging.
- 4. [C] Learning rate 3e-4, batch 256, tau 0.005, reward scale 0.1, 10,000 random steps, Glorot-uniform weights, L2
-    1e-4: the sum of the squared weights times it is added to the losses of actor and critics (--weight-decay).
+ 4. [C] Learning rate 3e-4, batch 256, tau 0.005, reward scale 0.1, 1,000 random steps, Glorot-uniform weights; L2:
+    1e-4 times the sum of the squared weights is added to the losses of actor and critics (--weight-decay).
  5. [C] TF-Agents' default target entropy is -0.5 per action dimension; the SAC paper has -1 (--target-entropy).
  6. [I] The loss of the temperature is linear in alpha, as in the SAC paper, where TF-Agents' is linear in log alpha.
  7. [D] The log standard deviation is clamped to [-20, 2]; rigl/rl leaves it free. Gymnasium's v5 environments.
@@ -104,12 +104,12 @@ class Args:
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
     wandb_project: str = "cleanrl-sparse"  # project there
     # <<< shared: mujoco-flags
-    learning_starts: int = 10_000  # steps of uniformly random actions before the first gradient step (>= batch size)
+    learning_starts: int = 1_000  # steps of uniformly random actions before the first gradient step (>= batch size)
     learning_rate: float = 3e-4  # Adam's step size for actor, critics and temperature (> 0)
     reward_scale: float = 0.1  # multiplies the rewards that are learned from (> 0)
     target_entropy: float = -0.5  # entropy that the temperature aims at, per action dimension, in (-inf, inf)
     width: int = 5  # 256 * width units in each of the two hidden layers (>= 1)
-    weight_decay: float = 1e-4  # L2: times the sum of the squared weights, added to the losses (>= 0)
+    weight_decay: float = 1e-4  # factor of the sum of squared weights in the losses (>= 0); half of torch's
     sparsity: float = 0.95  # share of the prunable weights that is zero in the end, in [0, 1); 0 never prunes
     prune_start: float = 0.2  # share of the run's gradient steps at which pruning begins, in [0, 1]
     prune_end: float = 0.8  # share at which the final sparsity is reached, in [prune_start, 1]
@@ -161,8 +161,8 @@ def make_env(env_id: str, **options: Any) -> gym.Env:
 
     mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
     name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
-    v5 = [n for n in gym.registry if n.endswith("-v5") and ":" not in n]
-    near = ", ".join(difflib.get_close_matches(env_id, v5, n=3, cutoff=0.3)) or "none"
+    known = [n for n in gym.registry if not n.startswith("ALE/") and "NoFrameskip" not in n]
+    near = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0.3)) or "none"
     require(bool(name), f"--env-id {env_id}: no such environment; the nearest names are {near}")
     try:
         env = gym.make(name, disable_env_checker=True, **options)
@@ -250,12 +250,12 @@ class MujocoEnvs:
 
     def restore(self, past: dict[str, Any], played: Tensor,
                 first: int) -> Iterator[tuple[int, np.ndarray, MujocoSteps]]:
-        """Play a past() again with the actions played [steps, N, A], from episodes that were running at step `first`.
+        """Play a past() again with the actions played [steps, N, A], from episodes that began before step `first`.
 
         Yields (step, actions [N, A], MujocoSteps). Raises Exit if the episodes went otherwise than recorded.
         """
         actions = played.numpy()
-        begins = np.array([max(step for step in began if step <= max(0, first)) for began in past["began"]])
+        begins = np.array([max(step for step in began if step < max(1, first)) for began in past["began"]])
         self.actions = bytearray(actions[: begins.min()].tobytes())
         for step in tqdm(range(begins.min(), len(actions)), "playing again", leave=False, disable=None):
             for i in np.flatnonzero(begins == step):  # what it did until now is not in the record
@@ -586,9 +586,7 @@ class SAC:
         return record | {f"sparsity/{key}": value for key, value in sparsity_report(self.networks(pair)).items()}
     # <<< shared: sac-update
 
-    def update(self, batch: Batch) -> None:
-        """Take one gradient step."""
-        self.sac_update(batch)
+    update = sac_update
 
     # >>> shared: captured-update
     def captured_update(self, replay: Any) -> None:
@@ -628,9 +626,7 @@ class SAC:
         prune(self.weights[3:], self.masks[3:], args.sparsity, args.scope, progress)
         self.sparsity = [progress * args.sparsity]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return by name every tensor that the next step depends on."""
-        return self.sac_tensors()
+    tensors = sac_tensors
 
     def state(self) -> dict[str, Any]:
         """Return the rest of what the next step depends on, as JSON."""
@@ -661,7 +657,8 @@ def require_pictures(flag: str, env_id: str) -> None:
     except Exit:
         raise
     except Exception as error:  # of many kinds, as the drawing libraries see fit
-        raise Exit(2, f"{flag}: {env_id} cannot be filmed here, try MUJOCO_GL=egl or osmesa ({error})") from None
+        hint = "without a screen MuJoCo draws with EGL, or with OSMesa if MUJOCO_GL=osmesa"
+        raise Exit(2, f"{flag}: {env_id} cannot be filmed here: {' '.join(str(error).split())} ({hint})") from None
 
 
 @torch.no_grad()
@@ -901,7 +898,9 @@ def main(args: Args) -> None:
     signal.signal(signal.SIGINT, stop)
     # <<< shared: start
     # >>> shared: mujoco-start
-    returns, recent = list[float](), [0.0]  # of the episodes of this epoch, of the latest
+    returns, recent = list[float](), list[float]()  # of the episodes of this epoch, of the latest
+    if total <= args.learning_starts:
+        print(f"nothing will be learned: --total-timesteps {total} is within --learning-starts {args.learning_starts}")
     if args.capture_video:
         require_pictures("--capture-video", args.env_id)
     envs = MujocoEnvs(args.env_id, args.num_envs, args.seed)
@@ -950,11 +949,11 @@ def main(args: Args) -> None:
             last = f"step {run.saved} in {run.folder}" if run.saved else "none yet"
             raise Exit(1, f"the losses became {agent.losses} at step {now}; last checkpoint: {last}")
         # Log.
-        bar.set_description_str(f"return {np.mean(recent):.1f} sparsity {agent.sparsity[0]:.3f}", False)
+        bar.set_description_str(f"return {np.mean(recent or 0):.1f} sparsity {agent.sparsity[0]:.3f}", False)
         bar.update(min(now, total) - step)
         epoch_ends = now // args.epoch_steps > step // args.epoch_steps
         if epoch_ends or now // 1000 > step // 1000:
-            speed, shown = (now - shown[0]) / (time.monotonic() - shown[1]), (now, time.monotonic())
+            speed = (now - shown[0]) / (time.monotonic() - shown[1])
             record = {"charts/SPS": speed, "charts/learning_rate": args.learning_rate,
                       "charts/buffer_size": len(replay), "memory/replay_bytes": replay.nbytes,
                       "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
@@ -963,6 +962,7 @@ def main(args: Args) -> None:
                 record |= {} if epoch_return is None else {"charts/epoch_return": epoch_return}
                 record |= judge(agent.actor, args) if args.eval_episodes and now < total else {}
             run.log(now, record | agent.report())
+            shown = (now, time.monotonic())
         step = now
         # Save.
         if stops or step >= total or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:

@@ -26,6 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         baselines = "dqn_atari_baselines" in item.name and item.path.name == "test_runs.py"
         twin = "dqn_atari_gmp" in item.name or "sac_mujoco_gmp" in item.name
         killing = twin and "broken_off" in getattr(item, "fixturenames", ())
+        if "cql_offline_snip-3" in item.name:
+            item.add_marker(pytest.mark.skip(reason="it has no environments to train in"))
         if baselines or killing or (item.get_closest_marker("shared") and "eaudeqn_atari" not in item.name):
             item.add_marker(pytest.mark.slow)
 

@@ -457,3 +457,13 @@ def test_a_run_prunes_once_trains_and_can_be_resumed(cql: ModuleType, tmp_path: 
     assert last["eval/d4rl_score"] == pytest.approx(100 * (last["eval/episodic_return"] + 20.272305) / 3254.572305)
     args = json.loads((tmp_path / "one" / "args.json").read_text())
     assert args["env_id"] == "Hopper" and args["script"] == "cql_offline_snip.py"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(cql: ModuleType, tmp_path: Path) -> None:
+    flags = {"dataset": str(write_d4rl(tmp_path / "a.hdf5")), "env_id": "Hopper", "total_timesteps": 300,
+             "batch_size": 8, "learning_rate": 1e30, "eval_episodes": 0, "run_dir": str(tmp_path / "run")}  # fmt: skip
+    with pytest.raises(cql.Exit) as end:
+        cql.main(cql.Args(**flags))
+    status, line = end.value.args
+    assert status == 1 and "nan" in line and "before step 100" in line
+    assert not [*(tmp_path / "run" / "checkpoint").iterdir()]

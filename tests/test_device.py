@@ -21,3 +21,27 @@ def test_sample_and_update_never_wait_for_the_device(eaudeqn: ModuleType) -> Non
         agent.update(batch)
         with pytest.raises(DataDependentOutputException):
             agent.accumulated_loss.add(1).sum().item()  # the net is not torn
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["EauDeSAC", "SAC"])
+def test_sac_never_waits_for_the_device(
+    eaudesac: ModuleType, sac: ModuleType, kind: str, precision: str
+) -> None:
+    module, cpu = eaudesac if kind == "EauDeSAC" else sac, torch.device("cpu")
+    args, envs = module.Args(width=1, precision=precision), module.MujocoEnvs("Pendulum-v1", 1, 0)
+    agent, replay = getattr(module, kind)(args, 3, 1, cpu), module.Replay(500, envs, cpu, 1, 0.99)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        agent.update(replay.sample(32))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("gap", [-1.0, 1.0])
+def test_cql_never_waits_for_the_device(cql: ModuleType, gap: float, precision: str) -> None:
+    args, cpu = cql.Args(precision=precision, cql_gap=gap), torch.device("cpu")
+    rows = [np.zeros((40, n), np.float32) for n in (3, 1, 3)]
+    data = cql.Data(rows[0], rows[1], np.zeros(40, np.float32), rows[2], np.zeros(40, bool), np.zeros(40, bool))
+    dataset = cql.Dataset(data, cql.MujocoEnvs("Pendulum-v1", 1, 0), args, cpu)
+    agent = cql.CQL(args, 3, 1, cpu)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        agent.update(dataset.sample(32))

@@ -1,8 +1,8 @@
 """The training scripts as a user runs them: what a run leaves, kill and resume, damage, bad input, one file alone.
 
-ATARI and MUJOCO are the only places that know which scripts there are. Runs are real and small, on Breakout or Hopper
-and the CPU; one that several tests look at is made once per session. Two run side by side wherever the tests allow it,
-one thread each.
+ATARI, MUJOCO and OFFLINE are the only places that know which scripts there are. Runs are real and small, on Breakout,
+Hopper or 600 recorded transitions of a random policy on Hopper, and the CPU; one that several tests look at is made
+once per session. Two run side by side wherever the tests allow it, one thread each.
 """
 
 from __future__ import annotations
@@ -51,31 +51,37 @@ MUJOCO = {
     "sac_mujoco_eaudeqn": "--num-networks 3 --max-exponent 1 --max-sparsity-step 0.1 --prune-every 70 --prune-actor",
     "sac_mujoco_gmp": "--width 1 --prune-every 7",
 }
-SCRIPTS = ATARI | MUJOCO
-GAME = dict.fromkeys(ATARI, "Breakout") | dict.fromkeys(MUJOCO, "Hopper-v5")
-LOSS = dict.fromkeys(ATARI, "losses/td_loss") | dict.fromkeys(MUJOCO, "losses/qf1_loss")
+DATA = Path(__file__).parent / "data" / "hopper-random.hdf5"
+OFFLINE = {"cql_offline_snip": f"--layers 2 --dataset {DATA} --env-id Hopper-v5"}
+SCRIPTS = ATARI | MUJOCO | OFFLINE
+GAME = dict.fromkeys(SCRIPTS, "Hopper-v5") | dict.fromkeys(ATARI, "Breakout")
+LOSS = dict.fromkeys(SCRIPTS, "losses/qf1_loss") | dict.fromkeys(ATARI, "losses/td_loss")
 
 
-def flags_of(common: str, atari: str, mujoco: str) -> dict[str, str]:
+def flags_of(common: str, online: str, atari: str = "", mujoco: str = "", offline: str = "") -> dict[str, str]:
     """Return each script's flags for a run of one size."""
-    parts = dict.fromkeys(ATARI, atari) | dict.fromkeys(MUJOCO, mujoco)
+    parts = dict.fromkeys(ATARI, f"{online} {atari}") | dict.fromkeys(MUJOCO, f"{online} {mujoco}")
+    parts |= dict.fromkeys(OFFLINE, offline)
     return {name: f"{common} {parts[name]} {own}" for name, own in SCRIPTS.items()}
 
 
 # 2,000 steps with nine target updates or more, a replay that wraps round and a checkpoint now and then: about 10 s.
 SMALL = flags_of(
-    "--total-timesteps 2000 --learning-starts 300 --buffer-size 1000 --batch-size 8 --epoch-steps 600 "
-    "--eval-episodes 0",
+    "--total-timesteps 2000 --batch-size 8 --epoch-steps 600 --eval-episodes 0",
+    online="--learning-starts 300 --buffer-size 1000",
     atari="--target-every 200 --checkpoint-minutes 0.01",
     mujoco="--checkpoint-minutes 0.003",
+    offline="--checkpoint-minutes 0.003",
 )
 # With three environments there is an epoch, and so a record, at each target update.
 VARIANTS = {1: "", 3: "--num-envs 3 --epoch-steps 200"}
 # Still learns and prunes: about 3 s, most of it for the imports.
-TINY_FLAGS = (
-    "--total-timesteps 300 --learning-starts 100 --buffer-size 200 --batch-size 8 --epoch-steps 100 --eval-episodes 0"
+TINY_COMMON, TINY_ONLINE = (
+    "--total-timesteps 300 --batch-size 8 --epoch-steps 100 --eval-episodes 0",
+    "--learning-starts 100 --buffer-size 200",
 )
-TINY = flags_of(TINY_FLAGS, atari="--target-every 50", mujoco="")
+TINY_FLAGS = f"{TINY_COMMON} {TINY_ONLINE}"
+TINY = flags_of(TINY_COMMON, TINY_ONLINE, atari="--target-every 50")
 TIMEOUT = 240.0  # seconds for one process; a run takes ten on a quiet machine
 
 KEYS = """
@@ -278,7 +284,7 @@ def straight(script: str, home: Path) -> Straight:
         flags = (SMALL[script], VARIANTS[num_envs], f"--run-dir {folder}")
         return folder, succeed(script, *flags, cwd=home)
 
-    return side_by_side(work, VARIANTS)
+    return side_by_side(work, [1] if script in OFFLINE else VARIANTS)
 
 
 @pytest.fixture(scope="session")
@@ -312,7 +318,7 @@ def broken_off(script: str, home: Path) -> BrokenOff:
         succeed(script, flags, cwd=home)
         return folder, left
 
-    return side_by_side(work, VARIANTS)
+    return side_by_side(work, [1] if script in OFFLINE else VARIANTS)
 
 
 @pytest.fixture(scope="session")
@@ -343,7 +349,8 @@ def test_a_run_leaves_every_file(script: str, straight: Straight, num_envs: int)
 
     args = json.loads((folder / "args.json").read_text())
     assert args["script"] == f"{script}.py"
-    wanted_args = {"total_timesteps": 2000, "num_envs": num_envs, "seed": 1, "env_id": GAME[script]}
+    wanted_args = {"total_timesteps": 2000, "seed": 1, "env_id": GAME[script]}
+    wanted_args |= {} if script in OFFLINE else {"num_envs": num_envs}
     assert args.items() >= wanted_args.items()
     versions = flatten(json.loads((folder / "versions.json").read_text()))
     assert {"commit", "device"} <= versions.keys()
@@ -370,6 +377,8 @@ def test_the_progress_is_plain_lines(straight: Straight, num_envs: int) -> None:
 def test_the_records_have_the_names_and_the_cadence_of_the_protocol(
     script: str, straight: Straight, num_envs: int
 ) -> None:
+    if script in OFFLINE:
+        pytest.skip("tests/test_cql.py has its own")
     folder, _ = straight[num_envs].result()
     epoch_steps = json.loads((folder / "args.json").read_text())["epoch_steps"]
     every = records(folder)
@@ -404,8 +413,10 @@ def test_the_records_have_the_names_and_the_cadence_of_the_protocol(
 
 
 @variants
-def test_each_episode_that_ended_has_a_record(straight: Straight, num_envs: int) -> None:
+def test_each_episode_that_ended_has_a_record(script: str, straight: Straight, num_envs: int) -> None:
     """An episode of L steps that ended at step s began at s - L * num_envs: at step 0, or where another had ended."""
+    if script in OFFLINE:
+        pytest.skip("it plays no episodes to learn from")
     starts, ends = [0] * num_envs, 0
     for record in records(straight[num_envs].result()[0]):
         if "charts/episodic_return" in record:
@@ -472,7 +483,7 @@ def test_the_model_has_the_sparsity_that_is_reported(
     assert f"{total - sum(zeros.values()):,}" in output.stdout
     assert sum(zeros.values()) > 0.01 * total
 
-    if script in MUJOCO:  # Hopper has 11 observations and 3 actions
+    if script not in ATARI:  # Hopper has 11 observations and 3 actions
         actor, sizes = module.Actor(11, 3, 256), {"actor": (11, 6), "qf1": (14, 1), "qf2": (14, 1)}
         actor.load_state_dict({name[6:]: p for name, p in model.items() if name.startswith("actor.")}, strict=True)
         layers = {name: [(256, n), (256, 256), (m, 256)] for name, (n, m) in sizes.items()}
@@ -521,6 +532,17 @@ def test_pruned_weights_are_zero_in_the_checkpoint(script: str, straight: Straig
         matches.append(all(torch.equal(online[name], model[name]) for name in model))
     assert any(matches), "the model is one of the online networks"
     assert len({round(last[f"sparsity/candidate_{k}"], 6) for k in (1, 2, 3)}) >= 2, "the candidates differ"
+
+
+@variants
+def test_as_many_gradient_steps_as_the_replay_ratio_says(script: str, straight: Straight, num_envs: int) -> None:
+    facts, _ = checkpoint(newest(straight[num_envs].result()[0]))
+    if script in OFFLINE:
+        assert facts["step"] == 2000
+        return
+    ratio, steps = 0.25 if script in ATARI else 1.0, {1: 2000, 3: 2001}[num_envs]
+    wanted = math.floor(steps * ratio) - math.floor(300 * ratio)
+    assert facts["step"] == steps and facts["state"]["agent"]["numbers"]["gradient_step"] == wanted
 
 
 @variants
@@ -578,6 +600,8 @@ def test_a_run_killed_at_its_very_end_is_finished(script: str, straight: Straigh
 @pytest.mark.shared
 def test_the_evaluation_survives_a_signal(script: str, home: Path) -> None:
     """Pong, because an untrained agent ends its episodes by losing them; also: the video of the first episode."""
+    if script in OFFLINE:
+        pytest.skip("its evaluation is that of the MuJoCo scripts, and as short as Hopper's first episodes")
     game = "Pong" if script in ATARI else "HalfCheetah-v5"
     flags = f"{TINY[script]} --env-id {game} --eval-episodes 3 --capture-video"
 
@@ -709,6 +733,8 @@ def test_with_all_checkpoints_damaged_nothing_is_changed(script: str, killed: Pa
 
 @pytest.mark.shared
 def test_a_loss_that_is_not_finite_stops_the_run(script: str, tmp_path: Path) -> None:
+    if script in OFFLINE:
+        pytest.skip("tests/test_cql.py has its own")
     flags = f"{TINY[script]} --learning-starts 20 --learning-rate 1e30"
 
     def with_a_checkpoint_at_each_step() -> None:
@@ -735,19 +761,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(script: str, tmp_path: Path) ->
 # Bad input
 
 BAD = """
---total-timesteps 0 | --learning-starts 3 | --buffer-size 7 | --batch-size 0
+--total-timesteps 0 | --batch-size 0
 --learning-rate 0 | --learning-rate -1 | --learning-rate nan | --learning-rate inf | --gamma 1.1
---gamma -0.1 | --gamma nan | --replay-ratio 0 | --replay-ratio inf | --width 0
---epoch-steps 0 | --num-envs 0 | --num-envs 201 | --checkpoint-minutes -1 | --eval-episodes -1
+--gamma -0.1 | --gamma nan | --width 0 | --epoch-steps 0 | --checkpoint-minutes -1 | --eval-episodes -1
 --seed -1 | --seed 99999999999999999999999 | --compile | --device gpu | --device cuda:99 | --env-id Pacmann
 """
-ATARI_BAD = """
+ONLINE_BAD = """
+--learning-starts 3 | --buffer-size 7 | --replay-ratio 0 | --replay-ratio inf | --num-envs 0 | --num-envs 201
+"""
+ATARI_BAD = f"""{ONLINE_BAD}
 --adam-eps 0 | --target-every 0 | --epsilon-end 2 | --epsilon-steps 0 | --feature-size 0
 """
-MUJOCO_BAD = """
---tau 0 | --tau 1.1 | --tau nan | --reward-scale 0 | --reward-scale inf | --target-entropy nan | --target-entropy inf
+SAC_BAD = """
+--tau 0 | --tau 1.1 | --tau nan | --target-entropy nan | --target-entropy inf
 --env-id CartPole-v1 | --env-id Blackjack-v1
 """
+MUJOCO_BAD = f"{ONLINE_BAD}{SAC_BAD}--reward-scale 0 | --reward-scale inf |"
 EAU_DE_BAD = """
 --num-networks 0 | --num-networks -2 | --max-exponent -1 | --max-exponent nan | --max-exponent inf
 --max-sparsity-step 1.5 | --max-sparsity-step -0.1
@@ -764,6 +793,10 @@ OWN_BAD = {
     "dqn_atari_baselines": f"{ATARI_BAD}{GMP_BAD}--lottery-mask some/run",
     "sac_mujoco_eaudeqn": f"{MUJOCO_BAD}{EAU_DE_BAD}--prune-every 0",
     "sac_mujoco_gmp": f"{MUJOCO_BAD}{GMP_BAD}{EXPONENT_BAD} | --weight-decay -1 | --weight-decay inf",
+    "cql_offline_snip": f"""{SAC_BAD}
+--sparsity 1 | --sparsity -0.1 | --actor-learning-rate 0 | --actor-learning-rate inf | --cql-alpha -1 | --cql-alpha inf
+--cql-actions 0 | --cql-gap nan | --layers 0 | --prune-batches 0 | --dataset nowhere.hdf5
+""",
 }
 CASES = [(name, case.strip()) for name in SCRIPTS for case in re.split(r"[|\n]", BAD + OWN_BAD[name]) if case.strip()]
 
@@ -786,7 +819,8 @@ def test_a_value_out_of_range_is_refused(
 ) -> None:
     module = sys.modules.get(name) or load_script(name)
     monkeypatch.chdir(tmp_path)
-    output = call(module, f"{TINY[name]} --num-envs 2 {case}".split(), monkeypatch, capsys)
+    more = "" if name in OFFLINE else "--num-envs 2"
+    output = call(module, f"{TINY[name]} {more} {case}".split(), monkeypatch, capsys)
     assert output.status == 2
     (line,) = output.complaints()
     flag, _, value = case.partition(" ")
@@ -802,6 +836,8 @@ def test_what_does_not_fit_in_memory_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    if script in OFFLINE and "--buffer-size" in flags:
+        pytest.skip("it has no buffer")
     flags = flags if script in ATARI else flags.replace("--feature-size 1000000000", "--width 10000000")
     output = call(module, f"{TINY[script]} {flags}".split(), monkeypatch, capsys)
     assert output.status in (1, 2)
@@ -871,7 +907,9 @@ def test_bad_input_is_named(
         (tmp_path / folder / name).write_text(text)
     (tmp_path / "file").write_text("mine")
     before = contents(tmp_path)
-    if script in MUJOCO:  # misspelt
+    if script in OFFLINE and any(flag in flags for flag in ("--buffer-size", "--num-envs")):
+        pytest.skip("it has no such flag")
+    if script not in ATARI:  # misspelt
         flags = flags.replace("Brekout", "Hoper-v5").replace("ALE/MsPackman-v5", "HalfCheeta")
         right = {"Brekout": "Hoper-v5", "Breakout": "Hopper-v5", "MsPacman": "HalfCheetah-v5"}
         words = [right.get(word, word) for word in words]
@@ -1068,6 +1106,8 @@ def test_a_variant_trains(script: str, flags: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(5))
 def test_games_train_and_resume(script: str, number: int, tmp_path: Path) -> None:
+    if script in OFFLINE:
+        pytest.skip("it does not play to learn")
     atari = ("MsPacman", "Qbert", "Pong", "Enduro", "VideoPinball")
     game = (atari if script in ATARI else ("HalfCheetah", "Walker2d", "Ant", "Humanoid", "Pendulum-v1"))[number]
     flags = f"{SMALL[script]} --env-id {game} --num-envs 2"
@@ -1089,6 +1129,8 @@ def test_games_train_and_resume(script: str, number: int, tmp_path: Path) -> Non
 @pytest.mark.parametrize("num_envs", [1, 2, 3, 8])
 def test_kills_at_random_moments(script: str, num_envs: int, tmp_path: Path) -> None:
     """Eight kills each, with as many checkpoints as the disk takes; there are records between two gradient steps."""
+    if script in OFFLINE:
+        pytest.skip("it has no environments to count")
     often = "--checkpoint-minutes 0.003 --epoch-steps 40 --replay-ratio 0.03"
     flags = f"{SMALL[script]} --num-envs {num_envs} {often} --total-timesteps 6000"
     assert Process(script, flags, "--run-dir whole", cwd=tmp_path, threads=2).wait().status == 0

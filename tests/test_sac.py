@@ -202,7 +202,7 @@ def test_plain_sac_is_the_same_in_both_scripts(eaudesac: ModuleType, sac: Module
 
 
 class Fixed:
-    """ACT replay whose i-th sample is make_batch(i)."""
+    """A replay whose i-th sample is make_batch(i)."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module, self.drawn = module, 0
@@ -236,6 +236,9 @@ def test_bf16_changes_an_update_by_its_rounding_only(module: ModuleType) -> None
     assert rough.latest.tolist() != fine.latest.tolist()
     assert rough.latest.tolist() == pytest.approx(fine.latest.tolist(), rel=0.05, abs=0.05)
     assert all(p.dtype == torch.float32 for p in all_parameters(rough))
+    with torch.autocast("cpu", torch.bfloat16):
+        answers = [module.critic_values(rough.critics, batch.obs, batch.actions), *rough.actor(batch.obs)]
+    assert all(answer.dtype == torch.float32 for answer in answers), "the last layers are not rounded"
 
 
 # The policy
@@ -354,6 +357,48 @@ def test_the_best_pair_is_copied_and_pruned(eaudesac: ModuleType) -> None:
     assert [zeros([w[n] for w in agent.weights[:3]]) for n in range(2)] == [
         zeros([t[n] for t in agent.targets[::2]]) for n in range(2)
     ]
+
+
+class Exponents:
+    """Stands in for the generator of exponents."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = iter(values)
+
+    def uniform(self, low: float, high: float) -> float:
+        assert (low, high) == (0, 3.0)
+        return next(self.values)
+
+
+def test_the_next_sparsities_by_hand(eaudesac: ModuleType) -> None:
+    """H = 5,000 and T = 1,000: at t = 1,000 (3/4) ** n of the density stays, at the last choice before H nothing."""
+    agent = make_agent(eaudesac, num_networks=3, max_sparsity_step=1.0)
+    disturb(agent)
+    assert agent.updates == 5000
+    agent.exponents, acting = Exponents(1.0, 2.0, 0.5, 1.0), agent.rng.bit_generator.state
+    agent.gradient_step = 1000
+    agent.choose_and_prune()
+    assert agent.sparsity == pytest.approx([0, 1 / 4, 7 / 16])
+    agent.gradient_step = 2000
+    agent.accumulated_loss.copy_(torch.tensor([2.0, 1.0, 3.0]))
+    agent.choose_and_prune()
+    assert agent.sparsity == pytest.approx([1 / 4, 1 - 3 / 4 * (2 / 3) ** 0.5, 1 / 2])
+    agent.exponents = Exponents(1.0, 2.0)
+    agent.gradient_step = 4000
+    agent.choose_and_prune()
+    assert agent.sparsity == pytest.approx([1 / 4, 1, 1])
+    assert all((mask[2:].flatten(1).sum(1) == 1).all() for mask in agent.masks[:3]), "each tensor keeps a weight"
+    assert agent.rng.bit_generator.state == acting, "exponents have a generator of their own"
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_the_gradient_steps_of_a_run(eaudesac: ModuleType, sac: ModuleType, num_envs: int) -> None:
+    """5,257 steps are 5,259 of three environments; 256 of them are random."""
+    flags = {"total_timesteps": 5257, "num_envs": num_envs}
+    updates = {1: 5001, 3: 5003}[num_envs]
+    assert make_agent(eaudesac, **flags).updates == updates
+    agent = make_agent(sac, prune_start=0.0, prune_end=1.0, **flags)
+    assert (agent.start, agent.end) == (0, updates - 1), "the last masks come before the last update"
 
 
 def test_sparsity_is_exact_after_every_update(eaudesac: ModuleType) -> None:
@@ -555,7 +600,7 @@ def test_the_replay_holds_what_happened(module: ModuleType, env_id: str, num_env
 
 
 def test_samples_are_uniform_and_whole(module: ModuleType) -> None:
-    """ACT chi-squared test of which transitions are drawn; noise is standard normal and new each time."""
+    """A chi-squared test of which transitions are drawn; noise is standard normal and new each time."""
     envs = module.MujocoEnvs("Pendulum-v1", 2, 0)
     replay = module.Replay(40, envs, CPU, 1, 0.9)
     for step in range(15):  # 30 of 40 places are filled
@@ -610,19 +655,48 @@ def test_another_past_is_noticed(module: ModuleType) -> None:
     assert end.value.args[0] == 1 and "versions.json" in end.value.args[1]
 
 
-def test_evaluation_is_by_the_mean_action_and_always_the_same(module: ModuleType) -> None:
+@pytest.mark.parametrize(("env_id", "sizes"), [("Pendulum-v1", (3, 1)), ("Hopper-v5", (11, 3))])
+def test_evaluation_is_by_the_mean_action_and_always_the_same(
+    module: ModuleType, env_id: str, sizes: tuple[int, int]
+) -> None:
+    """The first episode of each environment counts; Hopper's end at different steps."""
     torch.manual_seed(0)
-    actor = module.Actor(3, 1, 16)
-    scores = module.evaluate_actor(actor, "Pendulum-v1", 3, 11)
-    assert scores == module.evaluate_actor(actor, "Pendulum-v1", 3, 11)
+    actor, lengths = module.Actor(*sizes, 16), []
+    scores = module.evaluate_actor(actor, env_id, 3, 11)
+    assert scores == module.evaluate_actor(actor, env_id, 3, 11)
     for i, score in enumerate(scores):
-        env, total = gym.make("Pendulum-v1"), 0.0
+        env, total, over, lengths = gym.make(env_id), 0.0, False, [*lengths, 0]
         obs, _ = env.reset(seed=int(np.random.SeedSequence((11, i, 0)).generate_state(1)[0]))
-        for _ in range(200):
+        while not over:
             mean = actor(torch.from_numpy(obs.astype(np.float32))[None])[0]
-            obs, reward, *_ = env.step(2 * mean[0].detach().tanh().numpy())
-            total += float(reward)
-        assert score == pytest.approx(total, rel=1e-4)
+            obs, reward, *ends, _ = env.step(np.float32(BOUNDS[env_id]) * mean[0].detach().tanh().numpy())
+            total, over, lengths[-1] = total + float(reward), any(ends), lengths[-1] + 1
+        assert score == pytest.approx(total, rel=1e-3)
+    assert env_id != "Hopper-v5" or len({*lengths}) > 1
+
+
+def test_evaluation_has_seeds_of_its_own(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(module, "evaluate_actor", lambda *what: asked.append(what) or [1.0, 4.0])
+    result = module.judge(None, module.Args(env_id="Ant-v5", eval_episodes=2, seed=7))
+    assert asked == [(None, "Ant-v5", 2, 1_000_007, None)]
+    assert result == {"eval/episodic_return": 2.5, "eval/episodes": 2}
+
+
+def test_the_warm_up_is_random_and_as_long_as_asked(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = module.EauDeSAC if hasattr(module, "EauDeSAC") else module.SAC
+    act, explored = kind.act, []
+
+    def noted(self: Any, obs: np.ndarray, explore: bool) -> np.ndarray:
+        explored.append(explore)
+        return act(self, obs, explore)
+
+    monkeypatch.setattr(kind, "act", noted)
+    flags = {"env_id": "Pendulum-v1", "total_timesteps": 40, "learning_starts": 25, "batch_size": 4, "width": 1}
+    module.main(module.Args(**flags, eval_episodes=0, run_dir=str(tmp_path / "run")))
+    assert explored == [True] * 25 + [False] * 15
 
 
 @pytest.mark.parametrize(
@@ -643,7 +717,7 @@ def test_what_cannot_be_played_is_refused_in_one_line(module: ModuleType, env_id
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["dense", "pruned", "eau de", "eau de, pruned actor", "bf16"])
 def test_it_learns_to_swing_up_a_pendulum(eaudesac: ModuleType, sac: ModuleType, which: str, tmp_path: Path) -> None:
-    """ACT random policy scores about -1,200 over 200 steps, a good one -150."""
+    """A random policy scores about -1,200 over 200 steps, a good one -150."""
     flags = {"env_id": "Pendulum-v1", "total_timesteps": 10_000, "learning_starts": 500, "learning_rate": 1e-3,
              "width": 1, "reward_scale": 1.0, "target_entropy": -1.0, "run_dir": str(tmp_path / "run"),
              "epoch_steps": 5000, "batch_size": 128, "seed": 2, "prune_every": 100}  # fmt: skip
