@@ -627,7 +627,7 @@ def test_restored_environments_and_replay_go_on(module: ModuleType, env_id: str,
     pasts = {}
     actions = rng.uniform(-1, 1, (700, num_envs, envs.num_actions)).astype(np.float32)
     for step, row in enumerate(actions):
-        if step in (1, 137, 431, 600):
+        if step in (1, 137, 330, 431, 600):  # at 330 the oldest transition of 130 begins an episode of Pendulum
             past = envs.past() | {"began": [[*began] for began in envs.began]}
             pasts[step] = past, replay.table.clone()
         replay.add(row, envs.step(row), envs.obs)
@@ -675,6 +675,23 @@ def test_evaluation_is_by_the_mean_action_and_always_the_same(
             total, over, lengths[-1] = total + float(reward), any(ends), lengths[-1] + 1
         assert score == pytest.approx(total, rel=1e-3)
     assert env_id != "Hopper-v5" or len({*lengths}) > 1
+
+
+def test_only_first_episodes_count(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One environment ends an episode at every second step, with returns 10, 20, ...; the other its first at step 5."""
+
+    class Two:
+        def __init__(self, *_: Any) -> None:
+            self.obs, self.now = np.zeros((2, 3), np.float32), 0
+
+        def step(self, _: np.ndarray) -> Any:
+            self.now += 1
+            ended = np.array([self.now % 2 == 0, self.now == 5])
+            episodes = [(5.0 * self.now, 2)] * bool(ended[0]) + [(-1.0, 5)] * bool(ended[1])
+            return module.MujocoSteps(self.obs, np.zeros(2), ended, ended, episodes)
+
+    monkeypatch.setattr(module, "MujocoEnvs", Two)
+    assert module.evaluate_actor(module.Actor(3, 1, 4), "any", 2, 0) == [10.0, -1.0]
 
 
 def test_evaluation_has_seeds_of_its_own(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
