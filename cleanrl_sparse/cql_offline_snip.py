@@ -107,6 +107,7 @@ class Args:
     sparsity: float = 0.95  # share of the prunable weights that goes, in [0, 1); 0 prunes nothing
     prune_batches: int = 1  # batches that SNIP and GraSP score on (>= 1)
     epoch_steps: int = 5_000  # gradient steps per epoch (>= 1); each ends with an evaluation
+    # >>> shared: mujoco-run-flags
     device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
     compile: bool = False  # capture sampling and update in a CUDA graph (CUDA only; not yet tried on a GPU)
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of hidden layers while learning; weights stay fp32
@@ -117,6 +118,7 @@ class Args:
     capture_video: bool = False  # write the first episode of the final evaluation to RUN_DIR/evaluation.mp4
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
     wandb_project: str = "cleanrl-sparse"  # project there
+    # <<< shared: mujoco-run-flags
 
     def __post_init__(self) -> None:
         """Refuse values out of range, naming the flag."""
@@ -134,11 +136,15 @@ class Args:
         check("gamma", lambda x: 0 <= x <= 1, "in [0, 1]")
         check("capture_video", lambda x: not x or self.eval_episodes > 0, "used with --eval-episodes above 0")
         # <<< shared: check
-        check("width layers cql_actions prune_batches", lambda x: x >= 1, "at least 1")
+        # >>> shared: check-mujoco-flags
+        check("width", lambda x: x >= 1, "at least 1")
         check("tau", lambda x: 0 < x <= 1, "in (0, 1]")
+        check("target_entropy", math.isfinite, "finite")
+        # <<< shared: check-mujoco-flags
+        check("layers cql_actions prune_batches", lambda x: x >= 1, "at least 1")
         check("actor_learning_rate", lambda x: 0 < x < math.inf, "above 0")
         check("cql_alpha", lambda x: 0 <= x < math.inf, "at least 0")
-        check("target_entropy cql_gap", math.isfinite, "finite")
+        check("cql_gap", math.isfinite, "finite")
         check("sparsity", lambda x: 0 <= x < 1, "in [0, 1)")
 
 
@@ -327,6 +333,7 @@ def one_critic(critics: list[Tensor], n: int) -> nn.Sequential:
 # <<< shared: critics
 
 
+# >>> shared: offline-data
 class Data(NamedTuple):
     """Transitions of a dataset, in its order."""
 
@@ -420,6 +427,7 @@ def normalized(data: Data) -> Data:
 # Returns of a random and an expert policy, by which D4RL normalises scores (Fu et al. 2020).
 D4RL_SCORES = {"HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3), "Walker2d": (1.629008, 4592.3),
                "Ant": (-325.6, 3879.7)}  # fmt: skip
+# <<< shared: offline-data
 
 
 class Batch(NamedTuple):
@@ -649,9 +657,10 @@ class CQL:
         text = f"--pruner {self.args.pruner} --sparsity {self.args.sparsity}: nothing would be left of"
         require(not empty, f"{text} {', '.join(empty)} (layer collapse)")
 
-    def tensors(self) -> dict[str, Tensor]:
+    # >>> shared: sac-tensors
+    def sac_tensors(self) -> dict[str, Tensor]:
         """Return by name every tensor that the next step depends on."""
-        named = {"log_alpha": self.log_alpha, "log_multiplier": self.log_multiplier, "latest": self.latest}
+        named = {"log_alpha": self.log_alpha, "latest": self.latest}
         named |= {f"critic.{i}": p for i, p in enumerate(self.critics)}
         named |= {f"target.{i}": p for i, p in enumerate(self.targets)}
         named |= {f"mask.{i}": mask for i, mask in enumerate(self.masks)}
@@ -660,6 +669,11 @@ class CQL:
             for i, moments in enumerate(optimizer.state.values()):
                 named |= {f"{use}_adam.{i}.{name}": tensor for name, tensor in moments.items()}
         return named
+    # <<< shared: sac-tensors
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return by name every tensor that the next step depends on."""
+        return {"log_multiplier": self.log_multiplier} | self.sac_tensors()
 
     def networks(self, mean: np.ndarray | float = 0.0, std: np.ndarray | float = 1.0) -> nn.ModuleDict:
         """Return copies of actor and critics for observations [O] that are not standardised by mean and std [O]."""

@@ -93,6 +93,8 @@ class Args:
     replay_ratio: float = 1.0  # gradient steps per step (> 0)
     epoch_steps: int = 10_000  # steps per epoch (>= 1); each ends with an evaluation
     num_envs: int = 1  # environments (>= 1), stepped one after another; periods count the steps of all
+    # <<< shared: mujoco-flags
+    # >>> shared: mujoco-run-flags
     device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
     compile: bool = False  # capture sampling and update in a CUDA graph (CUDA only; not yet tried on a GPU)
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of hidden layers while learning; weights stay fp32
@@ -103,7 +105,7 @@ class Args:
     capture_video: bool = False  # write the first episode of the final evaluation to RUN_DIR/evaluation.mp4
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
     wandb_project: str = "cleanrl-sparse"  # project there
-    # <<< shared: mujoco-flags
+    # <<< shared: mujoco-run-flags
     learning_starts: int = 1_000  # steps of uniformly random actions before the first gradient step (>= batch size)
     learning_rate: float = 3e-4  # Adam's step size for actor, critics and temperature (> 0)
     reward_scale: float = 0.1  # multiplies the rewards that are learned from (> 0)
@@ -143,9 +145,9 @@ class Args:
         # >>> shared: check-mujoco-flags
         check("width", lambda x: x >= 1, "at least 1")
         check("tau", lambda x: 0 < x <= 1, "in (0, 1]")
-        check("reward_scale", lambda x: 0 < x < math.inf, "above 0")
         check("target_entropy", math.isfinite, "finite")
         # <<< shared: check-mujoco-flags
+        check("reward_scale", lambda x: 0 < x < math.inf, "above 0")
         check("prune_every", lambda x: x >= 1, "at least 1")
         check("weight_decay", lambda x: 0 <= x < math.inf, "at least 0")
         check("sparsity", lambda x: 0 <= x < 1, "in [0, 1)")
@@ -562,18 +564,6 @@ class SAC:
             self.latest.copy_(torch.stack([*losses.view(-1, 2).mean(0), q.mean(), actor_loss, alpha, alpha_loss]))
         return losses.detach()
 
-    def sac_tensors(self) -> dict[str, Tensor]:
-        """Return by name every tensor that the next step depends on."""
-        named = {"log_alpha": self.log_alpha, "latest": self.latest}
-        named |= {f"critic.{i}": p for i, p in enumerate(self.critics)}
-        named |= {f"target.{i}": p for i, p in enumerate(self.targets)}
-        named |= {f"mask.{i}": mask for i, mask in enumerate(self.masks)}
-        named |= {f"actor.{name}": p for name, p in self.actor.named_parameters()}
-        for use, optimizer in (("critic", self.critic_optimizer), ("actor", self.actor_optimizer)):
-            for i, moments in enumerate(optimizer.state.values()):
-                named |= {f"{use}_adam.{i}.{name}": tensor for name, tensor in moments.items()}
-        return named
-
     def networks(self, pair: int) -> nn.ModuleDict:
         """Return the actor and copies of a pair of critics."""
         qf1, qf2 = (one_critic(self.critics, 2 * pair + i) for i in range(2))
@@ -585,6 +575,20 @@ class SAC:
         record = {f"losses/{name}": x for name, x in zip(names, self.latest.tolist()) if math.isfinite(x)}
         return record | {f"sparsity/{key}": value for key, value in sparsity_report(self.networks(pair)).items()}
     # <<< shared: sac-update
+
+    # >>> shared: sac-tensors
+    def sac_tensors(self) -> dict[str, Tensor]:
+        """Return by name every tensor that the next step depends on."""
+        named = {"log_alpha": self.log_alpha, "latest": self.latest}
+        named |= {f"critic.{i}": p for i, p in enumerate(self.critics)}
+        named |= {f"target.{i}": p for i, p in enumerate(self.targets)}
+        named |= {f"mask.{i}": mask for i, mask in enumerate(self.masks)}
+        named |= {f"actor.{name}": p for name, p in self.actor.named_parameters()}
+        for use, optimizer in (("critic", self.critic_optimizer), ("actor", self.actor_optimizer)):
+            for i, moments in enumerate(optimizer.state.values()):
+                named |= {f"{use}_adam.{i}.{name}": tensor for name, tensor in moments.items()}
+        return named
+    # <<< shared: sac-tensors
 
     update = sac_update
 
