@@ -952,7 +952,10 @@ def main(args: Args) -> None:
     dataset = Dataset(normalized(data) if args.normalize_rewards else data, env, args, device)
     agent = CQL(args, env.obs.shape[1], env.num_actions, device)
     agent.prune([dataset.sample(args.batch_size) for _ in range(args.prune_batches)])
-    tensors, scale = agent.tensors(), D4RL_SCORES.get(env.title.partition("-")[0])
+    if Path(args.dataset).exists():
+        args = replace(args, dataset=str(Path(args.dataset).absolute()))  # --resume may come from another folder
+    tensors, sparsity = agent.tensors(), agent.report()["sparsity/prunable"]
+    scale = D4RL_SCORES.get(env.title.partition("-")[0])
 
     def score(video: Path | None = None) -> dict[str, float]:
         """Return what is logged of an evaluation."""
@@ -1002,7 +1005,7 @@ def main(args: Args) -> None:
                 epoch_return = record["eval/episodic_return"]
             run.log(now, record | agent.report())
             shown = (now, time.monotonic())
-        bar.set_description_str(f"return {epoch_return or 0:.1f} sparsity {args.sparsity:.3f}", False)
+        bar.set_description_str(f"return {epoch_return or 0:.1f} sparsity {sparsity:.3f}", False)
         bar.update(now - step)
         step = now
         # Save.

@@ -440,10 +440,11 @@ def test_the_environment_must_be_known(cql: ModuleType, tmp_path: Path) -> None:
 # A run
 
 
-def test_a_run_prunes_once_trains_and_can_be_resumed(cql: ModuleType, tmp_path: Path) -> None:
-    """Twice straight: the same; its records, its model, its score against D4RL's references."""
-    path = write_d4rl(tmp_path / "a.hdf5")
-    flags = {"dataset": str(path), "env_id": "Hopper", "total_timesteps": 250, "batch_size": 8, "epoch_steps": 100,
+def test_a_run_prunes_once_and_trains(cql: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice: the same; its records, its model, its score against D4RL's references."""
+    write_d4rl(tmp_path / "a.hdf5")
+    monkeypatch.chdir(tmp_path)
+    flags = {"dataset": "a.hdf5", "env_id": "Hopper", "total_timesteps": 250, "batch_size": 8, "epoch_steps": 100,
              "eval_episodes": 2, "sparsity": 0.9}  # fmt: skip
     for name in ("one", "two"):
         cql.main(cql.Args(**flags, run_dir=str(tmp_path / name)))
@@ -457,6 +458,7 @@ def test_a_run_prunes_once_trains_and_can_be_resumed(cql: ModuleType, tmp_path: 
     assert last["eval/d4rl_score"] == pytest.approx(100 * (last["eval/episodic_return"] + 20.272305) / 3254.572305)
     args = json.loads((tmp_path / "one" / "args.json").read_text())
     assert args["env_id"] == "Hopper" and args["script"] == "cql_offline_snip.py"
+    assert args["dataset"] == str(tmp_path / "a.hdf5"), "found again from any folder"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(cql: ModuleType, tmp_path: Path) -> None:
