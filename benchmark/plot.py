@@ -88,7 +88,8 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
         for (colour, dash, marker), method in zip(itertools.cycle(STYLES), methods):
             mine = [row for row in rows if (row["env_id"], row["method"]) == (env_id, method)]
             step, mean, low, high = curves(mine, column)
-            name = f"{method} ({len({row['seed'] for row in mine})} seeds)"
+            seeds = len({row["seed"] for row in mine})
+            name = f"{method} ({seeds} seed{'s' if seeds > 1 else ''})"
             look = {"color": colour, "linestyle": dash, "marker": marker, "markevery": 4, "markersize": 4}
             axis.plot(step / 1e3, mean, label=name, **look)
             axis.fill_between(step / 1e3, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -104,7 +105,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def main(args: Args) -> None:
-    """Write the CSV file and the picture, print the last evaluations."""
+    """Write the CSV file and the picture, print a table: per seed the mean of the last five evaluations."""
     if not args.source.exists():
         sys.exit(f"plot.py: {args.source}: neither a folder METHOD/ENVIRONMENT/SEED/ of runs nor a CSV file")
     rows = collect(args.source) if args.source.is_dir() else read(args.source)
@@ -117,13 +118,14 @@ def main(args: Args) -> None:
             writer.writeheader()
             writer.writerows(rows)
     draw(rows, args.out)
-    print("| method | environment | seeds | steps | return: median | lowest | highest | sparsity: critics | saved |")
+    print("| method | environment | seeds | steps | return: median | lowest | highest | sparsity: critics | all |")
     print("|---|---|---|---|---|---|---|---|---|")
     for method, env_id in sorted({(row["method"], row["env_id"]) for row in rows}):
         mine = [row for row in rows if (row["method"], row["env_id"]) == (method, env_id)]
         end = int(curves(mine, "return")[0, -1])
         last = [row for row in mine if row["step"] == end]
-        returns = [row["return"] for row in last]
+        reached = [row for row in mine if row["step"] <= end]
+        returns = [np.mean([row["return"] for row in reached if row["seed"] == at["seed"]][-5:]) for at in last]
         sparsity = [np.mean([row[column] for row in last]) for column in COLUMNS[-2:]]
         numbers = f"{np.median(returns):,.0f} | {min(returns):,.0f} | {max(returns):,.0f}"
         print(f"| {method} | {env_id} | {len(last)} | {end:,} | {numbers} | {sparsity[0]:.3f} | {sparsity[1]:.3f} |")

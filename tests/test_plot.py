@@ -39,8 +39,8 @@ def test_runs_become_a_csv_file_a_picture_and_a_table(tmp_path: Path) -> None:
         ["dense", "Hopper-v5", "2", "100", "2", "20.0", "0.1", "0.05"],
         ["dense", "Hopper-v5", "2", "200", "5", "50.0", "0.2", "0.1"],
     ]
-    # As far as both seeds reach: 200 steps, returns of 30 and 50.
-    assert result.stdout.splitlines()[-1] == "| dense | Hopper-v5 | 2 | 200 | 40 | 30 | 50 | 0.200 | 0.100 |"
+    # As far as both seeds reach: 200 steps, means of 20 and 35 over the evaluations until then.
+    assert result.stdout.splitlines()[-1] == "| dense | Hopper-v5 | 2 | 200 | 28 | 20 | 35 | 0.200 | 0.100 |"
     pictures = [tmp_path / "out" / f"curves.{ending}" for ending in ("png", "svg")]
     assert pictures[0].read_bytes()[:4] == b"\x89PNG" and b"<svg" in pictures[1].read_bytes()[:500]
     again = plot(tmp_path / "out" / "curves.csv", tmp_path / "again")
