@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.13", "numpy>=2", "gymnasium>=1.2", "mujoco>=3.3", "imageio>=2.14", "tyro>=0.9",
-#                 "safetensors>=0.5", "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18", "minari>=0.5",
-#                 "h5py>=3.11", "pillow>=10"]
+#                 "safetensors>=0.5", "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18",
+#                 "minari>=0.5", "h5py>=3.11", "pillow>=10"]
 # ///
 """Conservative Q-learning on a fixed dataset, with networks pruned once, before training starts (SNIP, GraSP).
 
