@@ -367,6 +367,13 @@ def test_the_loaders_give_the_same_transitions(cql: ModuleType, datasets: Path) 
     assert np.flatnonzero(data.ended).tolist() == [3, 5, 6, 10]
 
 
+def test_a_terminal_row_that_also_timed_out_is_kept(cql: ModuleType, tmp_path: Path) -> None:
+    """It needs no next observation."""
+    timeouts = np.isin(np.arange(13), (3, 6))  # row 3 is terminal
+    data, _ = cql.read_dataset(str(write_d4rl(tmp_path / "a.hdf5", with_next=False, timeouts=timeouts)))
+    assert len(data.obs) == 11 and np.flatnonzero(data.terminated).tolist() == [3, 6]
+
+
 def test_rewards_are_normalised_by_the_range_of_returns(cql: ModuleType, datasets: Path) -> None:
     data, _ = cql.read_dataset(str(write_d4rl(datasets / "a.hdf5")))
     returns = [e["rewards"].sum(dtype=np.float64) for e in episodes()]
