@@ -2,7 +2,7 @@
 # Soft actor-critic on MuJoCo: dense, gradual magnitude pruning to 95 and 99 %, EauDeSAC with and without a pruned actor.
 #
 # Return and sparsity over 200,000 steps, 3 seeds, 256 units, all methods with slimSAC's settings so that they compare.
-# It needs no GPU: about 16 minutes for a run with one pair of critics, 35 for one with five, on one core with bf16.
+# It needs no GPU: 15 to 25 minutes for a run with one pair of critics, 35 to 50 for five, on one core with bf16.
 # What is finished is left alone and what was broken off goes on, so start it again as often as you like.
 #
 #     benchmark/eaudesac_mujoco.sh                                    # JOBS=2 at a time, runs/eaudesac_mujoco/

@@ -326,12 +326,12 @@ def write_d4rl(path: Path, with_next: bool = True, **changes: Any) -> Path:
     return path
 
 
-def write_minari(name: str, env: str | None = "Hopper-v5") -> Path:
+def write_minari(name: str) -> Path:
     """Write the episodes as a local Minari dataset; return its folder."""
     buffers = [EpisodeBuffer(id=i, **episode) for i, episode in enumerate(episodes())]
     spaces = {"observation_space": gym.spaces.Box(-np.inf, np.inf, (11,), np.float32),
               "action_space": gym.spaces.Box(-1, 1, (3,), np.float32)}  # fmt: skip
-    minari.create_dataset_from_buffers(name, buffers, env=env, **spaces)
+    minari.create_dataset_from_buffers(name, buffers, env="Hopper-v5", **spaces)
     return Path(minari.storage.get_dataset_path(name))
 
 

@@ -76,10 +76,8 @@ SMALL = flags_of(
 # With three environments there is an epoch, and so a record, at each target update.
 VARIANTS = {1: "", 3: "--num-envs 3 --epoch-steps 200"}
 # Still learns and prunes: about 3 s, most of it for the imports.
-TINY_COMMON, TINY_ONLINE = (
-    "--total-timesteps 300 --batch-size 8 --epoch-steps 100 --eval-episodes 0",
-    "--learning-starts 100 --buffer-size 200",
-)
+TINY_COMMON = "--total-timesteps 300 --batch-size 8 --epoch-steps 100 --eval-episodes 0"
+TINY_ONLINE = "--learning-starts 100 --buffer-size 200"
 TINY_FLAGS = f"{TINY_COMMON} {TINY_ONLINE}"
 TINY = flags_of(TINY_COMMON, TINY_ONLINE, atari="--target-every 50")
 TIMEOUT = 240.0  # seconds for one process; a run takes ten on a quiet machine

@@ -80,17 +80,13 @@ class Reference:
         """Return the n-th of stacked critics as nn.Linear's weight and bias, layer after layer."""
         return [stack[n].T if i % 2 == 0 else stack[n, 0] for i, stack in enumerate(stacks)]
 
-    def policy(self, obs: Tensor) -> torch.distributions.Distribution:
-        mean, log_std = self.actor(obs).split(ACT, 1)
-        normal = torch.distributions.Normal(mean, log_std.clamp(-20, 2).exp())
-        return torch.distributions.TransformedDistribution(normal, [torch.distributions.TanhTransform(cache_size=1)])
-
     def act(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return actions and log-probabilities; the distribution says how likely what the noise makes is."""
         mean, log_std = self.actor(obs).split(ACT, 1)
-        policy = self.policy(obs)
-        actions = policy.transforms[0](mean + log_std.clamp(-20, 2).exp() * noise)  # type: ignore[attr-defined]
-        return actions, policy.log_prob(actions).sum(1)
+        normal = torch.distributions.Normal(mean, log_std.clamp(-20, 2).exp())
+        tanh = torch.distributions.TanhTransform(cache_size=1)
+        actions = tanh(normal.mean + normal.stddev * noise)
+        return actions, torch.distributions.TransformedDistribution(normal, [tanh]).log_prob(actions).sum(1)
 
     def l2(self, net: nn.Module) -> Tensor:
         return self.decay * torch.stack([(p**2).sum() for p in net.parameters() if p.ndim > 1]).sum()
