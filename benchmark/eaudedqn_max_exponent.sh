@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Eau De Q-Network (arXiv 2503.01437), ablation of U_max, the largest exponent, 512 features.
+# The values are our choice; the paper's setting is 3.
+# 200 runs of 40M frames; hours of a run: benchmark/README.md.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+grid=$(basename "$0" .sh)
+GAMES=${GAMES:-"BeamRider MsPacman Qbert Pong Enduro SpaceInvaders Assault CrazyClimber Boxing VideoPinball"}
+SEEDS=${SEEDS:-"1 2 3 4 5"}
+VALUES=${VALUES:-"1 2 3 5"}
+
+add="python benchmark/launch.py add $grid"
+$add EauDeDQN eaudeqn_atari.py --env-id $GAMES --seed $SEEDS --max-exponent $VALUES
+python benchmark/launch.py launch $grid "$@"
+python benchmark/plot.py sweep $grid --x max-exponent

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Pruned network (arXiv 2402.12479), figure 13: DQN with lottery tickets: the final mask of a 95 % run, from the start,
+# on that run's initial weights, against that run and the dense network.
+# Its curves are in the paper; we have no number of them to compare with.
+# 225 runs of 40M frames, the tickets after the 95 % runs; hours of a run: benchmark/README.md.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+grid=$(basename "$0" .sh)
+GAMES=${GAMES:-"MsPacman Pong Qbert Assault Asterix BeamRider Boxing Breakout CrazyClimber DemonAttack Enduro
+  FishingDerby SpaceInvaders Tutankham VideoPinball"}
+SEEDS=${SEEDS:-"1 2 3 4 5"}
+COMMON="--env-id $GAMES --seed $SEEDS --network impala --width 3"
+
+add="python benchmark/launch.py add $grid"
+$add "DQN dense" dqn_atari_gmp.py $COMMON --sparsity 0
+$add "DQN 95 %" dqn_atari_gmp.py $COMMON --sparsity 0.95
+python benchmark/launch.py launch $grid "$@"
+$add "DQN lottery ticket" dqn_atari_baselines.py $COMMON --pruner lottery --lottery-mask "@DQN 95 %"
+python benchmark/launch.py launch $grid "$@"
+python benchmark/plot.py curves $grid

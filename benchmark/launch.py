@@ -1,0 +1,498 @@
+"""Run a grid of training runs, on this machine or as Slurm job arrays, and go on after whatever broke it off.
+
+    python benchmark/launch.py add GRID CURVE SCRIPT --flag VALUE ...   # a curve: every combination of the values
+    python benchmark/launch.py launch GRID                              # run what is not done; again: go on
+    python benchmark/launch.py status GRID                              # what waits, runs (time left), failed, is done
+    python benchmark/launch.py retry GRID                               # let the next launch start failed runs again
+
+A grid is a manifest, RUNS/GRID.jsonl, with one line of JSON per run: id (a hash of script and flags), curve, script,
+flags and folder. A run's state is read from its folder, RUNS/FOLDER, alone. final.json: done; .lock held: running;
+.failed: failed, with the exit status in it; args.json: stopped, to be resumed; nothing: waiting. Grids that ask for the
+same run share it. The run itself holds the lock, so that it is not started twice though its launcher be killed.
+
+RUNS is the environment variable of that name, else runs. DRY=1 prints the commands and does nothing. SMOKE=1 makes a
+tiny grid in runs/smoke: one quick environment, two values of every list, a few gradient steps.
+
+Exit status: 0 all runs are done, 1 some failed (they are named), 2 bad input, 75 stopped: launch again to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "cleanrl_sparse"
+DRY, SMOKE = bool(os.environ.get("DRY")), bool(os.environ.get("SMOKE"))
+RUNS = Path(os.environ.get("RUNS") or ("runs/smoke" if SMOKE else "runs"))
+STOPPED = 75  # exit status of a run that was asked to stop and left a checkpoint
+STATES = ("waiting", "queued", "running", "stopped", "failed", "done")
+# SMOKE=1: what makes a run tiny, by the part of the script's name that tells its family.
+TINY = {
+    "atari rainbow": {"env-id": ["Breakout"], "total-timesteps": ["2000"], "learning-starts": ["1900"],
+                      "buffer-size": ["2000"], "batch-size": ["8"], "epoch-steps": ["1000"], "target-every": ["50"],
+                      "prune-every": ["5"], "analysis-every": ["2000"], "eval-episodes": ["0"]},
+    "mujoco": {"env-id": ["Hopper-v5"], "total-timesteps": ["1200"], "learning-starts": ["1000"], "batch-size": ["32"],
+               "epoch-steps": ["400"], "prune-every": ["20"], "eval-episodes": ["2"]},
+    "offline": {"dataset": ["tests/data/hopper-random.hdf5"], "env-id": ["Hopper-v5"], "total-timesteps": ["60"],
+                "batch-size": ["32"], "epoch-steps": ["20"], "eval-episodes": ["2"]},
+}  # fmt: skip
+
+
+def refuse(line: str) -> NoReturn:
+    """End with a line about bad input."""
+    print(f"launch.py: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One line of a manifest."""
+
+    id: str
+    curve: str
+    script: str
+    flags: dict[str, str]  # without dashes; "" is a switch
+    folder: str
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return RUNS / self.folder
+
+    @property
+    def state(self) -> str:
+        """One of STATES, read from the folder; queued is what only Slurm knows."""
+        if (self.path / "final.json").exists():
+            return "done"
+        if not self.path.exists():
+            return "waiting"
+        with suppress(FileNotFoundError), open(self.path / ".lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return "running"
+        if (self.path / ".failed").exists():
+            return "failed"
+        return "stopped" if (self.path / "args.json").exists() else "waiting"
+
+    def command(self) -> list[str]:
+        """Return the command that begins the run or goes on with it."""
+        start = [sys.executable, str(SCRIPTS / self.script)]
+        if (self.path / "args.json").exists():
+            return [*start, "--resume", str(self.path)]
+        flags = [word for name, value in self.flags.items() for word in (f"--{name}", value) if word]
+        return [*start, *flags, "--run-dir", str(self.path)]
+
+    def last_line(self) -> str:
+        """Return the last line that the run printed."""
+        with suppress(OSError), open(self.path / ".log", "rb") as file:
+            file.seek(max(0, os.path.getsize(file.name) - 4096))
+            lines = file.read().decode(errors="replace").split("\n")
+            return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return ""
+
+    def progress(self) -> str:
+        """Return the share of a begun run that is done, and the time left at its latest speed."""
+        try:
+            total = json.loads((self.path / "args.json").read_text())["total_timesteps"]
+            with open(self.path / "metrics.jsonl", "rb") as file:
+                start = file.seek(max(0, os.path.getsize(file.name) - 65536))
+                lines = file.read().split(b"\n")[start > 0 : -1]  # the first and the last may be cut
+            records = [json.loads(line) for line in lines]
+            step, speed = records[-1]["step"], [r["charts/SPS"] for r in records if "charts/SPS" in r][-1]
+        except (OSError, LookupError, ValueError):
+            return "just begun"
+        minutes = (total - step) / max(speed, 1e-9) / 60
+        return f"{step / total:4.0%}, {minutes // 60:.0f}:{minutes % 60:02.0f} h left"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, so that launchers do not write the same manifest or submit the same runs at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read(grid: str) -> list[TrainingRun]:
+    """Return the runs of a grid's manifest; a run that two curves share comes twice."""
+    try:
+        return [TrainingRun(**json.loads(line)) for line in (RUNS / f"{grid}.jsonl").read_text().splitlines()]
+    except FileNotFoundError:
+        known = ", ".join(sorted(p.stem for p in RUNS.glob("*.jsonl"))) or "none"
+        refuse(f"{RUNS / grid}.jsonl is not there; grids in {RUNS}: {known}")
+    except (ValueError, TypeError) as error:
+        refuse(f"{RUNS / grid}.jsonl is no manifest of this launcher ({error})")
+
+
+def unique(runs: list[TrainingRun]) -> list[TrainingRun]:
+    """Return each run once."""
+    return list({run.id: run for run in runs}.values())
+
+
+def flag_names(script: str) -> set[str]:
+    """Return the flags of a script, without dashes, from its text: importing it would import torch."""
+    if not (SCRIPTS / script).is_file():
+        refuse(f"{script}: not in cleanrl_sparse/, which has {', '.join(sorted(p.name for p in SCRIPTS.glob('*.py')))}")
+    classes = [n for n in ast.parse((SCRIPTS / script).read_text()).body if isinstance(n, ast.ClassDef)]
+    fields = [f for c in classes if c.name == "Args" for f in c.body if isinstance(f, ast.AnnAssign)]
+    names = {f.target.id.replace("_", "-") for f in fields if isinstance(f.target, ast.Name)}
+    return names - {"run-dir", "resume"}  # which the launcher gives
+
+
+def add(grid: str, curve: str, script: str, words: list[str]) -> None:
+    """Write a curve into the manifest: a run for every combination of the flags' values, in place of what it had.
+
+    Words are --flag VALUE ...; a flag without a value is a switch. The value @CURVE is the folder of that curve's run
+    with the same environment and seed.
+    """
+    known, lists = flag_names(script), dict[str, list[str]]()
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:].replace("_", "-")
+            if name.removeprefix("no-") not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                refuse(f"{word}: {script} has no such flag" + (f"; --{near[0]} is one" if near else ""))
+            if name in lists:
+                refuse(f"{word}: given twice")
+            lists[name] = []
+        elif not lists:
+            refuse(f"{word}: expected --flag VALUE ... after the script")
+        else:
+            lists[name].append(word)
+    if SMOKE:
+        tiny = next(flags for part, flags in TINY.items() if any(p in script for p in part.split()))
+        lists = {name: values[:2] for name, values in lists.items()} | {n: v for n, v in tiny.items() if n in known}
+    others = [] if DRY or not (RUNS / f"{grid}.jsonl").exists() else read(grid)
+    runs = []
+    for values in itertools.product(*(values or [""] for values in lists.values())):
+        flags = dict(zip(lists, values))
+        for name, value in flags.items():
+            if value.startswith("@"):
+                flags[name] = f"FOLDER OF {value[1:]}" if DRY else str(RUNS / find(others, value[1:], flags, grid))
+        identity = json.dumps([script, sorted(flags.items())])
+        key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        title = (flags.get("env-id") or Path(flags.get("dataset", "run")).stem).replace("/", "-")
+        folder = f"{title}__{Path(script).stem}__{flags.get('seed', '1')}__{key}"
+        runs.append(TrainingRun(key, curve, script, flags, folder))
+    if DRY:
+        for run in runs:
+            print(shlex.join(["python", f"cleanrl_sparse/{script}", *run.command()[2:]]))
+        return
+    with locked(RUNS / f".{grid}.lock"):
+        others = [run for run in (read(grid) if (RUNS / f"{grid}.jsonl").exists() else []) if run.curve != curve]
+        temporary = RUNS / f".{grid}.jsonl"
+        temporary.write_text("".join(json.dumps(asdict(run)) + "\n" for run in [*others, *runs]))
+        temporary.replace(RUNS / f"{grid}.jsonl")
+    print(f"{grid}: {curve}: {len(runs)} runs")
+
+
+def find(runs: list[TrainingRun], curve: str, flags: dict[str, str], grid: str) -> str:
+    """Return the folder of a curve's run with the environment and seed of these flags."""
+    same = [r for r in runs if r.curve == curve and all(r.flags.get(k) == flags.get(k) for k in ("env-id", "seed"))]
+    if len(same) != 1:
+        refuse(f"@{curve}: {grid} must have one run of that curve with this environment and seed, it has {len(same)}")
+    return same[0].folder
+
+
+def gpus() -> list[str]:
+    """Return the GPUs of this machine as CUDA_VISIBLE_DEVICES names them; none without NVIDIA's tools."""
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in given.split(",") if name]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return [str(i) for i in range(sum(line.startswith("GPU ") for line in listing.splitlines()))]
+
+
+@dataclass
+class Child:
+    """A training process of ours, and its run's lock, which the process holds too."""
+
+    run: TrainingRun
+    process: subprocess.Popen[bytes]
+    lock: int
+    slot: int
+
+
+def begin(run: TrainingRun, slot: int, environment: dict[str, str]) -> Child | None:
+    """Start a run or go on with it; None if it is being run or has ended in the meantime."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    lock = os.open(run.path / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    if any((run.path / name).exists() for name in ("final.json", ".failed")):
+        os.close(lock)
+        return None
+    with open(run.path / ".log", "ab") as log:  # a session of its own: the terminal's Ctrl-C comes through us, once
+        process = subprocess.Popen(run.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=Path.cwd(),
+                                   env=os.environ | environment, pass_fds=[lock], start_new_session=True)  # fmt: skip
+    return Child(run, process, lock, slot)
+
+
+def work(runs: list[TrainingRun], slots: list[dict[str, str]]) -> tuple[int, list[str]]:
+    """Run what is neither done nor failed, one run per slot at a time; return how many were stopped, and the failures.
+
+    A slot is what its runs' environment has beside ours. Runs that another launcher has begun are waited for.
+    """
+    stops: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stops.append(number))
+    pending, children, failures = [run for run in runs if run.state != "done"], list[Child](), list[str]()
+    done, stopped, told = len(runs) - len(pending), 0, 0
+    while children or (pending and not stops):
+        free = [i for i in range(len(slots)) if i not in {child.slot for child in children}]
+        for run in [*pending] if free and not stops else []:
+            if (state := run.state) in ("done", "failed"):
+                pending.remove(run)
+                done += state == "done"
+                if state == "failed":
+                    failures.append(f"{run.folder} failed: {run.last_line()}")
+            elif free and state != "running" and (child := begin(run, free[0], slots[free[0]])):
+                children.append(child)
+                pending.remove(run)
+                free.pop(0)
+                verb = "go on with" if state == "stopped" else "begin"
+                print(f"[{done}/{len(runs)} done, {len(failures)} failed] {verb} {run.folder}", flush=True)
+            if not free or stops:
+                break
+        for child in children if len(stops) > told else []:
+            child.process.send_signal(signal.SIGTERM)
+        told = len(stops)
+        for child in [c for c in children if c.process.poll() is not None]:
+            children.remove(child)
+            status, run = child.process.returncode, child.run
+            if status == 0 and (run.path / "final.json").exists():
+                done += 1
+            elif status == STOPPED or (stops and status == -signal.SIGTERM):  # the latter while it was starting
+                stopped += 1
+            else:  # a signal may come from outside, so that the next launch tries again; a status is the run's own
+                failures.append(f"{run.folder} ended with status {status}: {run.last_line()}")
+                if status >= 0:
+                    (run.path / ".failed").write_text(f"{status}\n")
+            os.close(child.lock)
+        time.sleep(0.2 if children or not pending else 1)
+    return stopped + (len(pending) if stops else 0), failures
+
+
+def local(runs: list[TrainingRun], args: argparse.Namespace) -> int:
+    """Run them as processes of this machine, several at a time; return the exit status."""
+    devices = gpus()
+    workers = args.workers or (len(devices) * args.runs_per_gpu if devices else len(os.sched_getaffinity(0)))
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    slots = [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)} for _ in range(workers)]
+    for i, slot in enumerate(slots if devices else []):
+        slot["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
+    return report(args.grid, runs, *work(runs, slots))
+
+
+def report(grid: str, runs: list[TrainingRun], stopped: int, failures: list[str]) -> int:
+    """Print how it ended; return the exit status."""
+    for line in failures:
+        print(f"launch.py: {line}", file=sys.stderr)
+    if failures:
+        hint = f"after mending it: python benchmark/launch.py retry {grid}, and launch again"
+        print(f"launch.py: {len(failures)} of {len(runs)} runs failed; {hint}", file=sys.stderr)
+        return 1
+    if stopped:
+        hint = f"{stopped} of {len(runs)} runs are unfinished; launch again to go on"
+        print(f"launch.py: stopped, {hint}", file=sys.stderr)
+        return STOPPED
+    print(f"{grid}: all {len(runs)} runs are done")
+    return 0
+
+
+def slurm(*command: str, text: str | None = None, may_fail: bool = False) -> str:
+    """Return what a command of Slurm's prints; end with its error, unless it may fail."""
+    try:
+        result = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        refuse(f"--backend slurm: {command[0]} is not installed here")
+    if result.returncode and not may_fail:
+        lines = (result.stderr or result.stdout).splitlines() or [f"status {result.returncode}"]
+        refuse(f"{command[0]}: {lines[0]}")
+    return result.stdout
+
+
+def queued(grid: str) -> set[str]:
+    """Return the ids of a grid's runs that wait or run under Slurm.
+
+    A job array is named after the file of its tasks, so that nothing needs to be remembered between submissions.
+    """
+    ids = set[str]()
+    if not [*(RUNS / ".slurm").glob(f"{grid}-*.tasks")]:
+        return ids
+    for line in slurm("squeue", "--me", "--array", "--noheader", "--format=%j %K").splitlines():
+        name, _, index = line.strip().rpartition(" ")
+        tasks = RUNS / ".slurm" / f"{name}.tasks"
+        if name.startswith(f"{grid}-") and index.isdecimal() and tasks.exists():
+            ids |= {*tasks.read_text().splitlines()[int(index)].split()}
+    return ids
+
+
+def submit(runs: list[TrainingRun], args: argparse.Namespace) -> int:
+    """Submit what is neither done nor failed nor queued as job arrays, wait for the end; return the exit status."""
+    config = slurm("scontrol", "show", "config")
+    limit = int(next(line.split("=")[1] for line in config.splitlines() if line.startswith("MaxArraySize")))
+    with locked(RUNS / f".{args.grid}.lock"):
+        alive = queued(args.grid)
+        waiting = [run for run in runs if run.id not in alive and run.state in ("waiting", "stopped")]
+        packs = [waiting[i : i + args.runs_per_job] for i in range(0, len(waiting), args.runs_per_job)]
+        tasks = [" ".join(run.id for run in pack) for pack in packs]
+        for start in range(0, len(tasks), limit):
+            submit_array(tasks[start : start + limit], args)
+    seen, lost = {run.id for run in runs}, set[str]()
+    while True:
+        states = {run.id: run.state for run in runs}
+        open_ids = {key for key, state in states.items() if state not in ("done", "failed")}
+        alive = queued(args.grid)
+        lost = open_ids - alive - seen  # twice unfinished and not in the queue: a task may end between two looks
+        if not open_ids or not (open_ids - lost):
+            break
+        seen = alive
+        counts = Counter(states.values())
+        print(", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]), flush=True)
+        time.sleep(args.poll_seconds)
+    failures = [f"{run.folder} failed: {run.last_line()}" for run in runs if states[run.id] == "failed"]
+    failures += [f"{run.folder} left the queue unfinished: {run.last_line()}" for run in runs if run.id in lost]
+    return report(args.grid, runs, 0, failures)
+
+
+def submit_array(tasks: list[str], args: argparse.Namespace) -> None:
+    """Submit one job array, a task for each line of run ids."""
+    text = "".join(f"{line}\n" for line in tasks)
+    name = f"{args.grid}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    file = (RUNS / ".slurm" / f"{name}.tasks").absolute()
+    runs = min(args.runs_per_job, len(tasks[0].split()))
+    options = [f"--job-name={name}", f"--array=0-{len(tasks) - 1}", f"--output={file.with_suffix('')}-%a.log",
+               "--open-mode=append", "--requeue", f"--signal=TERM@{args.seconds_to_stop}", f"--time={args.time}",
+               "--ntasks=1", f"--cpus-per-task={runs * args.cpus_per_run}", f"--mem={runs * args.gib_per_run}G",
+               *([f"--gpus={args.gpus_per_job}"] if args.gpus_per_job else []),
+               *([f"--partition={args.partition}"] if args.partition else []),
+               *([f"--account={args.account}"] if args.account else []), *shlex.split(args.sbatch)]  # fmt: skip
+    command = [sys.executable, str(Path(__file__).resolve()), "work", args.grid, "--tasks", str(file)]
+    # As a step, since a batch script itself gets no signal when its job is preempted with a time of grace.
+    step = f"srun --ntasks=1 --cpus-per-task={runs * args.cpus_per_run} --mpi=none"
+    script = f"#!/bin/bash\nexec {step} {shlex.join(command)} --threads {args.cpus_per_run}\n"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    job = slurm("sbatch", "--parsable", *options, text=script).strip()
+    print(f"job array {job}: {len(tasks)} tasks of up to {runs} runs", flush=True)
+
+
+def task(args: argparse.Namespace) -> int:
+    """Do one task of a job array, its runs side by side; where they were stopped, ask Slurm to queue it again."""
+    ids = Path(args.tasks).read_text().splitlines()[int(os.environ["SLURM_ARRAY_TASK_ID"])].split()
+    runs = [run for run in unique(read(args.grid)) if run.id in ids]
+    devices = gpus()
+    slots = [{"OMP_NUM_THREADS": str(args.threads)} for _ in runs]
+    for i, slot in enumerate(slots if devices else []):
+        slot["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
+    stopped, failures = work(runs, slots)
+    status = report(args.grid, runs, stopped, failures)
+    job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    # Near the time limit or in the time of grace the task is still running. Otherwise Slurm queues it again by itself,
+    # or it was cancelled, and to queue it again would bring it back to life.
+    if stopped and slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T", may_fail=True).strip() == "RUNNING":
+        slurm("scontrol", "requeue", job, may_fail=True)
+    return status
+
+
+def show(runs: list[TrainingRun], alive: set[str]) -> None:
+    """Print a table of states by curve, then the runs that are under way and those that failed."""
+    states = {run.id: run.state for run in runs}
+    states |= {key: "queued" for key in alive & states.keys() if states[key] in ("waiting", "stopped")}
+    curves = list(dict.fromkeys(run.curve for run in runs))
+    width = max(len(curve) for curve in ("all", *curves))
+    print(f"{'':{width}}" + "".join(f"{state:>9}" for state in STATES))
+    for curve in [*curves, "all"]:
+        mine = runs if curve == "all" else [run for run in runs if run.curve == curve]
+        counts = Counter(states[run.id] for run in unique(mine))
+        print(f"{curve:{width}}" + "".join(f"{counts[state]:>9}" for state in STATES))
+    for state, tell in (("running", TrainingRun.progress), ("failed", TrainingRun.last_line)):
+        for run in unique(runs):
+            if states[run.id] == state:
+                print(f"{state}: {run.folder}\n    {tell(run)}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; add is told apart before, as its flags are those of a script."""
+    top = argparse.ArgumentParser(prog="launch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True, metavar="add | launch | status | retry")
+    commands.add_parser("add")
+    for name in ("launch", "status", "retry", "work"):
+        one = commands.add_parser(name)
+        one.add_argument("grid", help="name of the grid")
+        if name == "work":
+            one.add_argument("--tasks")
+            one.add_argument("--threads", type=int)
+        if name == "launch":
+            one.add_argument("--backend", choices=("local", "slurm"), default="local")
+            one.add_argument("--workers", type=int, default=0, metavar="N",
+                             help="local: runs at a time; default: one per core, or --runs-per-gpu on each GPU")
+            one.add_argument("--runs-per-gpu", type=int, default=1, metavar="N", help="local: runs that share a GPU")
+            one.add_argument("--runs-per-job", type=int, default=1, metavar="N", help="slurm: runs that share a task")
+            one.add_argument("--cpus-per-run", type=int, default=1, metavar="N", help="slurm: cores of each")
+            one.add_argument("--gib-per-run", type=int, default=10, metavar="N", help="slurm: memory of each in GiB")
+            one.add_argument("--gpus-per-job", type=int, default=0, metavar="N", help="slurm: GPUs of a task")
+            one.add_argument("--time", default="24:00:00", help="slurm: time limit; what is not done goes on after it")
+            one.add_argument("--seconds-to-stop", type=int, default=300, metavar="N",
+                             help="slurm: time before the limit at which runs write their checkpoint and end")
+            one.add_argument("--partition", help="slurm")
+            one.add_argument("--account", help="slurm")
+            one.add_argument("--sbatch", default="", metavar="OPTIONS", help="slurm: more options, in one string")
+            one.add_argument("--poll-seconds", type=float, default=30, metavar="N", help="slurm: between two looks")
+    return top
+
+
+def main(argv: list[str]) -> int:
+    """Do what the command line asks; return the exit status."""
+    if argv[:1] == ["add"]:
+        if len(argv) < 4 or not argv[1].replace("-", "").replace("_", "").isalnum():
+            refuse("add GRID CURVE SCRIPT --flag VALUE ...; GRID of letters, digits, - and _")
+        add(argv[1], argv[2], argv[3], argv[4:])
+        return 0
+    args = parser().parse_args(argv)
+    if DRY:
+        print(shlex.join(["python", "benchmark/launch.py", *argv]))
+        return 0
+    runs = read(args.grid)
+    if args.command == "work":
+        return task(args)
+    if args.command == "launch":
+        return (local if args.backend == "local" else submit)(unique(runs), args)
+    if args.command == "status":
+        show(runs, queued(args.grid))
+        return 0
+    failed = [run for run in unique(runs) if run.state == "failed"]
+    for run in failed:
+        (run.path / ".failed").unlink()
+    print(f"{args.grid}: the next launch starts {len(failed)} run{'s' * (len(failed) != 1)} again")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

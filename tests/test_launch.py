@@ -1,0 +1,374 @@
+"""benchmark/launch.py: manifests, states, runs that are started once whatever dies; and the figures' scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import SCRIPTS, load_script
+
+BENCHMARK = SCRIPTS.parent / "benchmark"
+FIGURES = sorted(path.stem for path in BENCHMARK.glob("*.sh"))
+
+# A training script as far as the launcher can tell, without the seconds that importing torch takes.
+STAND_IN = '''
+import json, os, signal, sys, time
+from pathlib import Path
+
+class Args:
+    env_id: str = "Pong"
+    seed: int = 1
+    ticks: int = 5
+    status: int = 0
+    mask: str = ""
+    quiet: bool = False
+
+def stop(*_):
+    print("stand_in.py: stopped")
+    os._exit(75)
+
+flags = {"seed": "1", "ticks": "5", "status": "0"} | dict(zip(sys.argv[1::2], sys.argv[2::2]))
+flags = {name.lstrip("-"): value for name, value in flags.items()}
+folder = Path(flags.get("resume") or flags["run-dir"])
+signal.signal(signal.SIGTERM, stop)
+if "resume" in flags:
+    flags = json.loads((folder / "args.json").read_text())
+else:
+    (folder / "args.json").write_text(json.dumps(flags | {"total_timesteps": int(flags["ticks"])}))
+with open(folder / "starts", "a") as starts, open(folder / "metrics.jsonl", "a") as metrics:
+    starts.write("start\\n")
+    starts.flush()
+    for step in range(len((folder / "metrics.jsonl").read_text().splitlines()), int(flags["ticks"])):
+        time.sleep(0.1)
+        metrics.write(json.dumps({"step": step + 1, "charts/SPS": 0.001}) + "\\n")
+        metrics.flush()
+    if flags["status"] != "0":
+        print("stand_in.py: it broke")
+        sys.exit(int(flags["status"]))
+    starts.write("end\\n")
+(folder / "final.json").write_text("{}")
+'''
+
+
+class Place:
+    """A checkout with the launcher and the stand-in alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.runs = folder, folder / "runs"
+        for name, text in (("benchmark", (BENCHMARK / "launch.py").read_text()), ("cleanrl_sparse", STAND_IN)):
+            (folder / name).mkdir()
+            (folder / name / ("launch.py" if name == "benchmark" else "stand_in.py")).write_text(text)
+
+    def begin(self, *words: str, **environment: str) -> subprocess.Popen[str]:
+        """Start the launcher."""
+        clean = {name: value for name, value in os.environ.items() if name not in ("RUNS", "DRY", "SMOKE")}
+        return subprocess.Popen([sys.executable, "benchmark/launch.py", *words], text=True, cwd=self.folder,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean | environment)  # fmt: skip
+
+    def launch(self, *words: str, **environment: str) -> tuple[int, str, str]:
+        """Return the launcher's status and what it wrote to stdout and stderr."""
+        process = self.begin(*words, **environment)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def add(self, curve: str, *flags: str) -> None:
+        """Add a curve of the stand-in to the grid g."""
+        assert self.launch("add", "g", curve, "stand_in.py", *flags)[0] == 0
+
+    def manifest(self, grid: str = "g") -> list[dict]:
+        """Return the lines of a manifest."""
+        return [json.loads(line) for line in (self.runs / f"{grid}.jsonl").read_text().splitlines()]
+
+    def starts(self) -> list[str]:
+        """Return for each run what it wrote about its starts and its end."""
+        return [(self.runs / run["folder"] / "starts").read_text().replace("\n", " ").strip() for run in self.manifest()]
+
+    def wait_for(self, count: int) -> None:
+        """Wait until so many runs have begun."""
+        for _ in range(200):
+            if len([*self.runs.glob("*/metrics.jsonl")]) >= count:
+                return
+            time.sleep(0.05)
+        raise AssertionError("no run began")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def test_a_curve_is_every_combination_of_its_values(place: Place) -> None:
+    place.add("a", "--env-id", "Pong", "Qbert", "--seed", "1", "2", "3", "--ticks", "7", "--quiet")
+    runs = place.manifest()
+    assert [(r["flags"]["env-id"], r["flags"]["seed"]) for r in runs] == [
+        ("Pong", "1"), ("Pong", "2"), ("Pong", "3"), ("Qbert", "1"), ("Qbert", "2"), ("Qbert", "3")]  # fmt: skip
+    assert all(r["flags"] | {"env-id": "", "seed": ""} == {"env-id": "", "seed": "", "ticks": "7", "quiet": ""} for r in runs)
+    assert len({r["id"] for r in runs}) == 6 and runs[0]["folder"] == f"Pong__stand_in__1__{runs[0]['id']}"
+    place.add("b", "--ticks", "7", "--quiet", "--seed", "1", "--env_id", "Pong")  # in another order, another curve
+    place.add("a", "--env-id", "Pong")  # in place of what it had
+    assert [(r["curve"], r["id"] == runs[0]["id"]) for r in place.manifest()] == [("b", True), ("a", False)]
+
+
+def test_what_is_done_is_left_alone_and_shared(place: Place) -> None:
+    place.add("a", "--seed", "1", "2", "3")
+    place.add("b", "--seed", "3", "4")
+    status, out, err = place.launch("launch", "g", "--workers", "2")
+    assert (status, err) == (0, "") and out.splitlines()[-1] == "g: all 4 runs are done"
+    assert place.launch("launch", "g")[:2] == (0, "g: all 4 runs are done\n")
+    assert place.starts() == ["start end"] * 5
+    status, out, _ = place.launch("status", "g")
+    assert out.splitlines()[1:] == [f"{curve:3}{0:>9}{0:>9}{0:>9}{0:>9}{0:>9}{n:>9}" for curve, n in (("a", 3), ("b", 2), ("all", 4))]
+
+
+def test_two_launchers_start_each_run_once(place: Place) -> None:
+    place.add("a", "--seed", *map(str, range(10)), "--ticks", "3")
+    both = [place.begin("launch", "g", "--workers", "3") for _ in range(2)]
+    assert [(p.communicate()[0].splitlines()[-1], p.returncode) for p in both] == [("g: all 10 runs are done", 0)] * 2
+    assert place.starts() == ["start end"] * 10
+
+
+def test_runs_outlive_their_launcher_and_are_not_started_again(place: Place) -> None:
+    place.add("a", "--seed", "1", "2", "3", "--ticks", "20")
+    first = place.begin("launch", "g", "--workers", "2")
+    place.wait_for(2)
+    time.sleep(0.5)  # for steps to show
+    first.kill()
+    first.communicate()
+    states = place.launch("status", "g")[1].splitlines()
+    assert states[1].split() == ["a", "1", "0", "2", "0", "0", "0"]
+    assert re.fullmatch(r"    +\d+%, \d+:\d\d h left", states[4])  # at 0.001 steps per second
+    assert place.launch("launch", "g", "--workers", "2")[0] == 0
+    assert place.starts() == ["start end"] * 3
+
+
+def test_a_run_that_is_killed_is_named_and_resumed(place: Place) -> None:
+    place.add("a", "--seed", "1", "--ticks", "20")
+    launcher = place.begin("launch", "g")
+    place.wait_for(1)
+    subprocess.run(["pkill", "-9", "-f", f"{place.runs.name}/{place.manifest()[0]['folder']}"], check=True)
+    _, err = launcher.communicate()
+    assert launcher.returncode == 1 and f"{place.manifest()[0]['folder']} ended with status -9" in err
+    assert place.launch("launch", "g")[0] == 0 and place.starts() == ["start start end"]
+    assert len((place.runs / place.manifest()[0]["folder"] / "metrics.jsonl").read_text().splitlines()) == 20
+
+
+def test_a_failed_run_is_named_and_waits_for_retry(place: Place) -> None:
+    place.add("good", "--seed", "1", "2")
+    place.add("bad", "--status", "3")
+    bad = place.manifest()[2]["folder"]
+    status, _, err = place.launch("launch", "g", "--workers", "2")
+    assert status == 1 and err.splitlines()[0] == f"launch.py: {bad} ended with status 3: stand_in.py: it broke"
+    assert err.splitlines()[1].startswith("launch.py: 1 of 3 runs failed")
+    status, _, err = place.launch("launch", "g")
+    assert status == 1 and err.splitlines()[0] == f"launch.py: {bad} failed: stand_in.py: it broke"
+    assert place.starts() == ["start end", "start end", "start"]
+    assert place.launch("status", "g")[1].splitlines()[-2:] == [f"failed: {bad}", "    stand_in.py: it broke"]
+    assert place.launch("retry", "g")[1] == "g: the next launch starts 1 run again\n"
+    place.launch("launch", "g")
+    assert place.starts()[2] == "start start"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_launcher_that_is_stopped_stops_its_runs_and_goes_on_later(place: Place, number: int) -> None:
+    place.add("a", "--seed", "1", "2", "3", "--ticks", "15")
+    launcher = place.begin("launch", "g", "--workers", "2")
+    place.wait_for(2)
+    launcher.send_signal(number)
+    _, err = launcher.communicate()
+    assert (launcher.returncode, err) == (75, "launch.py: stopped, 3 of 3 runs are unfinished; launch again to go on\n")
+    assert place.launch("status", "g")[1].splitlines()[1].split() == ["a", "1", "0", "0", "2", "0", "0"]
+    status, out, _ = place.launch("launch", "g", "--workers", "3")
+    assert status == 0 and Counter(line.split("] ")[-1].split(" ")[0] for line in out.splitlines()[:-1]) == {"go": 2, "begin": 1}
+    assert place.starts() == ["start start end"] * 2 + ["start end"]
+
+
+def test_cores_and_gpus_are_shared(place: Place) -> None:
+    """Two GPUs, two runs each; the threads are the cores over the runs at a time."""
+    script = place.folder / "cleanrl_sparse" / "stand_in.py"
+    script.write_text(script.read_text() + "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'])\n")
+    place.add("a", "--seed", "1", "2", "3", "4", "--ticks", "10")
+    environment = {"CUDA_VISIBLE_DEVICES": "2,5", "OMP_NUM_THREADS": ""}
+    assert place.launch("launch", "g", "--runs-per-gpu", "2", **environment)[0] == 0
+    logs = [(place.runs / run["folder"] / ".log").read_text() for run in place.manifest()]
+    assert logs == [f"{gpu} {max(1, len(os.sched_getaffinity(0)) // 4)}\n" for gpu in (2, 5, 2, 5)]
+
+
+def test_a_flag_may_be_the_folder_of_another_curves_run(place: Place) -> None:
+    place.add("dense", "--env-id", "Pong", "Qbert", "--seed", "1", "2")
+    place.add("ticket", "--env-id", "Qbert", "Pong", "--seed", "2", "--mask", "@dense")
+    runs = place.manifest()
+    assert [r["flags"]["mask"] for r in runs[4:]] == [f"runs/{runs[3]['folder']}", f"runs/{runs[1]['folder']}"]
+    status, _, err = place.launch("add", "g", "ticket", "stand_in.py", "--seed", "9", "--mask", "@dense")
+    assert status == 2 and len(err.splitlines()) == 1 and "@dense" in err
+
+
+def test_dry_prints_commands_and_smoke_makes_the_grid_tiny(place: Place) -> None:
+    words = ["add", "g", "a b", "stand_in.py", "--env-id", "Pong", "Qbert", "--seed", "1", "2"]
+    status, out, _ = place.launch(*words, DRY="1")
+    assert status == 0 and not place.runs.exists() and len(out.splitlines()) == 4
+    assert shlex.split(out.splitlines()[3])[:6] == [
+        "python", "cleanrl_sparse/stand_in.py", "--env-id", "Qbert", "--seed", "2"]  # fmt: skip
+    (place.folder / "cleanrl_sparse" / "stand_in_atari.py").write_text(STAND_IN)
+    words[3] = "stand_in_atari.py"
+    assert place.launch(*words, "3", "--ticks", "4", "5", "6", SMOKE="1")[0] == 0
+    place.runs /= "smoke"
+    flags = [{"env-id": "Breakout", "seed": seed, "ticks": ticks} for seed in "12" for ticks in "45"]
+    assert [run["flags"] for run in place.manifest()] == flags
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["add", "g", "a", "stand_in.py", "--sed", "1"], "--sed: stand_in.py has no such flag; --seed is one"),
+    (["add", "g", "a", "stand_in.py", "--seed", "1", "--seed", "2"], "--seed: given twice"),
+    (["add", "g", "a", "stand_in.py", "--run-dir", "x"], "--run-dir: stand_in.py has no such flag"),
+    (["add", "g", "a", "stand_in.py", "1"], "1: expected --flag VALUE"),
+    (["add", "g", "a", "stand.py"], "stand.py: not in cleanrl_sparse/, which has stand_in.py"),
+    (["add", "g/h", "a", "stand_in.py"], "GRID of letters"),
+    (["launch", "h"], "runs/h.jsonl is not there; grids in runs: broken, g"),
+    (["status", "broken"], "runs/broken.jsonl is no manifest"),
+])  # fmt: skip
+def test_bad_input_gets_one_line(place: Place, words: list[str], told: str) -> None:
+    place.add("a")
+    (place.runs / "broken.jsonl").write_text('{"a": 1}\n')
+    before = place.manifest()
+    status, _, err = place.launch(*words)
+    assert status == 2 and told in err and len(err.splitlines()) == 1 and place.manifest() == before
+
+
+def dry(figure: str) -> list[list[str]]:
+    """Return the commands of a figure's script, the launcher's and the plotter's among them."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RUNS", "SMOKE")} | {"DRY": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    result = subprocess.run([BENCHMARK / f"{figure}.sh"], capture_output=True, text=True, check=True, env=environment)
+    return [shlex.split(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def commands() -> dict[str, list[list[str]]]:
+    """The commands of every figure's script."""
+    return {figure: dry(figure) for figure in FIGURES}
+
+
+def test_the_figures_commands_are_accepted_by_their_scripts(commands: dict[str, list[list[str]]]) -> None:
+    """Flags and values; of the runs of a curve, which differ in game and seed, the first with each other value."""
+    for figure, lines in commands.items():
+        training = [words for words in lines if words[1].startswith("cleanrl_sparse/")]
+        assert training and [words[1] for words in lines[len(training) :]][-1] == "benchmark/plot.py", figure
+        tried = set()
+        for words in training:
+            flags = dict(zip(words[2::2], words[3::2])) if "--prune-actor" not in words else {"--prune-actor": ""}
+            kind = (words[1], *sorted((k, v) for k, v in flags.items() if k not in ("--env-id", "--seed", "--run-dir")))
+            if kind not in tried:
+                tried.add(kind)
+                name = Path(words[1]).stem
+                (sys.modules.get(name) or load_script(name)).parse(words[2:])
+
+
+# Runs, games or tasks, and every value that is not the same in all runs: from the papers where they name it.
+GAMES = {"MsPacman", "Pong", "Qbert", "Assault", "Asterix", "BeamRider", "Boxing", "Breakout", "CrazyClimber",
+         "DemonAttack", "Enduro", "FishingDerby", "SpaceInvaders", "Tutankham", "VideoPinball"}  # fmt: skip
+EAU_GAMES = {"BeamRider", "MsPacman", "Qbert", "Pong", "Enduro", "SpaceInvaders", "Assault", "CrazyClimber", "Boxing",
+             "VideoPinball"}  # fmt: skip
+FOUR = {"BeamRider", "Breakout", "Enduro", "VideoPinball"}
+TASKS = {"Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "Walker2d-v5"}
+LISTS: dict[str, tuple[int, object, dict[str, set[str]]]] = {
+    "gmp_figure01": (1500, GAMES, {"width": {"1", "2", "3", "4", "5"}, "sparsity": {"0", "0.95"}}),
+    "gmp_figure02": (3, {"Breakout"}, {"sparsity": {"0.9", "0.95", "0.99"}, "width": {"3"}}),
+    "gmp_figure03": (300, GAMES, {"sparsity": {"0", "0.9", "0.95", "0.99"}, "width": {"3"}}),
+    "gmp_figure04": (450, GAMES, {"width": {"1", "3", "5"}, "sparsity": {"0", "0.95"}, "network": {"cnn"}}),
+    "gmp_figure05": (600, GAMES, {"replay-ratio": {"0.25", "0.5", "1", "2"}, "width": {"3"}}),
+    "gmp_figure06": (1200, 60, {"sparsity": {"0", "0.95"}, "width": {"3"}, "network": {"impala"}}),
+    "gmp_figure09_18": (100, TASKS, {"sparsity": {"0", "0.95"}}),
+    "gmp_figure10": (300, GAMES, {"total-timesteps": {"25000000"}, "sparsity": {"0", "0.95"}}),
+    "gmp_figure11": (80, FOUR, {"sparsity": {"0", "0.95"}, "width": {"3"}}),
+    "gmp_figure12": (450, GAMES, {"regulariser": {"l2-features", "weight-decay", "redo", "reset"}, "width": {"3"}}),
+    "gmp_figure13": (225, GAMES, {"pruner": {"lottery"}, "sparsity": {"0", "0.95"}}),
+    "gmp_figure14": (80, FOUR, {"sparsity": {"0", "0.95"}}),
+    "gmp_figure15": (375, GAMES, {"sparsity": {"0", "0.5", "0.95", "0.98", "0.99"}}),
+    "gmp_figure16": (300, GAMES, {"sparsity": {"0", "0.8", "0.95", "0.99"}}),
+    "gmp_figure17": (600, GAMES, {"replay-ratio": {"0.25", "0.5", "1", "2"}}),
+    "gmp_figure22": (225, GAMES, {"pruner": {"rigl"}, "prune-every": {"5000"}, "sparsity": {"0", "0.95"}}),
+    "gmp_figure28": (600, GAMES, {"learning-rate": {"1e-5", "3e-5", "6.25e-5", "1.25e-4"}}),
+    "gmp_figure29": (600, GAMES, {"batch-size": {"16", "32", "64", "128"}}),
+    "gmp_figure30": (150, GAMES, {"n-step": {"3"}, "sparsity": {"0", "0.95"}}),
+    "eaudedqn_online": (450, EAU_GAMES, {"feature-size": {"32", "512", "2048"}, "sparsity": {"0", "0.95"}}),
+    "eaudedqn_num_networks": (200, EAU_GAMES, {"num-networks": {"2", "3", "5", "8"}}),
+    "eaudedqn_max_exponent": (200, EAU_GAMES, {"max-exponent": {"1", "2", "3", "5"}}),
+    "eaudedqn_max_sparsity_step": (200, EAU_GAMES, {"max-sparsity-step": {"0.001", "0.003", "0.01", "0.03"}}),
+    "eaudedqn_behaviour": (150, EAU_GAMES, {"behaviour": {"inverse-loss", "uniform", "argmin"}}),
+    "eaudesac_mujoco": (125, TASKS, {"sparsity": {"0", "0.95", "0.99"}, "total-timesteps": {"1000000"}}),
+}
+
+
+def test_every_figure_has_its_lists() -> None:
+    assert sorted(LISTS) == FIGURES
+
+
+@pytest.mark.parametrize("figure", sorted(LISTS))
+def test_the_figures_lists_are_the_papers(figure: str, commands: dict[str, list[list[str]]]) -> None:
+    """By hand from the papers: how many runs, which games, which values."""
+    runs, games, values = LISTS[figure]
+    training = [words for words in commands[figure] if words[1].startswith("cleanrl_sparse/")]
+    ids = [words[words.index("--run-dir") + 1] for words in training]
+    assert len(training) == runs == len(set(ids))
+
+    def seen(flag: str) -> set[str]:
+        return {words[words.index(f"--{flag}") + 1] for words in training if f"--{flag}" in words}
+
+    assert seen("env-id") == games or len(seen("env-id")) == games
+    assert {flag: seen(flag) for flag in values} == values
+    header = (BENCHMARK / f"{figure}.sh").read_text()
+    assert f"# {runs:,} runs" in header or f"{runs:,} runs of" in header and len(header.splitlines()) <= 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("figure", FIGURES)
+def test_a_tiny_version_of_the_figure_ends_with_its_picture(figure: str, tmp_path: Path) -> None:
+    environment = os.environ | {"SMOKE": "1", "RUNS": str(tmp_path)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    result = subprocess.run([BENCHMARK / f"{figure}.sh"], capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert (tmp_path / f"{figure}.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / f"{figure}.md").exists()
+    assert len((tmp_path / f"{figure}.csv").read_text().splitlines()) > 2
+
+
+@pytest.mark.slow
+def test_a_grid_that_is_killed_at_random_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    """SIGKILL for the launcher or for a run, six times; then the models are the same, byte for byte."""
+    choice, grids = random.Random(0), []
+    flags = ["--env-id", "Pendulum-v1", "--seed", "1", "2", "3", "4", "--width", "1", "--total-timesteps", "1500"]
+    flags += ["--learning-starts", "200", "--batch-size", "32", "--prune-every", "50", "--eval-episodes", "1"]
+    flags += ["--checkpoint-minutes", "0.01", "--sparsity", "0.9"]
+    for name in ("whole", "killed"):
+        environment = os.environ | {"RUNS": str(tmp_path / name), "OMP_NUM_THREADS": "1"}
+        launch = [sys.executable, BENCHMARK / "launch.py"]
+        subprocess.run([*launch, "add", "g", "SAC", "sac_mujoco_gmp.py", *flags], check=True, env=environment)
+        for _ in range(6 if name == "killed" else 0):
+            launcher = subprocess.Popen([*launch, "launch", "g", "--workers", "2"], env=environment)
+            time.sleep(choice.uniform(3, 9))
+            if choice.random() < 0.5:
+                launcher.kill()
+            else:
+                subprocess.run(["pkill", "-9", "-o", "-f", f"(run-dir|resume) {tmp_path / name}"], check=False)
+                launcher.send_signal(signal.SIGTERM)
+            launcher.wait()
+        assert subprocess.run([*launch, "launch", "g", "--workers", "2"], env=environment, check=False).returncode == 0
+        runs = [json.loads(line) for line in (tmp_path / name / "g.jsonl").read_text().splitlines()]
+        grids.append([(tmp_path / name / run["folder"] / "model.safetensors").read_bytes() for run in runs])
+    assert grids[0] == grids[1] and len(set(grids[0])) == 4
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_the_figures_scripts_pass_shellcheck() -> None:
+    """SC2086 aside: the lists are meant to be split into words."""
+    subprocess.run(["shellcheck", "-e", "SC2086", *BENCHMARK.glob("*.sh")], check=True)
