@@ -15,7 +15,7 @@ Then CQL trains what is left.
 
     python cql_offline_snip.py --dataset mujoco/hopper/medium-v0                 # a Minari dataset by id
     python cql_offline_snip.py --dataset hopper_medium-v2.hdf5 --env-id Hopper   # a file of D4RL's
-    python cql_offline_snip.py --dataset local/hopper/medium-v0 --pruner grasp --sparsity 0.99
+    python cql_offline_snip.py --dataset local/hopper/medium-v0 --pruner grasp --sparsity 0.5
     python cql_offline_snip.py --dataset DATASET --pruner none                   # dense CQL
     python cql_offline_snip.py --resume runs/Hopper-v5__cql_offline_snip__1__1790000000
 
