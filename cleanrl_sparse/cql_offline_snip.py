@@ -23,6 +23,7 @@ Differences from the paper, and guesses ([C] read in the paper or another's code
  1. [I] SNIP: |w * dL/dw|, no new initialisation. GraSP: the largest w * (H g). Random and magnitude are controls.
  2. [I] L is each network's own loss: TD and CQL term for the critics, the policy loss for the actor. One threshold for
     the actor, one for both critics together; all weight matrices, no biases; exact counts, ties by lower index.
+    [D] Magnitudes are compared within each layer only: the last layers begin so small that all of them would go.
  3. [D] A layer of which nothing is left ends the run before it starts.
  4. [C] CQL as in CORL: alpha 10, 10 actions each from uniform, pi(s) and pi(s'), importance weights, no entropy backup.
  5. [D] Actor: CORL's offset of -1 of the log standard deviation is its initial bias; the factor beside it is left out.
@@ -618,8 +619,9 @@ class CQL:
         if self.args.pruner == "random":
             rng = torch.Generator(self.device).manual_seed(self.args.seed)
             return [[torch.rand(w.shape, generator=rng, device=self.device) for w in group] for group in self.groups]
-        if self.args.pruner == "magnitude":
-            return [[w.detach().abs() for w in group] for group in self.groups]
+        if self.args.pruner == "magnitude":  # ranks within a layer, as layers begin at scales of their own
+            ranks = [[w.detach().abs().flatten().argsort().argsort().view(w.shape) for w in g] for g in self.groups]
+            return [[rank / rank.numel() for rank in group] for group in ranks]
         found = list[list[Tensor]]()
         for which, group in enumerate(self.groups):
             gradient = [torch.zeros_like(w) for w in group]

@@ -194,6 +194,18 @@ def test_counts_are_exact_and_stay(cql: ModuleType, pruner: str, sparsity: float
     assert report["sparsity/prunable"] == pytest.approx(sparsity, abs=1e-4)
 
 
+def test_magnitude_takes_the_same_share_of_each_layer(cql: ModuleType) -> None:
+    """Whatever their scales; within a layer, over both critics, the largest stay."""
+    agent = make_agent(cql, pruner="magnitude", sparsity=0.75)
+    with torch.no_grad():
+        agent.critics[-2].mul_(1e-9)
+    old = [w.detach().abs().clone() for w in agent.weights]
+    agent.prune([])
+    for before, mask in zip(old, agent.masks):
+        assert abs(int(mask.sum()) - before.numel() / 4) <= 1
+        assert before[mask != 0].min() > before[mask == 0].max()
+
+
 def test_snip_is_the_gradient_at_gates(cql: ModuleType) -> None:
     """|dL/dc| at c = 1, where each weight is multiplied by its own gate c; over two batches their mean loss."""
     agent = make_agent(cql, pruner="snip")
@@ -268,9 +280,10 @@ def test_sparsity_zero_is_no_pruning_bit_for_bit(cql: ModuleType) -> None:
 
 
 def test_a_layer_with_nothing_left_is_refused(cql: ModuleType) -> None:
-    agent = make_agent(cql, pruner="magnitude", sparsity=0.9)
-    with torch.no_grad():
-        agent.critics[-2].mul_(1e-9)
+    agent = make_agent(cql, pruner="random", sparsity=0.9)
+    scores = agent.scores([])
+    scores[0][-1].fill_(-1)  # of both critics' last layer
+    agent.scores = lambda _: scores
     with pytest.raises(cql.Exit) as end:
         agent.prune([make_batch(cql, 0)])
     status, line = end.value.args
