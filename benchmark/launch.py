@@ -49,9 +49,9 @@ STATES = ("waiting", "queued", "running", "stopped", "failed", "done")
 TINY = {
     "atari rainbow": {"env-id": ["Breakout"], "total-timesteps": ["2000"], "learning-starts": ["1900"],
                       "buffer-size": ["2000"], "batch-size": ["8"], "epoch-steps": ["1000"], "target-every": ["50"],
-                      "prune-every": ["5"], "analysis-every": ["2000"], "eval-episodes": ["0"]},
+                      "prune-every": ["5"], "analysis-every": ["2000"], "eval-episodes": ["0"], "width": ["1", "2"]},
     "mujoco": {"env-id": ["Hopper-v5"], "total-timesteps": ["1200"], "learning-starts": ["1000"], "batch-size": ["32"],
-               "epoch-steps": ["400"], "prune-every": ["20"], "eval-episodes": ["2"]},
+               "epoch-steps": ["400"], "prune-every": ["20"], "eval-episodes": ["2"], "width": ["1"]},
     "offline": {"dataset": ["tests/data/hopper-random.hdf5"], "env-id": ["Hopper-v5"], "total-timesteps": ["60"],
                 "batch-size": ["32"], "epoch-steps": ["20"], "eval-episodes": ["2"]},
 }  # fmt: skip
@@ -182,7 +182,8 @@ def add(grid: str, curve: str, script: str, words: list[str]) -> None:
             lists[name].append(word)
     if SMOKE:
         tiny = next(flags for part, flags in TINY.items() if any(p in script for p in part.split()))
-        lists = {name: values[:2] for name, values in lists.items()} | {n: v for n, v in tiny.items() if n in known}
+        few = {name: values[:2] for name, values in lists.items()}
+        lists = few | {n: values[: len(few.get(n, [""]))] for n, values in tiny.items() if n in known}
     others = [] if DRY or not (RUNS / f"{grid}.jsonl").exists() else read(grid)
     runs = []
     for values in itertools.product(*(values or [""] for values in lists.values())):
@@ -311,7 +312,7 @@ def local(runs: list[TrainingRun], args: argparse.Namespace) -> int:
 
 def report(grid: str, runs: list[TrainingRun], stopped: int, failures: list[str]) -> int:
     """Print how it ended; return the exit status."""
-    for line in failures:
+    for line in [*failures[:20], *([f"... and {len(failures) - 20} more"] if len(failures) > 20 else [])]:
         print(f"launch.py: {line}", file=sys.stderr)
     if failures:
         hint = f"after mending it: python benchmark/launch.py retry {grid}, and launch again"
@@ -364,18 +365,19 @@ def submit(runs: list[TrainingRun], args: argparse.Namespace) -> int:
         tasks = [" ".join(run.id for run in pack) for pack in packs]
         for start in range(0, len(tasks), limit):
             submit_array(tasks[start : start + limit], args)
-    seen, lost = {run.id for run in runs}, set[str]()
+    alive, seen, lost = {run.id for run in runs}, set[str](), set[str]()
     while True:
         states = {run.id: run.state for run in runs}
-        open_ids = {key for key, state in states.items() if state not in ("done", "failed")}
-        alive = queued(args.grid)
-        lost = open_ids - alive - seen  # twice unfinished and not in the queue: a task may end between two looks
-        if not open_ids or not (open_ids - lost):
+        unfinished = {key for key, state in states.items() if state not in ("done", "failed")}
+        # A task may end between two looks, and another launcher may be running it here.
+        lost = {key for key in unfinished if states[key] != "running"} - alive - seen
+        if not unfinished - lost:
             break
-        seen = alive
-        counts = Counter(states.values())
+        counts = Counter("queued" if key in alive and s in ("waiting", "stopped") else s for key, s in states.items())
         print(", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]), flush=True)
         time.sleep(args.poll_seconds)
+        with suppress(SystemExit):  # squeue did not answer, and has said so
+            alive, seen = queued(args.grid), alive
     failures = [f"{run.folder} failed: {run.last_line()}" for run in runs if states[run.id] == "failed"]
     failures += [f"{run.folder} left the queue unfinished: {run.last_line()}" for run in runs if run.id in lost]
     return report(args.grid, runs, 0, failures)
@@ -396,7 +398,8 @@ def submit_array(tasks: list[str], args: argparse.Namespace) -> None:
     command = [sys.executable, str(Path(__file__).resolve()), "work", args.grid, "--tasks", str(file)]
     # As a step, since a batch script itself gets no signal when its job is preempted with a time of grace.
     step = f"srun --ntasks=1 --cpus-per-task={runs * args.cpus_per_run} --mpi=none"
-    script = f"#!/bin/bash\nexec {step} {shlex.join(command)} --threads {args.cpus_per_run}\n"
+    command += ["--threads", str(args.cpus_per_run)]
+    script = f"#!/bin/bash\nexport RUNS={shlex.quote(str(RUNS))}\nexec {step} {shlex.join(command)}\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     job = slurm("sbatch", "--parsable", *options, text=script).strip()
