@@ -30,7 +30,7 @@ Differences from the paper, and guesses ([C] read in the paper or another's code
  6. [D] The saved networks take raw observations: the standardisation is folded into their first layers.
  7. [D] Temperature of GraSP: none, since dividing a regression loss by it would not change the order of the scores.
 
-Figures: return against sparsity for each pruner. More: docs/cql_offline_snip.md.
+Figures: benchmark/cql_pruners.sh: return against sparsity. More: docs/cql_offline_snip.md.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ Differences from the papers, and guesses ([C] read in the paper, [I] inferred, [
  4. [D] A reset, every 100,000 gradient steps [C], empties Adam's moments and takes place in the target network, too.
  5. [D] Masks, schedule, width and environments: as in dqn_atari_gmp.py.
 
-Figures: 12, 13, 22, as far as they are about DQN. More: docs/dqn_atari_baselines.md.
+Figures: benchmark/gmp_figure12.sh, 13, 22. More: docs/dqn_atari_baselines.md.
 """
 
 from __future__ import annotations

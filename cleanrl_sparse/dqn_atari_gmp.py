@@ -31,7 +31,7 @@ Differences from the paper, and guesses ([C] read in the paper or its authors' c
  6. [D] An environment is not seeded anew at each ending (AtariEnvs). With --num-envs above 1 the environments step
     while the network learns, from all but that step.
 
-Figures: 1 to 4, 6, 10, 11, 14, 15, 17, 23, 28 to 30, as far as they are about DQN. More: docs/dqn_atari_gmp.md.
+Figures: benchmark/gmp_figure*.sh, DQN in 1 to 4, 6, 10 to 15, 17, 22, 28 to 30. More: docs/dqn_atari_gmp.md.
 """
 
 from __future__ import annotations

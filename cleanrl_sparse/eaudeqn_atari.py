@@ -27,7 +27,7 @@ Differences from the paper, and guesses ([I] inferred, [D] our decision; no trai
  6. [D] Epsilon anneals after the warm-up, as in Dopamine. An environment is not seeded anew at each ending (AtariEnvs).
  7. [D] With --num-envs above 1 the environments step while the networks learn, from all but that step.
 
-Figures: the online comparison of EauDeDQN, its ablations of K, U_max and S_max. More: docs/eaudeqn_atari.md.
+Figures: benchmark/eaudedqn_*.sh: the online comparison, ablations. More: docs/eaudeqn_atari.md.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ Differences from the paper, and guesses ([C] read in the paper or its authors' c
  7. [D] An environment is not seeded anew at each ending (AtariEnvs). With --num-envs above 1 the environments step
     while the network learns, from all but that step.
 
-Figures: 1, 2, 5, 6, 10, 11, 14, 16, as far as they are about Rainbow. More: docs/rainbow_resnet_gmp.md.
+Figures: benchmark/gmp_figure*.sh, Rainbow in 1, 5, 6, 10, 11, 14, 16. More: docs/rainbow_resnet_gmp.md.
 """
 
 from __future__ import annotations

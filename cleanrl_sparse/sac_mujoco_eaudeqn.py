@@ -31,7 +31,7 @@ nothing about this variant; the base is slimSAC, the same group's code of the sa
  7. [D] Glorot-uniform weights and zero biases, as in sac_mujoco_gmp.py; slimSAC has Flax's LeCun-normal weights.
  8. [D] Saved: the actor, and of the critics the pair with the smallest loss.
 
-Figures: EauDeSAC on Ant, HalfCheetah, Hopper, Humanoid, Walker2d. More: docs/sac_mujoco_eaudeqn.md.
+Figures: benchmark/eaudesac_mujoco.sh. More: docs/sac_mujoco_eaudeqn.md.
 """
 
 from __future__ import annotations

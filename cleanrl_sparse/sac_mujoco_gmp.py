@@ -28,7 +28,7 @@ Differences from the paper, and guesses ([C] read in the paper or its authors' c
  7. [D] The log standard deviation is clamped to [-20, 2]; rigl/rl leaves it free. Gymnasium's v5 environments.
  8. [D] Evaluations are of 10 episodes with always the same seeds; rigl/rl's of 30.
 
-Figures: 9 and 18. More: docs/sac_mujoco_gmp.md.
+Figures: benchmark/gmp_figure09_18.sh, eaudesac_mujoco.sh. More: docs/sac_mujoco_gmp.md.
 """
 
 from __future__ import annotations
