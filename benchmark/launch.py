@@ -1,19 +1,25 @@
-"""Run a grid of training runs, on this machine or as Slurm job arrays, and go on after whatever broke it off.
+"""Run a grid of training runs, here or under Slurm, and go on after a break.
 
-    python benchmark/launch.py add GRID CURVE SCRIPT --flag VALUE ...   # a curve: every combination of the values
-    python benchmark/launch.py launch GRID                              # run what is not done; again: go on
-    python benchmark/launch.py status GRID                              # what waits, runs (time left), failed, is done
-    python benchmark/launch.py retry GRID                               # let the next launch start failed runs again
+    launch.py add GRID CURVE SCRIPT --flag VALUE ...    add a curve: a run for
+                                                        each combination
+    launch.py launch GRID    run what is not done; again: go on
+    launch.py status GRID    what waits, runs (time left), failed, is done
+    launch.py retry GRID     let the next launch start failed runs again
 
-A grid is a manifest, RUNS/GRID.jsonl, with one line of JSON per run: id (a hash of script and flags), curve, script,
-flags and folder. A run's state is read from its folder, RUNS/FOLDER, alone. final.json: done; .lock held: running;
-.failed: failed, with the exit status in it; args.json: stopped, to be resumed; nothing: waiting. Grids that ask for the
-same run share it. The run itself holds the lock, so that it is not started twice though its launcher be killed.
+A grid is a manifest, RUNS/GRID.jsonl, with one line of JSON per run: id (a
+hash of script and flags), curve, script, flags and folder. A run's state is
+read from its folder, RUNS/FOLDER, alone. final.json: done; .lock held:
+running; .failed: failed, with the exit status in it; args.json: stopped, to
+be resumed; nothing: waiting. Grids that ask for the same run share it. The
+run itself holds the lock, so that it is not started twice though its launcher
+be killed.
 
-RUNS is the environment variable of that name, else runs. DRY=1 prints the commands and does nothing. SMOKE=1 makes a
-tiny grid in runs/smoke: one quick environment, two values of every list, a few gradient steps.
+RUNS is the environment variable of that name, else runs. DRY=1 prints the
+commands and does nothing. SMOKE=1 makes a tiny grid in runs/smoke: one quick
+environment, two values of every list, a few gradient steps.
 
-Exit status: 0 all runs are done, 1 some failed (they are named), 2 bad input, 75 stopped: launch again to go on.
+Exit status: 0 all runs are done, 1 some failed (they are named), 2 bad input,
+75 stopped: launch again to go on.
 """
 
 from __future__ import annotations
@@ -181,7 +187,7 @@ def add(grid: str, curve: str, script: str, words: list[str]) -> None:
         else:
             lists[name].append(word)
     if SMOKE:
-        tiny = next(flags for part, flags in TINY.items() if any(p in script for p in part.split()))
+        tiny = next((flags for part, flags in TINY.items() if any(p in script for p in part.split())), {})
         few = {name: values[:2] for name, values in lists.items()}
         lists = few | {n: values[: len(few.get(n, [""]))] for n, values in tiny.items() if n in known}
     others = [] if DRY or not (RUNS / f"{grid}.jsonl").exists() else read(grid)
@@ -193,7 +199,9 @@ def add(grid: str, curve: str, script: str, words: list[str]) -> None:
                 flags[name] = f"FOLDER OF {value[1:]}" if DRY else str(RUNS / find(others, value[1:], flags, grid))
         identity = json.dumps([script, sorted(flags.items())])
         key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        title = (flags.get("env-id") or Path(flags.get("dataset", "run")).stem).replace("/", "-")
+        data = Path(flags.get("dataset", ""))
+        title = (data.stem if data.suffix == ".hdf5" else str(data)).strip("/.") or flags.get("env-id", "default")
+        title = title.replace("/", "-")
         folder = f"{title}__{Path(script).stem}__{flags.get('seed', '1')}__{key}"
         runs.append(TrainingRun(key, curve, script, flags, folder))
     if DRY:
@@ -441,6 +449,13 @@ def show(runs: list[TrainingRun], alive: set[str]) -> None:
                 print(f"{state}: {run.folder}\n    {tell(run)}")
 
 
+def positive(text: str) -> int:
+    """Return an integer above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be an integer, at least 1")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; add is told apart before, as its flags are those of a script."""
     top = argparse.ArgumentParser(prog="launch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -453,21 +468,23 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument("--tasks")
             one.add_argument("--threads", type=int)
         if name == "launch":
-            one.add_argument("--backend", choices=("local", "slurm"), default="local")
-            one.add_argument("--workers", type=int, default=0, metavar="N",
-                             help="local: runs at a time; default: one per core, or --runs-per-gpu on each GPU")
-            one.add_argument("--runs-per-gpu", type=int, default=1, metavar="N", help="local: runs that share a GPU")
-            one.add_argument("--runs-per-job", type=int, default=1, metavar="N", help="slurm: runs that share a task")
-            one.add_argument("--cpus-per-run", type=int, default=1, metavar="N", help="slurm: cores of each")
-            one.add_argument("--gib-per-run", type=int, default=10, metavar="N", help="slurm: memory of each in GiB")
-            one.add_argument("--gpus-per-job", type=int, default=0, metavar="N", help="slurm: GPUs of a task")
-            one.add_argument("--time", default="24:00:00", help="slurm: time limit; what is not done goes on after it")
-            one.add_argument("--seconds-to-stop", type=int, default=300, metavar="N",
-                             help="slurm: time before the limit at which runs write their checkpoint and end")
-            one.add_argument("--partition", help="slurm")
-            one.add_argument("--account", help="slurm")
-            one.add_argument("--sbatch", default="", metavar="OPTIONS", help="slurm: more options, in one string")
-            one.add_argument("--poll-seconds", type=float, default=30, metavar="N", help="slurm: between two looks")
+            one.add_argument("--backend", choices=("local", "slurm"), default="local", help="default: local")
+            here, there = one.add_argument_group("local"), one.add_argument_group("slurm")
+            for group, flag, default, text in (
+                (here, "--workers", None, "runs at a time; default: one per core, or --runs-per-gpu on each GPU"),
+                (here, "--runs-per-gpu", 1, "runs that share a GPU; default: 1"),
+                (there, "--runs-per-job", 1, "runs that share a task of a job array; default: 1"),
+                (there, "--cpus-per-run", 1, "cores of each run; default: 1"),
+                (there, "--gib-per-run", 10, "memory of each run in GiB; default: 10"),
+                (there, "--gpus-per-job", None, "GPUs of a task; default: none"),
+                (there, "--seconds-to-stop", 300, "time before the limit at which runs are told to stop; default: 300"),
+                (there, "--poll-seconds", 30, "time between two looks at the queue; default: 30"),
+            ):
+                group.add_argument(flag, type=positive, default=default, metavar="N", help=text)
+            there.add_argument("--time", default="24:00:00", help="limit of a task; default: 24:00:00")
+            there.add_argument("--partition")
+            there.add_argument("--account")
+            there.add_argument("--sbatch", default="", metavar="OPTIONS", help="more options of sbatch, in one string")
     return top
 
 
@@ -485,8 +502,14 @@ def main(argv: list[str]) -> int:
     runs = read(args.grid)
     if args.command == "work":
         return task(args)
+    if args.command == "launch" and args.backend == "local":
+        return local(unique(runs), args)
     if args.command == "launch":
-        return (local if args.backend == "local" else submit)(unique(runs), args)
+        try:
+            return submit(unique(runs), args)
+        except KeyboardInterrupt:
+            print("\nlaunch.py: the jobs go on (scancel ends them); launch again to wait for them", file=sys.stderr)
+            return STOPPED
     if args.command == "status":
         show(runs, queued(args.grid))
         return 0

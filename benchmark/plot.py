@@ -1,8 +1,8 @@
 """Statistics and pictures of a grid of runs, from its run folders or from a CSV file alone.
 
-    python benchmark/plot.py curves GRID --reference Impala-DQN                  # from RUNS/GRID.jsonl and its runs
+    python benchmark/plot.py curves GRID --reference Impala-DQN
     python benchmark/plot.py sweep GRID --x width --flat "DQN dense"
-    python benchmark/plot.py curves benchmark/results/GRID.csv --out pictures/x  # from the CSV file of an earlier call
+    python benchmark/plot.py curves benchmark/results/GRID.csv --out x    # from an earlier call's file
 
 KIND is one of
     curves      score over the steps
