@@ -13,9 +13,9 @@ COMMON="--env-id $ENVS --seed $SEEDS --total-timesteps ${STEPS:-1000000} --preci
 SLIM="--width 1 --learning-starts 5000 --learning-rate 1e-3 --reward-scale 1 --target-entropy -1 --weight-decay 0"
 
 add="python benchmark/launch.py add $grid"
-for sparsity in 0 0.95 0.99; do
-  $add "SAC, sparsity $sparsity" sac_mujoco_gmp.py $COMMON $SLIM --sparsity $sparsity
-done
+$add "SAC dense" sac_mujoco_gmp.py $COMMON $SLIM --sparsity 0
+$add "SAC 95 %" sac_mujoco_gmp.py $COMMON $SLIM --sparsity 0.95
+$add "SAC 99 %" sac_mujoco_gmp.py $COMMON $SLIM --sparsity 0.99
 $add EauDeSAC sac_mujoco_eaudeqn.py $COMMON
 $add "EauDeSAC, pruned actor" sac_mujoco_eaudeqn.py $COMMON --prune-actor
 python benchmark/launch.py launch $grid "$@"

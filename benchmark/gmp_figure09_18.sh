@@ -9,8 +9,7 @@ ENVS=${ENVS:-"Ant-v5 HalfCheetah-v5 Hopper-v5 Humanoid-v5 Walker2d-v5"}
 SEEDS=${SEEDS:-"1 2 3 4 5 6 7 8 9 10"}
 
 add="python benchmark/launch.py add $grid"
-for sparsity in 0 0.95; do
-  $add "SAC, sparsity $sparsity" sac_mujoco_gmp.py --env-id $ENVS --seed $SEEDS --sparsity $sparsity
-done
+$add "SAC dense" sac_mujoco_gmp.py --env-id $ENVS --seed $SEEDS --sparsity 0
+$add "SAC 95 %" sac_mujoco_gmp.py --env-id $ENVS --seed $SEEDS --sparsity 0.95
 python benchmark/launch.py launch $grid "$@"
 python benchmark/plot.py curves $grid --sparsity
