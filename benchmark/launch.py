@@ -41,7 +41,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -110,11 +110,7 @@ class TrainingRun:
 
     def last_line(self) -> str:
         """Return the last line that the run printed."""
-        with suppress(OSError), open(self.path / ".log", "rb") as file:
-            file.seek(max(0, os.path.getsize(file.name) - 4096))
-            lines = file.read().decode(errors="replace").split("\n")
-            return next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return ""
+        return last_line(self.path / ".log")
 
     def progress(self) -> str:
         """Return the share of a begun run that is done, and the time left at its latest speed."""
@@ -129,6 +125,15 @@ class TrainingRun:
             return "just begun"
         minutes = (total - step) / max(speed, 1e-9) / 60
         return f"{step / total:4.0%}, {minutes // 60:.0f}:{minutes % 60:02.0f} h left"
+
+
+def last_line(path: Path) -> str:
+    """Return the last line of a file that is not empty; no file, no line."""
+    with suppress(OSError), open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - 4096))
+        lines = file.read().decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return ""
 
 
 @contextmanager
@@ -262,16 +267,25 @@ def begin(run: TrainingRun, slot: int, environment: dict[str, str]) -> Child | N
     return Child(run, process, lock, slot)
 
 
-def work(runs: list[TrainingRun], slots: list[dict[str, str]]) -> tuple[int, list[str]]:
-    """Run what is neither done nor failed, one run per slot at a time; return how many were stopped, and the failures.
+@dataclass
+class Outcome:
+    """What became of runs that are not done: lines about those that failed or broke off, and how many were stopped."""
+
+    failed: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)  # killed, or cancelled: no fault of the run's own
+    stopped: int = 0
+
+
+def work(runs: list[TrainingRun], slots: list[dict[str, str]]) -> Outcome:
+    """Run what is neither done nor failed, one run per slot at a time.
 
     A slot is what its runs' environment has beside ours. Runs that another launcher has begun are waited for.
     """
     stops: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stops.append(number))
-    pending, children, failures = [run for run in runs if run.state != "done"], list[Child](), list[str]()
-    done, stopped, told = len(runs) - len(pending), 0, 0
+    pending, children, outcome = [run for run in runs if run.state != "done"], list[Child](), Outcome()
+    done, told = len(runs) - len(pending), 0
     while children or (pending and not stops):
         free = [i for i in range(len(slots)) if i not in {child.slot for child in children}]
         for run in [*pending] if free and not stops else []:
@@ -279,13 +293,13 @@ def work(runs: list[TrainingRun], slots: list[dict[str, str]]) -> tuple[int, lis
                 pending.remove(run)
                 done += state == "done"
                 if state == "failed":
-                    failures.append(f"{run.folder} failed: {run.last_line()}")
+                    outcome.failed.append(f"{run.folder} failed: {run.last_line()}")
             elif free and state != "running" and (child := begin(run, free[0], slots[free[0]])):
                 children.append(child)
                 pending.remove(run)
                 free.pop(0)
                 verb = "go on with" if state == "stopped" else "begin"
-                print(f"[{done}/{len(runs)} done, {len(failures)} failed] {verb} {run.folder}", flush=True)
+                print(f"[{done}/{len(runs)} done, {len(outcome.failed)} failed] {verb} {run.folder}", flush=True)
             if not free or stops:
                 break
         for child in children if len(stops) > told else []:
@@ -297,14 +311,16 @@ def work(runs: list[TrainingRun], slots: list[dict[str, str]]) -> tuple[int, lis
             if status == 0 and (run.path / "final.json").exists():
                 done += 1
             elif status == STOPPED or (stops and status == -signal.SIGTERM):  # the latter while it was starting
-                stopped += 1
-            else:  # a signal may come from outside, so that the next launch tries again; a status is the run's own
-                failures.append(f"{run.folder} ended with status {status}: {run.last_line()}")
-                if status >= 0:
-                    (run.path / ".failed").write_text(f"{status}\n")
+                outcome.stopped += 1
+            elif status < 0:
+                outcome.broken.append(f"{run.folder} was killed by signal {-status}: {run.last_line()}")
+            else:
+                outcome.failed.append(f"{run.folder} ended with status {status}: {run.last_line()}")
+                (run.path / ".failed").write_text(f"{status}\n")
             os.close(child.lock)
         time.sleep(0.2 if children or not pending else 1)
-    return stopped + (len(pending) if stops else 0), failures
+    outcome.stopped += len(pending)
+    return outcome
 
 
 def local(runs: list[TrainingRun], args: argparse.Namespace) -> int:
@@ -315,20 +331,23 @@ def local(runs: list[TrainingRun], args: argparse.Namespace) -> int:
     slots = [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)} for _ in range(workers)]
     for i, slot in enumerate(slots if devices else []):
         slot["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
-    return report(args.grid, runs, *work(runs, slots))
+    return report(args.grid, runs, work(runs, slots))
 
 
-def report(grid: str, runs: list[TrainingRun], stopped: int, failures: list[str]) -> int:
+def report(grid: str, runs: list[TrainingRun], outcome: Outcome) -> int:
     """Print how it ended; return the exit status."""
-    for line in [*failures[:20], *([f"... and {len(failures) - 20} more"] if len(failures) > 20 else [])]:
+    lines = [*outcome.failed, *outcome.broken]
+    for line in [*lines[:20], *([f"... and {len(lines) - 20} more"] if len(lines) > 20 else [])]:
         print(f"launch.py: {line}", file=sys.stderr)
-    if failures:
+    unfinished = outcome.stopped + len(outcome.broken)
+    if unfinished:
+        hint = f"{unfinished} of {len(runs)} runs are unfinished; launch again to go on"
+        print(f"launch.py: {hint}", file=sys.stderr)
+    if outcome.failed:
         hint = f"after mending it: python benchmark/launch.py retry {grid}, and launch again"
-        print(f"launch.py: {len(failures)} of {len(runs)} runs failed; {hint}", file=sys.stderr)
+        print(f"launch.py: {len(outcome.failed)} of {len(runs)} runs failed; {hint}", file=sys.stderr)
         return 1
-    if stopped:
-        hint = f"{stopped} of {len(runs)} runs are unfinished; launch again to go on"
-        print(f"launch.py: stopped, {hint}", file=sys.stderr)
+    if unfinished:
         return STOPPED
     print(f"{grid}: all {len(runs)} runs are done")
     return 0
@@ -336,13 +355,15 @@ def report(grid: str, runs: list[TrainingRun], stopped: int, failures: list[str]
 
 def slurm(*command: str, text: str | None = None, may_fail: bool = False) -> str:
     """Return what a command of Slurm's prints; end with its error, unless it may fail."""
+    # Within a job, the settings of that job are not meant for those that are submitted from it.
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
     try:
-        result = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, input=text, capture_output=True, text=True, check=False, env=environment)
     except FileNotFoundError:
         refuse(f"--backend slurm: {command[0]} is not installed here")
     if result.returncode and not may_fail:
-        lines = (result.stderr or result.stdout).splitlines() or [f"status {result.returncode}"]
-        refuse(f"{command[0]}: {lines[0]}")
+        said = "; ".join((result.stderr or result.stdout).split("\n")).strip("; ") or f"status {result.returncode}"
+        refuse(f"{command[0]}: {said.removeprefix(f'{command[0]}: ')}")
     return result.stdout
 
 
@@ -386,9 +407,19 @@ def submit(runs: list[TrainingRun], args: argparse.Namespace) -> int:
         time.sleep(args.poll_seconds)
         with suppress(SystemExit):  # squeue did not answer, and has said so
             alive, seen = queued(args.grid), alive
-    failures = [f"{run.folder} failed: {run.last_line()}" for run in runs if states[run.id] == "failed"]
-    failures += [f"{run.folder} left the queue unfinished: {run.last_line()}" for run in runs if run.id in lost]
-    return report(args.grid, runs, 0, failures)
+    failed = [f"{run.folder} failed: {run.last_line()}" for run in runs if states[run.id] == "failed"]
+    logs = {key: last_line(log) for key, log in task_logs(args.grid).items() if key in lost}
+    broken = [f"{run.folder} left the queue: {run.last_line() or logs.get(run.id)}" for run in runs if run.id in lost]
+    return report(args.grid, runs, Outcome(failed, broken))
+
+
+def task_logs(grid: str) -> dict[str, Path]:
+    """Return for each run the log of the latest task that it belonged to."""
+    logs = dict[str, Path]()
+    for file in sorted((RUNS / ".slurm").glob(f"{grid}-*.tasks"), key=lambda file: file.stat().st_mtime):
+        for i, line in enumerate(file.read_text().splitlines()):
+            logs |= dict.fromkeys(line.split(), file.with_name(f"{file.stem}-{i}.log"))
+    return logs
 
 
 def submit_array(tasks: list[str], args: argparse.Namespace) -> None:
@@ -405,7 +436,7 @@ def submit_array(tasks: list[str], args: argparse.Namespace) -> None:
                *([f"--account={args.account}"] if args.account else []), *shlex.split(args.sbatch)]  # fmt: skip
     command = [sys.executable, str(Path(__file__).resolve()), "work", args.grid, "--tasks", str(file)]
     # As a step, since a batch script itself gets no signal when its job is preempted with a time of grace.
-    step = f"srun --ntasks=1 --cpus-per-task={runs * args.cpus_per_run} --mpi=none"
+    step = f"srun --ntasks=1 --cpus-per-task={runs * args.cpus_per_run} --mpi=none --export=ALL"
     command += ["--threads", str(args.cpus_per_run)]
     script = f"#!/bin/bash\nexport RUNS={shlex.quote(str(RUNS))}\nexec {step} {shlex.join(command)}\n"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -422,12 +453,13 @@ def task(args: argparse.Namespace) -> int:
     slots = [{"OMP_NUM_THREADS": str(args.threads)} for _ in runs]
     for i, slot in enumerate(slots if devices else []):
         slot["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
-    stopped, failures = work(runs, slots)
-    status = report(args.grid, runs, stopped, failures)
+    outcome = work(runs, slots)
+    status = report(args.grid, runs, outcome)
     job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     # Near the time limit or in the time of grace the task is still running. Otherwise Slurm queues it again by itself,
     # or it was cancelled, and to queue it again would bring it back to life.
-    if stopped and slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T", may_fail=True).strip() == "RUNNING":
+    ask = ("squeue", "--noheader", f"--jobs={job}", "--format=%T")
+    if outcome.stopped and slurm(*ask, may_fail=True).strip() == "RUNNING":
         slurm("scontrol", "requeue", job, may_fail=True)
     return status
 

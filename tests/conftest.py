@@ -19,16 +19,18 @@ SCRIPTS = Path(os.environ.get("SCRIPTS_DIR") or Path(__file__).resolve().parent.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is `shared` is text that all scripts have in common: the quick suite tries it through the first one only.
 
-    What test_runs.py does with the baselines, which have most in common with dqn_atari_gmp.py, is slow too, and so is
-    killing the scripts that have most in common with another one.
+    Of what test_runs.py does, some is slow too: all with the baselines, which have most in common with dqn_atari_gmp;
+    for the scripts that have most in common with another one, killing, three environments and training alone.
     """
     for item in items:
-        baselines = "dqn_atari_baselines" in item.name and item.path.name == "test_runs.py"
-        twin = "dqn_atari_gmp" in item.name or "sac_mujoco_gmp" in item.name
-        killing = twin and "broken_off" in getattr(item, "fixturenames", ())
+        runs = item.path.name == "test_runs.py"
+        baselines = runs and "dqn_atari_baselines" in item.name
+        twin = runs and any(f"{name}_gmp" in item.name for name in ("dqn_atari", "sac_mujoco", "rainbow_resnet"))
+        costly = "broken_off" in getattr(item, "fixturenames", ()) or "_gmp-3" in item.name or "alone" in item.name
         if "cql_offline_snip-3" in item.name:
             item.add_marker(pytest.mark.skip(reason="it has no environments to train in"))
-        if baselines or killing or (item.get_closest_marker("shared") and "eaudeqn_atari" not in item.name):
+        shared = item.get_closest_marker("shared") and "eaudeqn_atari" not in item.name
+        if baselines or shared or (twin and costly):
             item.add_marker(pytest.mark.slow)
 
 

@@ -159,7 +159,8 @@ def test_a_run_that_is_killed_is_named_and_resumed(place: Place) -> None:
     place.wait_for(1)
     subprocess.run(["pkill", "-9", "-f", f"{place.runs.name}/{place.manifest()[0]['folder']}"], check=True)
     _, err = launcher.communicate()
-    assert launcher.returncode == 1 and f"{place.manifest()[0]['folder']} ended with status -9" in err
+    assert launcher.returncode == 75 and f"{place.manifest()[0]['folder']} was killed by signal 9" in err
+    assert err.splitlines()[1] == "launch.py: 1 of 1 runs are unfinished; launch again to go on"
     assert place.launch("launch", "g")[0] == 0 and place.starts() == ["start start end"]
     assert len((place.runs / place.manifest()[0]["folder"] / "metrics.jsonl").read_text().splitlines()) == 20
 
@@ -187,7 +188,7 @@ def test_a_launcher_that_is_stopped_stops_its_runs_and_goes_on_later(place: Plac
     place.wait_for(2)
     launcher.send_signal(number)
     _, err = launcher.communicate()
-    assert (launcher.returncode, err) == (75, "launch.py: stopped, 3 of 3 runs are unfinished; launch again to go on\n")
+    assert (launcher.returncode, err) == (75, "launch.py: 3 of 3 runs are unfinished; launch again to go on\n")
     assert place.launch("status", "g")[1].splitlines()[1].split() == ["a", "1", "0", "0", "2", "0", "0"]
     status, out, _ = place.launch("launch", "g", "--workers", "3")
     assert status == 0 and out.count("] go on with Pong") == 2 and out.count("] begin Pong") == 1
