@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Single-shot pruning for offline RL (arXiv 2112.15579), here on CQL: return against sparsity for each pruner.
-# It found, by its abstract: most experiments keep their return with 95 % of the weights pruned. Datasets, sparsities and
-# the number of seeds are our choice; GraSP leaves some layer empty from about 0.8 on, which the script refuses.
+# It found, by its abstract: most experiments keep their return with 95 % of the weights pruned. Datasets, sparsities
+# and the number of seeds are our choice; GraSP empties a layer from about 0.8 on, which the script refuses.
 # Data, once: python cleanrl_sparse/make_datasets.py --env-id Hopper-v5
 # 90 runs of 1M gradient steps; hours of a run: benchmark/README.md.
 set -euo pipefail

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Eau De Q-Network (arXiv 2503.01437), ablation of which network acts, 512 features.
+# It shows the final score, and in the table the final sparsity. We have no number of the paper's to compare with.
 # The paper's way is taken to be inverse-loss.
 # 150 runs of 40M frames; hours of a run: benchmark/README.md.
 set -euo pipefail

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Eau De Q-Network (arXiv 2503.01437), ablation of S_max, the most sparsity added at one target update, 512 features.
+# It shows the final score, and in the table the final sparsity. We have no number of the paper's to compare with.
 # The values are our choice; the paper's setting is 0.01.
 # 200 runs of 40M frames; hours of a run: benchmark/README.md.
 set -euo pipefail

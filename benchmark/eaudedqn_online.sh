@@ -15,4 +15,4 @@ $add DQN dqn_atari_gmp.py $COMMON --network cnn --sparsity 0
 $add PolyPruneDQN dqn_atari_gmp.py $COMMON --network cnn --sparsity 0.95
 $add EauDeDQN eaudeqn_atari.py $COMMON
 python benchmark/launch.py launch $grid "$@"
-python benchmark/plot.py sweep $grid --x feature-size
+python benchmark/plot.py curves $grid --x feature-size --sparsity --reference CNN-DQN

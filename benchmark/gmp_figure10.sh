@@ -17,4 +17,4 @@ $add "DQN 95 %" dqn_atari_gmp.py $COMMON --sparsity 0.95
 $add "Rainbow dense" rainbow_resnet_gmp.py $COMMON --sparsity 0
 $add "Rainbow 95 %" rainbow_resnet_gmp.py $COMMON --sparsity 0.95
 python benchmark/launch.py launch $grid "$@"
-python benchmark/plot.py curves $grid
+python benchmark/plot.py curves $grid --reference Impala-DQN Impala-Rainbow

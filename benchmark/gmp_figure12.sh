@@ -18,4 +18,4 @@ for regulariser in l2-features weight-decay redo reset; do
   $add "DQN $regulariser" dqn_atari_baselines.py $COMMON --sparsity 0 --regulariser $regulariser
 done
 python benchmark/launch.py launch $grid "$@"
-python benchmark/plot.py curves $grid
+python benchmark/plot.py curves $grid --reference Impala-DQN

@@ -17,4 +17,4 @@ $add "DQN 95 %" dqn_atari_gmp.py $COMMON --sparsity 0.95
 python benchmark/launch.py launch $grid "$@"
 $add "DQN lottery ticket" dqn_atari_baselines.py $COMMON --pruner lottery --lottery-mask "@DQN 95 %"
 python benchmark/launch.py launch $grid "$@"
-python benchmark/plot.py curves $grid
+python benchmark/plot.py curves $grid --reference Impala-DQN

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pruned network (arXiv 2402.12479), figure 17: DQN at replay ratios of 0.25, 0.5, 1 and 2, dense and 95 %, as in figure 5.
+# Pruned network (arXiv 2402.12479), figure 17: DQN at the replay ratios of figure 5, dense and 95 %.
 # Its curves are in the paper; we have no number of them to compare with.
 # 600 runs of 40M frames; hours of a run: benchmark/README.md.
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pruned network (arXiv 2402.12479), figure 22: DQN pruned gradually and RigL, which is sparse from the start, both 95 %.
+# Pruned network (arXiv 2402.12479), figure 22: DQN pruned gradually and by RigL, sparse from the start, both 95 %.
 # Its curves are in the paper; we have no number of them to compare with.
 # 225 runs of 40M frames; hours of a run: benchmark/README.md.
 set -euo pipefail
@@ -15,4 +15,4 @@ $add "DQN dense" dqn_atari_gmp.py $COMMON --sparsity 0
 $add "DQN 95 %" dqn_atari_gmp.py $COMMON --sparsity 0.95
 $add "DQN RigL 95 %" dqn_atari_baselines.py $COMMON --sparsity 0.95 --pruner rigl --prune-every 5000
 python benchmark/launch.py launch $grid "$@"
-python benchmark/plot.py curves $grid
+python benchmark/plot.py curves $grid --reference Impala-DQN

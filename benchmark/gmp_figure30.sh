@@ -14,4 +14,4 @@ add="python benchmark/launch.py add $grid"
 $add "DQN dense" dqn_atari_gmp.py $COMMON --sparsity 0 --n-step 3
 $add "DQN 95 %" dqn_atari_gmp.py $COMMON --sparsity 0.95 --n-step 3
 python benchmark/launch.py launch $grid "$@"
-python benchmark/plot.py curves $grid
+python benchmark/plot.py curves $grid --reference Impala-DQN

@@ -4,18 +4,20 @@
                                                         each combination
     launch.py launch GRID    run what is not done; again: go on
     launch.py status GRID    what waits, runs (time left), failed, is done
-    launch.py retry GRID     let the next launch start failed runs again
+    launch.py retry GRID     let the next launch go on with failed runs
+    launch.py remove GRID CURVE    take a curve out; its runs' folders stay
 
 A grid is a manifest, RUNS/GRID.jsonl, with one line of JSON per run: id (a
-hash of script and flags), curve, script, flags and folder. A run's state is
+hash of script and flags, defaults left out), curve, script, flags and folder. A run's state is
 read from its folder, RUNS/FOLDER, alone. final.json: done; .lock held:
 running; .failed: failed, with the exit status in it; args.json: stopped, to
 be resumed; nothing: waiting. Grids that ask for the same run share it. The
 run itself holds the lock, so that it is not started twice though its launcher
 be killed.
 
-RUNS is the environment variable of that name, else runs. DRY=1 prints the
-commands and does nothing. SMOKE=1 makes a tiny grid in runs/smoke: one quick
+RUNS is the environment variable of that name, else runs. FLAGS is added to
+the flags of every run, such as FLAGS="--num-envs 8". DRY=1 prints the commands
+and does nothing. SMOKE=1 makes a tiny grid in RUNS/smoke: one quick
 environment, two values of every list, a few gradient steps.
 
 Exit status: 0 all runs are done, 1 some failed (they are named), 2 bad input,
@@ -35,6 +37,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -48,14 +51,15 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "cleanrl_sparse"
 DRY, SMOKE = bool(os.environ.get("DRY")), bool(os.environ.get("SMOKE"))
-RUNS = Path(os.environ.get("RUNS") or ("runs/smoke" if SMOKE else "runs"))
+RUNS = Path(os.environ.get("RUNS") or "runs") / ("smoke" if SMOKE else "")
 STOPPED = 75  # exit status of a run that was asked to stop and left a checkpoint
 STATES = ("waiting", "queued", "running", "stopped", "failed", "done")
 # SMOKE=1: what makes a run tiny, by the part of the script's name that tells its family.
 TINY = {
     "atari rainbow": {"env-id": ["Breakout"], "total-timesteps": ["2000"], "learning-starts": ["1900"],
-                      "buffer-size": ["2000"], "batch-size": ["8"], "epoch-steps": ["1000"], "target-every": ["50"],
-                      "prune-every": ["5"], "analysis-every": ["2000"], "eval-episodes": ["0"], "width": ["1", "2"]},
+                      "buffer-size": ["2000"], "batch-size": ["8", "16"], "epoch-steps": ["1000"],
+                      "target-every": ["50"], "prune-every": ["5"], "analysis-every": ["2000"],
+                      "eval-episodes": ["0"], "width": ["1", "2"]},
     "mujoco": {"env-id": ["Hopper-v5"], "total-timesteps": ["1200"], "learning-starts": ["1000"], "batch-size": ["32"],
                "epoch-steps": ["400"], "prune-every": ["20"], "eval-episodes": ["2"], "width": ["1"]},
     "offline": {"dataset": ["tests/data/hopper-random.hdf5"], "env-id": ["Hopper-v5"], "total-timesteps": ["60"],
@@ -76,7 +80,7 @@ class TrainingRun:
     id: str
     curve: str
     script: str
-    flags: dict[str, str]  # without dashes; "" is a switch
+    flags: dict[str, str]  # without dashes; "" is a switch, @FOLDER the folder of another run
     folder: str
 
     @property
@@ -100,13 +104,15 @@ class TrainingRun:
             return "failed"
         return "stopped" if (self.path / "args.json").exists() else "waiting"
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it is running on this machine."""
+        return self.state == "running" and (self.path / ".lock").read_text().split()[:1] == [socket.gethostname()]
+
     def command(self) -> list[str]:
-        """Return the command that begins the run or goes on with it."""
-        start = [sys.executable, str(SCRIPTS / self.script)]
-        if (self.path / "args.json").exists():
-            return [*start, "--resume", str(self.path)]
-        flags = [word for name, value in self.flags.items() for word in (f"--{name}", value) if word]
-        return [*start, *flags, "--run-dir", str(self.path)]
+        """Return what begins the run, after the script's name."""
+        values = {name: str(RUNS / value[1:]) if value[:1] == "@" else value for name, value in self.flags.items()}
+        return [*(w for name, value in values.items() for w in (f"--{name}", value) if w), "--run-dir", str(self.path)]
 
     def last_line(self) -> str:
         """Return the last line that the run printed."""
@@ -123,8 +129,8 @@ class TrainingRun:
             step, speed = records[-1]["step"], [r["charts/SPS"] for r in records if "charts/SPS" in r][-1]
         except (OSError, LookupError, ValueError):
             return "just begun"
-        minutes = (total - step) / max(speed, 1e-9) / 60
-        return f"{step / total:4.0%}, {minutes // 60:.0f}:{minutes % 60:02.0f} h left"
+        hours, minutes = divmod(round((total - step) / max(speed, 1e-9) / 60), 60)
+        return f"{step / total:4.0%}, {hours}:{minutes:02} h left"
 
 
 def last_line(path: Path) -> str:
@@ -161,78 +167,106 @@ def unique(runs: list[TrainingRun]) -> list[TrainingRun]:
     return list({run.id: run for run in runs}.values())
 
 
-def flag_names(script: str) -> set[str]:
-    """Return the flags of a script, without dashes, from its text: importing it would import torch."""
+def defaults(script: str) -> dict[str, object]:
+    """Return the flags of a script, without dashes, and their defaults, from its text: importing it imports torch."""
     if not (SCRIPTS / script).is_file():
         refuse(f"{script}: not in cleanrl_sparse/, which has {', '.join(sorted(p.name for p in SCRIPTS.glob('*.py')))}")
     classes = [n for n in ast.parse((SCRIPTS / script).read_text()).body if isinstance(n, ast.ClassDef)]
     fields = [f for c in classes if c.name == "Args" for f in c.body if isinstance(f, ast.AnnAssign)]
-    names = {f.target.id.replace("_", "-") for f in fields if isinstance(f.target, ast.Name)}
-    return names - {"run-dir", "resume"}  # which the launcher gives
+    found = {f.target.id.replace("_", "-"): f.value for f in fields if isinstance(f.target, ast.Name) and f.value}
+    return {name: ast.literal_eval(value) for name, value in found.items() if name not in ("run-dir", "resume")}
+
+
+def identity(script: str, flags: dict[str, str], known: dict[str, object]) -> str:
+    """Return the id of a run: the same however numbers are written and whether defaults are given or not."""
+
+    def normal(value: object) -> object:
+        try:
+            return value if isinstance(value, bool) else float(str(value))
+        except ValueError:
+            return value
+
+    values = {name.removeprefix("no-") if value == "" else name: (name in known) if value == "" else normal(value)
+              for name, value in flags.items()}  # fmt: skip
+    other = {name: value for name, value in values.items() if value != normal(known[name])}
+    return hashlib.sha256(json.dumps([script, sorted(other.items())]).encode()).hexdigest()[:12]
+
+
+def values_of(words: list[str], script: str, known: dict[str, object]) -> dict[str, list[str]]:
+    """Return the values of each flag, none for a switch."""
+    lists = dict[str, list[str]]()
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:].replace("_", "-")
+            if name.removeprefix("no-") not in known:
+                near = difflib.get_close_matches(name.partition("=")[0], known, 1)
+                hint = f"; --{near[0]} is one, to be given as --{near[0]} VALUE" if near else ""
+                refuse(f"{word}: {script} has no such flag{hint}")
+            if name in lists:
+                refuse(f"{word}: given twice")
+            lists[name] = []
+        elif not lists or word in lists[name]:
+            refuse(f"{word}: " + (f"twice in --{name}" if lists else "expected --flag VALUE ... after the script"))
+        else:
+            lists[name].append(word)
+    return lists
 
 
 def add(grid: str, curve: str, script: str, words: list[str]) -> None:
     """Write a curve into the manifest: a run for every combination of the flags' values, in place of what it had.
 
     Words are --flag VALUE ...; a flag without a value is a switch. The value @CURVE is the folder of that curve's run
-    with the same environment and seed.
+    with the same environment, seed and other flags.
     """
-    known, lists = flag_names(script), dict[str, list[str]]()
-    for word in words:
-        if word.startswith("--"):
-            name = word[2:].replace("_", "-")
-            if name.removeprefix("no-") not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                refuse(f"{word}: {script} has no such flag" + (f"; --{near[0]} is one" if near else ""))
-            if name in lists:
-                refuse(f"{word}: given twice")
-            lists[name] = []
-        elif not lists:
-            refuse(f"{word}: expected --flag VALUE ... after the script")
-        else:
-            lists[name].append(word)
+    known = defaults(script)
+    lists = values_of(words, script, known) | values_of(shlex.split(os.environ.get("FLAGS", "")), script, known)
     if SMOKE:
         tiny = next((flags for part, flags in TINY.items() if any(p in script for p in part.split())), {})
         few = {name: values[:2] for name, values in lists.items()}
         lists = few | {n: values[: len(few.get(n, [""]))] for n, values in tiny.items() if n in known}
-    others = [] if DRY or not (RUNS / f"{grid}.jsonl").exists() else read(grid)
-    runs = []
+    manifest, runs = RUNS / f"{grid}.jsonl", list[TrainingRun]()
+    others = read(grid) if manifest.exists() and not DRY else []
     for values in itertools.product(*(values or [""] for values in lists.values())):
         flags = dict(zip(lists, values))
         for name, value in flags.items():
             if value.startswith("@"):
-                flags[name] = f"FOLDER OF {value[1:]}" if DRY else str(RUNS / find(others, value[1:], flags, grid))
-        identity = json.dumps([script, sorted(flags.items())])
-        key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        data = Path(flags.get("dataset", ""))
+                flags[name] = value if DRY else f"@{find(others, value[1:], flags, grid)}"
+        key, data = identity(script, flags, known), Path(flags.get("dataset", ""))
         title = (data.stem if data.suffix == ".hdf5" else str(data)).strip("/.") or flags.get("env-id", "default")
-        title = title.replace("/", "-")
-        folder = f"{title}__{Path(script).stem}__{flags.get('seed', '1')}__{key}"
+        folder = f"{title.replace('/', '-')}__{Path(script).stem}__{flags.get('seed', '1')}__{key}"
         runs.append(TrainingRun(key, curve, script, flags, folder))
     if DRY:
-        for run in runs:
-            print(shlex.join(["python", f"cleanrl_sparse/{script}", *run.command()[2:]]))
+        print("".join(shlex.join(["python", f"cleanrl_sparse/{script}", *r.command()]) + "\n" for r in runs), end="")
         return
-    with locked(RUNS / f".{grid}.lock"):
-        others = [run for run in (read(grid) if (RUNS / f"{grid}.jsonl").exists() else []) if run.curve != curve]
-        temporary = RUNS / f".{grid}.jsonl"
-        temporary.write_text("".join(json.dumps(asdict(run)) + "\n" for run in [*others, *runs]))
-        temporary.replace(RUNS / f"{grid}.jsonl")
-    print(f"{grid}: {curve}: {len(runs)} runs")
+    replace(grid, curve, runs)
+    print(f"{grid}: {curve}: {len(runs)} run{'s' * (len(runs) != 1)}")
+
+
+def replace(grid: str, curve: str, runs: list[TrainingRun]) -> None:
+    """Write a curve's runs into the manifest in place of what it had."""
+    manifest, temporary = RUNS / f"{grid}.jsonl", RUNS / f".{grid}.jsonl"
+    try:
+        with locked(RUNS / f".{grid}.lock"):
+            others = [run for run in (read(grid) if manifest.exists() else []) if run.curve != curve]
+            temporary.write_text("".join(json.dumps(asdict(run)) + "\n" for run in [*others, *runs]))
+            temporary.replace(manifest)
+    except OSError as error:
+        refuse(f"{manifest} cannot be written ({error.strerror})")
 
 
 def find(runs: list[TrainingRun], curve: str, flags: dict[str, str], grid: str) -> str:
-    """Return the folder of a curve's run with the environment and seed of these flags."""
-    same = [r for r in runs if r.curve == curve and all(r.flags.get(k) == flags.get(k) for k in ("env-id", "seed"))]
+    """Return the folder of the one run of a curve that has the same values of all flags that both have."""
+    mine = [run for run in runs if run.curve == curve]
+    same = [run for run in mine if all(run.flags[name] == flags[name] for name in run.flags.keys() & flags.keys())]
     if len(same) != 1:
-        refuse(f"@{curve}: {grid} must have one run of that curve with this environment and seed, it has {len(same)}")
+        refuse(f"@{curve}: {grid} must have one run of that curve with the same flags, it has {len(same)}")
     return same[0].folder
 
 
 def gpus() -> list[str]:
     """Return the GPUs of this machine as CUDA_VISIBLE_DEVICES names them; none without NVIDIA's tools."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in given.split(",") if name]
+        return [name for name in given.split(",") if name not in ("", "-1")]
     if not shutil.which("nvidia-smi"):
         return []
     listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
@@ -261,9 +295,13 @@ def begin(run: TrainingRun, slot: int, environment: dict[str, str]) -> Child | N
     if any((run.path / name).exists() for name in ("final.json", ".failed")):
         os.close(lock)
         return None
+    words = ["--resume", str(run.path)] if (run.path / "args.json").exists() else run.command()
     with open(run.path / ".log", "ab") as log:  # a session of its own: the terminal's Ctrl-C comes through us, once
-        process = subprocess.Popen(run.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=Path.cwd(),
-                                   env=os.environ | environment, pass_fds=[lock], start_new_session=True)  # fmt: skip
+        process = subprocess.Popen([sys.executable, SCRIPTS / run.script, *words], stdin=subprocess.DEVNULL, stdout=log,
+                                   stderr=log, env=os.environ | environment, pass_fds=[lock],
+                                   start_new_session=True)  # fmt: skip
+    os.ftruncate(lock, 0)
+    os.write(lock, f"{socket.gethostname()} {process.pid}\n".encode())
     return Child(run, process, lock, slot)
 
 
@@ -282,29 +320,35 @@ def work(runs: list[TrainingRun], slots: list[dict[str, str]]) -> Outcome:
     A slot is what its runs' environment has beside ours. Runs that another launcher has begun are waited for.
     """
     stops: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: stops.append(number))
     pending, children, outcome = [run for run in runs if run.state != "done"], list[Child](), Outcome()
-    done, told = len(runs) - len(pending), 0
+    done, told, elsewhere = len(runs) - len(pending), 0, 0
     while children or (pending and not stops):
         free = [i for i in range(len(slots)) if i not in {child.slot for child in children}]
-        for run in [*pending] if free and not stops else []:
+        before, elsewhere = elsewhere, sum(run.is_here for run in pending) if free else elsewhere
+        if elsewhere > before:
+            print(f"{elsewhere} runs of other launchers are under way here and take their room", flush=True)
+        free = free[: max(0, len(free) - elsewhere)]
+        for run in [*pending] if not stops else []:
             if (state := run.state) in ("done", "failed"):
                 pending.remove(run)
                 done += state == "done"
                 if state == "failed":
                     outcome.failed.append(f"{run.folder} failed: {run.last_line()}")
-            elif free and state != "running" and (child := begin(run, free[0], slots[free[0]])):
+            elif not free:
+                break
+            elif state != "running" and (child := begin(run, free[0], slots[free[0]])):
                 children.append(child)
                 pending.remove(run)
                 free.pop(0)
                 verb = "go on with" if state == "stopped" else "begin"
                 print(f"[{done}/{len(runs)} done, {len(outcome.failed)} failed] {verb} {run.folder}", flush=True)
-            if not free or stops:
-                break
-        for child in children if len(stops) > told else []:
-            child.process.send_signal(signal.SIGTERM)
-        told = len(stops)
+        if len(stops) > told:
+            told = len(stops)
+            print(f"stopping {len(children)} runs; each writes a checkpoint", flush=True)
+            for child in children:
+                child.process.send_signal(signal.SIGTERM)
         for child in [c for c in children if c.process.poll() is not None]:
             children.remove(child)
             status, run = child.process.returncode, child.run
@@ -317,6 +361,7 @@ def work(runs: list[TrainingRun], slots: list[dict[str, str]]) -> Outcome:
             else:
                 outcome.failed.append(f"{run.folder} ended with status {status}: {run.last_line()}")
                 (run.path / ".failed").write_text(f"{status}\n")
+                print(f"launch.py: {outcome.failed[-1]}", file=sys.stderr, flush=True)
             os.close(child.lock)
         time.sleep(0.2 if children or not pending else 1)
     outcome.stopped += len(pending)
@@ -367,18 +412,18 @@ def slurm(*command: str, text: str | None = None, may_fail: bool = False) -> str
     return result.stdout
 
 
-def queued(grid: str) -> set[str]:
-    """Return the ids of a grid's runs that wait or run under Slurm.
+def queued() -> set[str]:
+    """Return the ids of the runs, of all grids in RUNS, that wait or run under Slurm.
 
     A job array is named after the file of its tasks, so that nothing needs to be remembered between submissions.
     """
     ids = set[str]()
-    if not [*(RUNS / ".slurm").glob(f"{grid}-*.tasks")]:
+    if not [*(RUNS / ".slurm").glob("*.tasks")]:
         return ids
     for line in slurm("squeue", "--me", "--array", "--noheader", "--format=%j %K").splitlines():
         name, _, index = line.strip().rpartition(" ")
         tasks = RUNS / ".slurm" / f"{name}.tasks"
-        if name.startswith(f"{grid}-") and index.isdecimal() and tasks.exists():
+        if index.isdecimal() and tasks.exists():
             ids |= {*tasks.read_text().splitlines()[int(index)].split()}
     return ids
 
@@ -387,13 +432,19 @@ def submit(runs: list[TrainingRun], args: argparse.Namespace) -> int:
     """Submit what is neither done nor failed nor queued as job arrays, wait for the end; return the exit status."""
     config = slurm("scontrol", "show", "config")
     limit = int(next(line.split("=")[1] for line in config.splitlines() if line.startswith("MaxArraySize")))
-    with locked(RUNS / f".{args.grid}.lock"):
-        alive = queued(args.grid)
+    with locked(RUNS / ".slurm" / "lock"):
+        alive = queued()
         waiting = [run for run in runs if run.id not in alive and run.state in ("waiting", "stopped")]
         packs = [waiting[i : i + args.runs_per_job] for i in range(0, len(waiting), args.runs_per_job)]
         tasks = [" ".join(run.id for run in pack) for pack in packs]
         for start in range(0, len(tasks), limit):
-            submit_array(tasks[start : start + limit], args)
+            try:
+                submit_array(tasks[start : start + limit], args)
+            except SystemExit:
+                if not start:
+                    raise
+                print("launch.py: the rest is for a later launch", file=sys.stderr)
+                break
     alive, seen, lost = {run.id for run in runs}, set[str](), set[str]()
     while True:
         states = {run.id: run.state for run in runs}
@@ -406,7 +457,7 @@ def submit(runs: list[TrainingRun], args: argparse.Namespace) -> int:
         print(", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]), flush=True)
         time.sleep(args.poll_seconds)
         with suppress(SystemExit):  # squeue did not answer, and has said so
-            alive, seen = queued(args.grid), alive
+            alive, seen = queued(), alive
     failed = [f"{run.folder} failed: {run.last_line()}" for run in runs if states[run.id] == "failed"]
     logs = {key: last_line(log) for key, log in task_logs(args.grid).items() if key in lost}
     broken = [f"{run.folder} left the queue: {run.last_line() or logs.get(run.id)}" for run in runs if run.id in lost]
@@ -491,11 +542,13 @@ def positive(text: str) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; add is told apart before, as its flags are those of a script."""
     top = argparse.ArgumentParser(prog="launch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    commands = top.add_subparsers(dest="command", required=True, metavar="add | launch | status | retry")
-    commands.add_parser("add")
-    for name in ("launch", "status", "retry", "work"):
+    commands = top.add_subparsers(dest="command", required=True, metavar="add | launch | status | retry | remove")
+    commands.add_parser("add", usage="launch.py add GRID CURVE SCRIPT --flag VALUE ...")
+    for name in ("launch", "status", "retry", "remove", "work"):
         one = commands.add_parser(name)
         one.add_argument("grid", help="name of the grid")
+        if name == "remove":
+            one.add_argument("curve")
         if name == "work":
             one.add_argument("--tasks")
             one.add_argument("--threads", type=int)
@@ -517,14 +570,18 @@ def parser() -> argparse.ArgumentParser:
             there.add_argument("--partition")
             there.add_argument("--account")
             there.add_argument("--sbatch", default="", metavar="OPTIONS", help="more options of sbatch, in one string")
+            flags = {a.option_strings[0]: str(g.title) for g in (here, there) for a in g._group_actions}
+            one.set_defaults(of_backend=flags)
     return top
 
 
 def main(argv: list[str]) -> int:
     """Do what the command line asks; return the exit status."""
-    if argv[:1] == ["add"]:
-        if len(argv) < 4 or not argv[1].replace("-", "").replace("_", "").isalnum():
-            refuse("add GRID CURVE SCRIPT --flag VALUE ...; GRID of letters, digits, - and _")
+    if argv[:1] == ["add"] and not {"-h", "--help"} & {*argv[1:2]}:
+        if len(argv) < 4:
+            refuse("add needs GRID CURVE SCRIPT --flag VALUE ...")
+        if not argv[1].replace("-", "").replace("_", "").isalnum():
+            refuse(f"add {argv[1]}: GRID must be of letters, digits, - and _")
         add(argv[1], argv[2], argv[3], argv[4:])
         return 0
     args = parser().parse_args(argv)
@@ -534,23 +591,30 @@ def main(argv: list[str]) -> int:
     runs = read(args.grid)
     if args.command == "work":
         return task(args)
-    if args.command == "launch" and args.backend == "local":
-        return local(unique(runs), args)
     if args.command == "launch":
-        try:
-            return submit(unique(runs), args)
-        except KeyboardInterrupt:
-            print("\nlaunch.py: the jobs go on (scancel ends them); launch again to wait for them", file=sys.stderr)
-            return STOPPED
+        for flag, backend in args.of_backend.items():
+            if backend != args.backend and any(word.partition("=")[0] == flag for word in argv):
+                refuse(f"{flag} is for --backend {backend}")
+        return (local if args.backend == "local" else submit)(unique(runs), args)
     if args.command == "status":
-        show(runs, queued(args.grid))
-        return 0
-    failed = [run for run in unique(runs) if run.state == "failed"]
-    for run in failed:
-        (run.path / ".failed").unlink()
-    print(f"{args.grid}: the next launch starts {len(failed)} run{'s' * (len(failed) != 1)} again")
+        show(runs, queued())
+    elif args.command == "remove":
+        if args.curve not in {run.curve for run in runs}:
+            refuse(f"{args.curve}: {args.grid} has the curves {', '.join(dict.fromkeys(run.curve for run in runs))}")
+        replace(args.grid, args.curve, [])
+    else:
+        failed = [run for run in unique(runs) if run.state == "failed"]
+        for run in failed:
+            (run.path / ".failed").unlink()
+        print(f"{args.grid}: the next launch goes on with {len(failed)} run{'s' * (len(failed) != 1)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    if DRY:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # DRY=1 ... | head
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("\nlaunch.py: Ctrl-C; jobs under Slurm go on (scancel ends them), launch again to wait", file=sys.stderr)
+        sys.exit(STOPPED)

@@ -13,7 +13,7 @@ KIND is one of
     covariance  cosines between the loss gradients of 32 transitions
 
 A grid is a file of one JSON object per planned run: {"curve", "script", "flags": {"env-id": "Pong", ...}, "folder"}.
-RUNS is an environment variable, by default runs, or runs/smoke where SMOKE is set. Written are RUNS/GRID.csv, .png,
+RUNS is an environment variable, by default runs; where SMOKE is set, RUNS/smoke. Written are RUNS/GRID.csv, .png,
 .svg, .md and _table.csv. Picture and table are always made from the CSV file, so that it alone gives them again, byte
 for byte. Only runs that have finished count in final scores; "n of m" says how many of the planned ones have.
 
@@ -218,7 +218,10 @@ def collect(path: Path, args: Args) -> list[Row]:
             flags = {name.replace("-", "_"): True if value == "" else value for name, value in plan["flags"].items()}
         except (ValueError, TypeError, KeyError, AttributeError):
             fail(f"{path}: line {i} must be a JSON object with curve, script, flags and folder")
-        resolved = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
+        try:
+            resolved = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
+        except ValueError:
+            fail(f"{folder / 'args.json'}: not JSON")
         flags = resolved | {name[3:]: False for name in flags if name.startswith("no_")} | flags
         env_id, atari = str(flags.get("dataset") or flags.get("env_id") or ""), bool(re.search("atari|rainbow", script))
         if not env_id or not str(flags.get("seed", "")).isdecimal():
@@ -678,7 +681,7 @@ def markdown(rows: list[Row]) -> str:
 def make(args: Args) -> None:
     """Write the CSV file, unless it is the source, then from it the picture and the table."""
     args = replace(args, x=args.x.replace("-", "_"), keys=args.keys or (("analysis/",),))
-    folder = os.environ.get("RUNS") or ("runs/smoke" if os.environ.get("SMOKE") else "runs")
+    folder = Path(os.environ.get("RUNS") or "runs") / ("smoke" if os.environ.get("SMOKE") else "")
     path = Path(args.grid) if args.grid.endswith(".csv") else Path(folder, f"{args.grid}.jsonl")
     out = Path(args.out or path.with_suffix(""))
     rows = collect(path, args) if path.suffix == ".jsonl" else []

@@ -478,11 +478,11 @@ def test_a_damaged_line_is_named_unless_it_is_the_last(tmp_path: Path, plot: Plo
 
 def test_the_command_line_and_its_environment(tmp_path: Path) -> None:
     """RUNS and SMOKE say where the grid is; DRY only shows the command."""
-    for folder in ("runs", "runs/smoke", "mine"):
-        (tmp_path / folder).mkdir()
+    for folder in ("runs", "runs/smoke", "mine/smoke"):
+        (tmp_path / folder).mkdir(parents=True)
         plan(tmp_path / folder, folder.replace("/", "-"), "Pong", 1, epochs(1.0))
     plain = {key: value for key, value in os.environ.items() if key not in ("RUNS", "SMOKE", "DRY")}
-    for more, folder in (({}, "runs"), ({"SMOKE": "1"}, "runs/smoke"), ({"SMOKE": "1", "RUNS": "mine"}, "mine")):
+    for more, folder in (({}, "runs"), ({"SMOKE": "1"}, "runs/smoke"), ({"SMOKE": "1", "RUNS": "mine"}, "mine/smoke")):
         name = folder.replace("/", "-")
         result = subprocess.run([sys.executable, PLOT, "curves", "grid"], env=plain | more, cwd=tmp_path, check=True,
                                 capture_output=True, text=True)  # fmt: skip
