@@ -44,6 +44,8 @@ folder = Path(flags.get("resume") or flags["run-dir"])
 signal.signal(signal.SIGTERM, stop)
 if "resume" in flags:
     flags = json.loads((folder / "args.json").read_text())
+elif (folder / "args.json").exists():
+    sys.exit("stand_in.py: the folder is not empty")
 else:
     (folder / "args.json").write_text(json.dumps(flags | {"total_timesteps": int(flags["ticks"])}))
 with open(folder / "starts", "a") as starts, open(folder / "metrics.jsonl", "a") as metrics:
@@ -156,7 +158,7 @@ def test_two_launchers_start_each_run_once(place: Place) -> None:
 
 
 def test_runs_outlive_their_launcher_and_are_not_started_again(place: Place) -> None:
-    place.add("a", "--seed", "1", "2", "3", "--ticks", "20")
+    place.add("a", "--seed", "1", "2", "3", "--ticks", "30")
     first = place.begin("launch", "g", "--workers", "2")
     place.wait_for(2)
     time.sleep(0.5)  # for steps to show
@@ -165,8 +167,12 @@ def test_runs_outlive_their_launcher_and_are_not_started_again(place: Place) -> 
     states = place.launch("status", "g")[1].splitlines()
     assert states[1].split() == ["a", "1", "0", "2", "0", "0", "0"]
     assert re.fullmatch(r"    +\d+%, \d+:\d\d h left", states[4])  # at 0.001 steps per second
-    second = place.launch("launch", "g", "--workers", "2")
-    assert second[0] == 0 and second[1].startswith("2 runs of other launchers are under way here and take their room\n")
+    second = place.begin("launch", "g", "--workers", "2")
+    time.sleep(0.7)
+    assert not (place.runs / place.manifest()[2]["folder"]).exists(), "the two that go on take the room"
+    out, _ = second.communicate()
+    assert second.returncode == 0
+    assert out.startswith("2 runs of other launchers are under way here and take their room\n")
     assert place.starts() == ["start end"] * 3
 
 
