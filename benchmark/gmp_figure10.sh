@@ -8,8 +8,7 @@ grid=$(basename "$0" .sh)
 GAMES=${GAMES:-"MsPacman Pong Qbert Assault Asterix BeamRider Boxing Breakout CrazyClimber DemonAttack Enduro
   FishingDerby SpaceInvaders Tutankham VideoPinball"}
 SEEDS=${SEEDS:-"1 2 3 4 5"}
-COMMON="--env-id $GAMES --seed $SEEDS --network impala --width 3"
-COMMON="$COMMON --total-timesteps 25000000"
+COMMON="--env-id $GAMES --seed $SEEDS --network impala --width 3 --total-timesteps 25000000"
 
 add="python benchmark/launch.py add $grid"
 $add "DQN dense" dqn_atari_gmp.py $COMMON --sparsity 0
