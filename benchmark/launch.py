@@ -273,6 +273,13 @@ def gpus() -> list[str]:
     return [str(i) for i in range(sum(line.startswith("GPU ") for line in listing.splitlines()))]
 
 
+def slots(number: int, threads: str) -> list[dict[str, str]]:
+    """Return what the environment of so many runs at a time has beside ours; the GPUs take turns."""
+    devices = gpus()
+    chosen = [{"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else {} for i in range(number)]
+    return [{"OMP_NUM_THREADS": threads} | slot for slot in chosen]
+
+
 @dataclass
 class Child:
     """A training process of ours, and its run's lock, which the process holds too."""
@@ -314,10 +321,10 @@ class Outcome:
     stopped: int = 0
 
 
-def work(runs: list[TrainingRun], slots: list[dict[str, str]]) -> Outcome:
-    """Run what is neither done nor failed, one run per slot at a time.
+def work(runs: list[TrainingRun], room: list[dict[str, str]]) -> Outcome:
+    """Run what is neither done nor failed, as many at a time as there is room.
 
-    A slot is what its runs' environment has beside ours. Runs that another launcher has begun are waited for.
+    Room has a slot for each run at a time, see slots(). Runs that another launcher has begun are waited for.
     """
     stops: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -325,7 +332,7 @@ def work(runs: list[TrainingRun], slots: list[dict[str, str]]) -> Outcome:
     pending, children, outcome = [run for run in runs if run.state != "done"], list[Child](), Outcome()
     done, told, elsewhere = len(runs) - len(pending), 0, 0
     while children or (pending and not stops):
-        free = [i for i in range(len(slots)) if i not in {child.slot for child in children}]
+        free = [i for i in range(len(room)) if i not in {child.slot for child in children}]
         before, elsewhere = elsewhere, sum(run.is_here for run in pending) if free else elsewhere
         if elsewhere > before:
             print(f"{elsewhere} runs of other launchers are under way here and take their room", flush=True)
@@ -338,7 +345,7 @@ def work(runs: list[TrainingRun], slots: list[dict[str, str]]) -> Outcome:
                     outcome.failed.append(f"{run.folder} failed: {run.last_line()}")
             elif not free:
                 break
-            elif state != "running" and (child := begin(run, free[0], slots[free[0]])):
+            elif state != "running" and (child := begin(run, free[0], room[free[0]])):
                 children.append(child)
                 pending.remove(run)
                 free.pop(0)
@@ -370,13 +377,10 @@ def work(runs: list[TrainingRun], slots: list[dict[str, str]]) -> Outcome:
 
 def local(runs: list[TrainingRun], args: argparse.Namespace) -> int:
     """Run them as processes of this machine, several at a time; return the exit status."""
-    devices = gpus()
-    workers = args.workers or (len(devices) * args.runs_per_gpu if devices else len(os.sched_getaffinity(0)))
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    slots = [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)} for _ in range(workers)]
-    for i, slot in enumerate(slots if devices else []):
-        slot["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
-    return report(args.grid, runs, work(runs, slots))
+    cores = len(os.sched_getaffinity(0))
+    workers = args.workers or len(gpus()) * args.runs_per_gpu or cores
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // workers))
+    return report(args.grid, runs, work(runs, slots(workers, threads)))
 
 
 def report(grid: str, runs: list[TrainingRun], outcome: Outcome) -> int:
@@ -489,7 +493,8 @@ def submit_array(tasks: list[str], args: argparse.Namespace) -> None:
     # As a step, since a batch script itself gets no signal when its job is preempted with a time of grace.
     step = f"srun --ntasks=1 --cpus-per-task={runs * args.cpus_per_run} --mpi=none --export=ALL"
     command += ["--threads", str(args.cpus_per_run)]
-    script = f"#!/bin/bash\nexport RUNS={shlex.quote(str(RUNS))}\nexec {step} {shlex.join(command)}\n"
+    # RUNS is the folder of a tiny grid already.
+    script = f"#!/bin/bash\nexport RUNS={shlex.quote(str(RUNS))} SMOKE=\nexec {step} {shlex.join(command)}\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     job = slurm("sbatch", "--parsable", *options, text=script).strip()
@@ -500,11 +505,7 @@ def task(args: argparse.Namespace) -> int:
     """Do one task of a job array, its runs side by side; where they were stopped, ask Slurm to queue it again."""
     ids = Path(args.tasks).read_text().splitlines()[int(os.environ["SLURM_ARRAY_TASK_ID"])].split()
     runs = [run for run in unique(read(args.grid)) if run.id in ids]
-    devices = gpus()
-    slots = [{"OMP_NUM_THREADS": str(args.threads)} for _ in runs]
-    for i, slot in enumerate(slots if devices else []):
-        slot["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
-    outcome = work(runs, slots)
+    outcome = work(runs, slots(len(runs), str(args.threads)))
     status = report(args.grid, runs, outcome)
     job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     # Near the time limit or in the time of grace the task is still running. Otherwise Slurm queues it again by itself,

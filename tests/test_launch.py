@@ -255,6 +255,23 @@ def test_dry_prints_commands_and_smoke_makes_the_grid_tiny(place: Place) -> None
     assert [run["flags"] for run in place.manifest()] == flags
 
 
+def test_a_task_of_a_tiny_grid_finds_it(place: Place, tmp_path: Path) -> None:
+    """With stand-ins for Slurm's programs; test_slurm.py has the real ones."""
+    programs = {"scontrol": "echo MaxArraySize = 1001", "squeue": "", "sbatch": "cat > submitted; echo 1",
+                "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"'}  # fmt: skip
+    (tmp_path / "bin").mkdir()
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {"SMOKE": "1", "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    place.launch("add", "g", "a", "stand_in.py", **environment)
+    status, out, err = place.launch("launch", "g", "--backend", "slurm", "--poll-seconds", "1", **environment)
+    assert status == 75 and "job array 1: 1 tasks" in out and "left the queue" in err
+    task = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "1"}
+    subprocess.run(["bash", "submitted"], check=True, cwd=tmp_path, env=os.environ | environment | task)
+    assert len([*place.runs.glob("smoke/*/final.json")]) == 1
+
+
 @pytest.mark.parametrize(("words", "told"), [
     (["add", "g", "a", "stand_in.py", "--sed", "1"], "--sed: stand_in.py has no such flag; --seed is one"),
     (["add", "g", "a", "stand_in.py", "--seed", "1", "--seed", "2"], "--seed: given twice"),
