@@ -319,7 +319,7 @@ def critic_values(critics: list[Tensor], obs: Tensor, actions: Tensor) -> Tensor
     for w, b in zip(hidden[::2], hidden[1::2]):
         x = torch.relu_(torch.baddbmm(b, x, w))
     with torch.autocast(x.device.type, enabled=False):  # bf16 would round away what actions differ in
-        return torch.baddbmm(bias, x.to(weight.dtype), weight)[:, :, 0]
+        return torch.linalg.vecdot(x.to(weight.dtype), weight.mT) + bias[:, :, 0]  # a matrix product is 4 times as slow
 
 
 def one_critic(critics: list[Tensor], n: int) -> nn.Sequential:
