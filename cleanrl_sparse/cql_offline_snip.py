@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.13", "numpy>=2", "gymnasium>=1.2", "mujoco>=3.3", "imageio>=2.14", "tyro>=0.9",
 #                 "safetensors>=0.5", "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18",
-#                 "minari>=0.5", "h5py>=3.11", "pillow>=10"]
+#                 "minari[hf]>=0.5", "h5py>=3.11", "pillow>=10"]
 # ///
 """Conservative Q-learning on a fixed dataset, with networks pruned once, before training starts (SNIP, GraSP).
 
@@ -343,35 +343,56 @@ class Data(NamedTuple):
     rewards: np.ndarray  # [n] float32
     next_obs: np.ndarray  # [n, O] float32, of a truncated episode the true last observation
     terminated: np.ndarray  # [n] bool; a timeout is not
-    ended: np.ndarray  # [n] bool, last of its episode as far as the dataset goes
+    ended: np.ndarray  # [n] bool, last of its episode; not where the recording breaks off
 
 
-def read_d4rl(path: Path) -> Data:
-    """Read an HDF5 file of D4RL's format: observations, actions, rewards, terminals, timeouts, maybe next_observations.
+def checked(where: str, array: Any, n: int, dims: int, flags: bool = False) -> np.ndarray:
+    """Return an array of n rows as float32, as bool if it holds flags; Exit, naming `where`, if it is no such array."""
+    require(isinstance(array, np.ndarray) and array.dtype.kind in "biuf", f"{where} must be numbers")
+    array = array[:, 0] if dims == 1 and array.shape == (n, 1) else array
+    shape = f"[{n}]" if dims == 1 else f"[{n}, any]"
+    require(array.ndim == dims and len(array) == n, f"{where} must have the shape {shape}, not {[*array.shape]}")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    require(bool(np.isfinite(array).all()), f"{where} must be finite in float32")
+    require(not flags or bool(np.isin(array, (0, 1)).all()), f"{where} must be 0 or 1")
+    return array == 1 if flags else array
 
-    Without next_observations a row's next observation is the following row's; the rows of which none follows in the
-    episode (timeouts, the last row of the file) are left out, unless they are terminal and need none.
+
+def read_d4rl(name: str) -> Data:
+    """Read an HDF5 file of D4RL's format: observations, actions, rewards, terminals, timeouts, next_observations.
+
+    One of the last two may be missing. Without timeouts an episode ends where the next observation is not the next
+    row's. Without next_observations they are the next row's; the rows of which none follows in the episode (timeouts,
+    the last row of the file) are left out, unless they are terminal, which need none.
     """
-    with h5py.File(path) as file:
-        keys = ("observations", "actions", "rewards", "terminals")
-        for key in keys:
-            require(key in file, f"--dataset {path}: the key {key} is missing")
-        obs, actions, rewards, terminals = (file[key][()] for key in keys)
-        n, given = len(obs), file["next_observations"][()] if "next_observations" in file else None
-        timeouts = file["timeouts"][()] if "timeouts" in file else np.zeros(n, bool)
-    sizes = {"actions": actions, "rewards": rewards, "terminals": terminals, "timeouts": timeouts}
-    for key, value in (sizes | ({} if given is None else {"next_observations": given})).items():
-        require(len(value) == n, f"--dataset {path}: {key} has {len(value)} rows, observations {n}")
-    terminated, timeouts = (x.reshape(n).astype(bool) for x in (terminals, timeouts))
+    with h5py.File(name) as file:
+        found = {key: item[()] for key, item in file.items() if isinstance(item, h5py.Dataset)}
+    for key in ("observations", "actions", "rewards", "terminals"):
+        require(key in found, f"--dataset {name}: the key {key} is missing")
+    text = "timeouts and next_observations are both missing, so that nothing says where episodes end"
+    require("timeouts" in found or "next_observations" in found, f"--dataset {name}: {text}")
+    n = len(np.atleast_1d(found["observations"]))
+
+    def read(key: str, dims: int, flags: bool = False) -> np.ndarray:
+        """Return what is under a key."""
+        return checked(f"--dataset {name}: {key}", found[key], n, dims, flags)
+
+    obs, actions, rewards = read("observations", 2), read("actions", 2), read("rewards", 1)
+    terminated, kept = read("terminals", 1, flags=True), np.ones(n, bool)
+    given = "next_observations" in found
+    next_obs = read("next_observations", 2) if given else np.concatenate([obs[1:], obs[-1:]])
+    require(next_obs.shape == obs.shape, f"--dataset {name}: next_observations must have observations' shape")
+    if "timeouts" in found:
+        timeouts = read("timeouts", 1, flags=True)
+    else:
+        timeouts = np.append((next_obs[:-1] != obs[1:]).any(1), False)
     ended = terminated | timeouts
-    kept, next_obs = np.ones(n, bool), given
-    if next_obs is None:
-        next_obs = np.concatenate([obs[1:], obs[-1:]])
+    if not given:
         kept = ~timeouts | terminated
         kept[-1:] &= terminated[-1:]
-        ended[:-1] |= ~kept[1:]  # what comes before a row that is left out is now the last
-    ended[-1:] = True
-    return Data(*(x[kept] for x in (obs, actions, rewards.reshape(n), next_obs, terminated, ended)))
+        ended[:-1] |= (timeouts & ~terminated)[1:]  # what comes before a row that is left out is now the last
+    return Data(*(x[kept] for x in (obs, actions, rewards, next_obs, terminated, ended)))
 
 
 def read_minari(name: str) -> tuple[Data, str]:
@@ -380,17 +401,25 @@ def read_minari(name: str) -> tuple[Data, str]:
     Returns the transitions and the environment's name, which is empty if it has none.
     """
     folder = Path(name, "data") if Path(name, "data").is_dir() else Path(name)
-    dataset = minari.MinariDataset(folder) if folder.is_dir() else minari.load_dataset(name, download=True)
-    parts = list[tuple[np.ndarray, ...]]()
+    if not folder.is_dir():
+        folder = Path(minari.storage.get_dataset_path(name), "data")
+        here = folder.is_dir()
+        require(here or not name.startswith("local/"), f"--dataset {name}: not on this machine; looked for {folder}")
+        if not here:
+            print(f"--dataset {name}: fetching it to {folder}")
+            minari.download_dataset(name)
+    dataset, parts = minari.MinariDataset(folder), list[tuple[np.ndarray, ...]]()
     for episode in dataset.iterate_episodes():
-        obs, n = np.asarray(episode.observations), len(episode.rewards)
-        where = f"--dataset {name}: episode {episode.id}"
-        require(obs.ndim == 2 and len(obs) == n + 1, f"{where}: observations must be [{n + 1}, O], not {obs.shape}")
-        for key in ("actions", "terminations"):
-            require(len(getattr(episode, key)) == n, f"{where}: {key} must have {n} rows, like rewards")
-        ended = np.arange(n) == n - 1
-        parts.append((obs[:-1], episode.actions, episode.rewards, obs[1:], episode.terminations.astype(bool), ended))
+        where, n = f"--dataset {name}: episode {episode.id}:", len(np.atleast_1d(episode.rewards))
+        obs, actions = (checked(f"{where} observations", episode.observations, n + 1, 2),
+                        checked(f"{where} actions", episode.actions, n, 2))
+        rewards = checked(f"{where} rewards", episode.rewards, n, 1)
+        terminated, truncated = (checked(f"{where} {key}", getattr(episode, key), n, 1, flags=True)
+                                 for key in ("terminations", "truncations"))
+        ended = terminated | truncated | (np.arange(n) == n - 1)
+        parts.append((obs[:-1], actions, rewards, obs[1:], terminated, ended))
     require(bool(parts), f"--dataset {name}: no episodes are in it")
+    parts[-1][-1][-1] = terminated[-1] | truncated[-1]
     return Data(*map(np.concatenate, zip(*parts))), dataset.env_spec.id if dataset.env_spec else ""
 
 
@@ -400,28 +429,25 @@ def read_dataset(name: str) -> tuple[Data, str]:
     Exit, naming the key, if it cannot be read or is not what it should be.
     """
     require(bool(name), "--dataset is missing: a Minari id, a folder of a Minari dataset, or a .hdf5 file of D4RL's")
+    require(Path(name).exists() or Path(name).suffix not in (".hdf5", ".h5"), f"--dataset {name}: no such file")
     try:
-        data, env_id = (read_d4rl(Path(name)), "") if Path(name).is_file() else read_minari(name)
+        data, env_id = (read_d4rl(name), "") if Path(name).is_file() else read_minari(name)
     except Exit:
         raise
     except Exception as error:  # of many kinds, as the libraries see fit
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Exit(2, f"--dataset {name}: cannot be read ({text})") from None
-    arrays = {"observations": data.obs, "next_observations": data.next_obs, "actions": data.actions}
-    for key, array in arrays.items():
-        require(array.ndim == 2, f"--dataset {name}: {key} must be a table of vectors, not {array.shape}")
-    for key, array in (arrays | {"rewards": data.rewards}).items():
-        require(bool(np.isfinite(array).all()), f"--dataset {name}: {key} has values that are not finite")
-    require(data.obs.shape == data.next_obs.shape, f"--dataset {name}: next_observations are not like observations")
-    single = {key: getattr(data, key).astype(np.float32) for key in ("obs", "actions", "rewards", "next_obs")}
-    return data._replace(**single), env_id
+        raise Exit(2, f"--dataset {name}: cannot be read or fetched ({text})") from None
+    require(len(data.obs) > 0, f"--dataset {name}: no transitions are in it")
+    return data, env_id
 
 
 def normalized(data: Data) -> Data:
-    """Return data whose rewards are multiplied by 1000 / (best - worst return of its episodes)."""
+    """Return data whose rewards are multiplied by 1000 / (best - worst return of its whole episodes)."""
     episodes = np.cumsum(np.concatenate([[0], data.ended[:-1]])).astype(np.int64)
     returns = np.bincount(episodes, data.rewards)
-    require(bool(np.ptp(returns) > 0), "--normalize-rewards: all episodes of the dataset have the same return")
+    returns = returns if data.ended[-1] else returns[:-1]
+    text = "--normalize-rewards: needs episodes of different returns in the dataset"
+    require(len(returns) > 0 and bool(np.ptp(returns) > 0), text)
     return data._replace(rewards=(data.rewards * (1000 / np.ptp(returns))).astype(np.float32))
 
 
@@ -546,7 +572,7 @@ class CQL:
         self.warm = False  # kernels are loaded and cuBLAS has its workspace once update() has run
 
     def loss(self, batch: Batch, precision: str = "fp32") -> tuple[Tensor, Tensor, Tensor]:
-        """Return the losses of critics and of actor with temperature, to be taken apart, and what is logged [7].
+        """Return two losses, of the critics and of actor and temperature, each for its own parameters; and logs [7].
 
         All actions whose values the conservative term needs go through the critics in one pass, with the dataset's.
         """
@@ -616,12 +642,14 @@ class CQL:
 
     def scores(self, batches: list[Batch]) -> list[list[Tensor]]:
         """Return the score of every weight, for the critics and for the actor; the largest stay."""
-        if self.args.pruner == "random":
-            rng = torch.Generator(self.device).manual_seed(self.args.seed)
-            return [[torch.rand(w.shape, generator=rng, device=self.device) for w in group] for group in self.groups]
+        if self.args.pruner == "random":  # from numbers that no weight was drawn from
+            rng = np.random.default_rng((self.args.seed, 1))
+            draws = [[rng.random(w.shape, np.float32) for w in group] for group in self.groups]
+            return [[torch.from_numpy(draw).to(self.device) for draw in group] for group in draws]
         if self.args.pruner == "magnitude":  # ranks within a layer, as layers begin at scales of their own
-            ranks = [[w.detach().abs().flatten().argsort().argsort().view(w.shape) for w in g] for g in self.groups]
-            return [[rank / rank.numel() for rank in group] for group in ranks]
+            orders = [[(-w.detach().abs().flatten()).argsort(stable=True) for w in group] for group in self.groups]
+            return [[(-order.argsort() / w.numel()).view(w.shape) for order, w in zip(*pair)]
+                    for pair in zip(orders, self.groups)]
         found = list[list[Tensor]]()
         for which, group in enumerate(self.groups):
             gradient = [torch.zeros_like(w) for w in group]
@@ -648,7 +676,9 @@ class CQL:
         for group, scores in zip(self.groups, self.scores(batches)):
             sizes = [w.numel() for w in group]
             kept = max(1, round(sum(sizes) * (1 - self.args.sparsity)))
-            flat = largest(torch.cat([score.flatten() for score in scores]), kept)
+            flat = torch.cat([score.flatten() for score in scores])
+            require(bool(flat.isfinite().all()), f"--pruner {self.args.pruner}: the dataset makes scores infinite")
+            flat = largest(flat, kept)
             masks += [mask.view(w.shape) for mask, w in zip(flat.split(sizes), group)]
         with torch.no_grad():
             for weight, mask, new in zip(self.weights, self.masks, masks):
@@ -951,9 +981,14 @@ def main(args: Args) -> None:
     if args.capture_video:
         require_pictures("--capture-video", args.env_id)
     env = MujocoEnvs(args.env_id, 1, args.seed)
+    same = env_id.partition("-")[0] in ("", env.title.partition("-")[0])
+    require(same, f"--env-id {args.env_id}: {args.dataset} was recorded in {env_id}")
     dataset = Dataset(normalized(data) if args.normalize_rewards else data, env, args, device)
     agent = CQL(args, env.obs.shape[1], env.num_actions, device)
     agent.prune([dataset.sample(args.batch_size) for _ in range(args.prune_batches)])
+    mark = Path(args.resume, "dataset.sha256")
+    same = not args.resume or not mark.exists() or mark.read_text() == dataset.digest
+    require(same, f"--dataset {args.dataset} is not what it was when the run in {args.resume} began")
     if Path(args.dataset).exists():
         args = replace(args, dataset=str(Path(args.dataset).absolute()))  # --resume may come from another folder
     tensors, sparsity = agent.tensors(), agent.report()["sparsity/prunable"]
@@ -968,10 +1003,10 @@ def main(args: Args) -> None:
         return result
 
     run = Run(args, env.title, device, 3 * sum(t.nbytes for t in tensors.values()))
+    write_file(run.path / mark.name, dataset.digest.encode())
     state, saved = run.load()
     if state:
         step, epoch_return = state["counters"]
-        require(state["dataset"] == dataset.digest, f"--resume {run.path}: {args.dataset} is not what it was")
         print(f"{run.path}: going on from step {step}")
         agent.gradient_step = step
         dataset.generator.set_state(torch.tensor(state["sampling"], dtype=torch.uint8))
@@ -1012,8 +1047,7 @@ def main(args: Args) -> None:
         step = now
         # Save.
         if stops or step >= total or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
-            state = {"counters": (step, epoch_return), "dataset": dataset.digest,
-                     "sampling": dataset.generator.get_state().tolist()}
+            state = {"counters": (step, epoch_return), "sampling": dataset.generator.get_state().tolist()}
             run.save(step, tensors, state)
         if stops:
             bar.close()

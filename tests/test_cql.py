@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -146,6 +149,39 @@ def test_the_losses_and_an_update_equal_the_reference(cql: ModuleType, alpha: fl
     torch.testing.assert_close(agent.log_alpha, reference.log_alpha, atol=1e-9, rtol=0)
 
 
+def test_without_the_term_it_is_the_sac_script(cql: ModuleType, sac: ModuleType) -> None:
+    """The gradients of sac_mujoco_gmp.py's critics and actor, on the same networks and batch."""
+    agent = make_agent(cql, cql_alpha=0.0, entropy_backup=True, pruner="none")
+    args = sac.Args(width=1, weight_decay=0.0, reward_scale=1.0, target_entropy=agent.args.target_entropy)
+    other = sac.SAC(args, OBS, ACT, CPU, torch.float64)
+    other.actor.load_state_dict(agent.actor.state_dict())
+    other.critics, other.targets, other.followed = agent.critics, agent.targets, agent.followed
+    other.log_alpha = agent.log_alpha
+    batch, found = make_batch(cql, 0), list[list[Tensor]]()
+    parameters = (agent.critics, [*other.actor.parameters()])
+    for optimizer, ps in zip((other.critic_optimizer, other.actor_optimizer), parameters):
+        optimizer.step = lambda ps=ps: found.append([p.grad.clone() for p in ps])
+    noise = torch.stack([batch.noise[1, 0], batch.noise[0, 0]])
+    critic_loss, actor_loss, _ = agent.loss(batch)
+    wanted = (torch.autograd.grad(critic_loss, agent.critics, retain_graph=True),
+              torch.autograd.grad(actor_loss, [*agent.actor.parameters()]))  # fmt: skip
+    other.sac_update(sac.Batch(*batch[:5], noise))
+    for mine, theirs in zip(itertools.chain(*wanted), itertools.chain(*found), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=0)
+
+
+def test_all_actions_go_through_the_critics_in_one_pass(cql: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, rows, values = make_agent(cql), list[int](), cql.critic_values
+
+    def counted(critics: list[Tensor], obs: Tensor, actions: Tensor) -> Any:
+        rows.append(len(actions))
+        return values(critics, obs, actions)
+
+    monkeypatch.setattr(cql, "critic_values", counted)
+    agent.update(make_batch(cql, 0))
+    assert sorted(rows) == [B, B, B * (1 + 3 * N)], "targets, actor, and everything else at once"
+
+
 def test_the_multiplier_grows_while_the_gap_is_too_large(cql: ModuleType) -> None:
     """Critic loss: multiplier * alpha * (gap - aim); the multiplier goes up the same way, at half the rate."""
     agent = make_agent(cql, cql_alpha=2.0, cql_gap=0.5)
@@ -194,6 +230,25 @@ def test_counts_are_exact_and_stay(cql: ModuleType, pruner: str, sparsity: float
     assert report["sparsity/prunable"] == pytest.approx(sparsity, abs=1e-4)
 
 
+def test_scores_are_float32s_and_over_all_batches(cql: ModuleType) -> None:
+    """Whatever --precision says."""
+    batches = [make_batch(cql, step) for step in range(2)]
+    plain, rough = (make_agent(cql, precision=precision) for precision in ("fp32", "bf16"))
+    for ours, theirs in zip(rough.scores(batches), plain.scores(batches)):
+        assert all(map(torch.equal, ours, theirs))
+    for ours, theirs in zip(plain.scores(batches[:1]), plain.scores(batches)):
+        assert not torch.equal(ours[0], theirs[0])
+
+
+def test_random_scores_are_not_the_numbers_that_drew_the_weights(cql: ModuleType) -> None:
+    agent = cql.CQL(cql.Args(pruner="random", seed=5), 11, 3, CPU)
+    drawn = (agent.actor.dense2.weight.detach() * 16 + 1) / 2  # of U(-1/16, 1/16), as uniform numbers
+    scores = torch.cat([score.flatten() for score in agent.scores([])[1]])
+    old, new = (set((2**20 * x).long().flatten().tolist()) for x in (drawn, scores))
+    assert len(old & new) < 0.3 * len(old), "12 % by chance"
+    assert scores.min() >= 0 and scores.max() < 1 and scores.mean().item() == pytest.approx(0.5, abs=0.01)
+
+
 def test_magnitude_takes_the_same_share_of_each_layer(cql: ModuleType) -> None:
     """Whatever their scales; within a layer, over both critics, the largest stay."""
     agent = make_agent(cql, pruner="magnitude", sparsity=0.75)
@@ -204,6 +259,11 @@ def test_magnitude_takes_the_same_share_of_each_layer(cql: ModuleType) -> None:
     for before, mask in zip(old, agent.masks):
         assert abs(int(mask.sum()) - before.numel() / 4) <= 1
         assert before[mask != 0].min() > before[mask == 0].max()
+    even = make_agent(cql, pruner="magnitude")
+    with torch.no_grad():
+        even.actor.output.weight.fill_(-2)
+    ties = even.scores([])[1][-1].flatten()
+    assert torch.equal(ties.argsort(descending=True), torch.arange(len(ties))), "the lower index stays"
 
 
 def test_snip_is_the_gradient_at_gates(cql: ModuleType) -> None:
@@ -370,14 +430,16 @@ def test_the_loaders_give_the_same_transitions(cql: ModuleType, datasets: Path) 
         arrays = (data.obs, data.actions, data.rewards, data.next_obs, data.terminated)
         for found, *parts in zip(wanted, *arrays, strict=True):
             assert all(np.array_equal(a, b) for a, b in zip(found, parts, strict=True))
-        assert np.flatnonzero(data.ended).tolist() == [3, 6, 7, 12]
+        assert np.flatnonzero(data.ended).tolist() == [3, 6, 7], "the last one is broken off"
     data, _ = cql.read_dataset(str(write_d4rl(datasets / "b.hdf5", with_next=False)))
     kept = [t for t in range(13) if t not in (6, 12)]  # the rows of the timeout and of the file's end
     assert len(data.obs) == 11
     for i, t in enumerate(kept):
         assert np.array_equal(data.obs[i], wanted[t][0]) and data.terminated[i] == wanted[t][4]
         assert data.terminated[i] or np.array_equal(data.next_obs[i], wanted[t][3])
-    assert np.flatnonzero(data.ended).tolist() == [3, 5, 6, 10]
+    assert np.flatnonzero(data.ended).tolist() == [3, 5, 6]
+    data, _ = cql.read_dataset(str(write_d4rl(datasets / "c.hdf5", timeouts=None)))
+    assert len(data.obs) == 13 and np.flatnonzero(data.ended).tolist() == [3, 6, 7], "seen by the next observation"
 
 
 def test_a_terminal_row_that_also_timed_out_is_kept(cql: ModuleType, tmp_path: Path) -> None:
@@ -388,10 +450,15 @@ def test_a_terminal_row_that_also_timed_out_is_kept(cql: ModuleType, tmp_path: P
 
 
 def test_rewards_are_normalised_by_the_range_of_returns(cql: ModuleType, datasets: Path) -> None:
-    data, _ = cql.read_dataset(str(write_d4rl(datasets / "a.hdf5")))
-    returns = [e["rewards"].sum(dtype=np.float64) for e in episodes()]
+    """Of whole episodes: the last one, which breaks off, would be the worst."""
+    rewards = np.concatenate([e["rewards"] for e in episodes()])
+    rewards[8:] = -100
+    data, _ = cql.read_dataset(str(write_d4rl(datasets / "a.hdf5", rewards=rewards)))
+    returns = [part.sum(dtype=np.float64) for part in np.split(rewards, [4, 7, 8])][:3]
     wanted = data.rewards * 1000 / (max(returns) - min(returns))
     np.testing.assert_allclose(cql.normalized(data).rewards, wanted, rtol=1e-5)
+    with pytest.raises(cql.Exit, match="2"):
+        cql.normalized(data._replace(rewards=0 * data.rewards))
 
 
 def test_the_table_is_standardised_and_in_the_environments_units(cql: ModuleType, datasets: Path) -> None:
@@ -416,21 +483,34 @@ def test_the_table_is_standardised_and_in_the_environments_units(cql: ModuleType
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rewards": None}, "rewards is missing"),
-        ({"observations": None}, "observations is missing"),
-        ({"rewards": np.array([np.inf] * 13)}, "rewards has values that are not finite"),
-        ({"observations": np.full((13, 11), np.nan)}, "observations has values that are not finite"),
-        ({"actions": np.zeros((12, 3))}, "actions has 12 rows, observations 13"),
+        ({"rewards": None}, "the key rewards is missing"),
+        ({"observations": None}, "the key observations is missing"),
+        ({"timeouts": None, "next_observations": None}, "timeouts and next_observations are both missing"),
+        ({"rewards": np.array([np.inf] * 13)}, "rewards must be finite"),
+        ({"rewards": np.full(13, 1e300)}, "rewards must be finite"),
+        ({"rewards": np.array([b"1"] * 13)}, "rewards must be numbers"),
+        ({"rewards": np.zeros((13, 2))}, "rewards must have the shape [13], not [13, 2]"),
+        ({"observations": np.full((13, 11), np.nan)}, "observations must be finite"),
+        ({"observations": np.float32(1)}, "observations must be numbers"),
+        ({"actions": np.zeros((12, 3))}, "actions must have the shape [13, any], not [12, 3]"),
+        ({"actions": np.zeros((13, 3), complex)}, "actions must be numbers"),
         ({"actions": np.zeros((13, 4))}, "actions have 4 numbers, Hopper-v5's have 3"),
         ({"observations": np.zeros((13, 9)), "next_observations": np.zeros((13, 9))}, "observations have 9 numbers"),
-        ({"next_observations": np.zeros((13, 9))}, "next_observations are not like observations"),
+        ({"next_observations": np.zeros((13, 9))}, "next_observations must have observations' shape"),
         ({"actions": np.full((13, 3), 1.5)}, "actions reach 1.5 times Hopper-v5's bounds"),
-        ({"actions": np.zeros(13)}, "actions must be a table of vectors"),
+        ({"actions": np.zeros(13)}, "actions must have the shape [13, any], not [13]"),
+        ({"terminals": np.array([math.nan] * 13)}, "terminals must be finite"),
+        ({"terminals": np.array([0.5] * 13)}, "terminals must be 0 or 1"),
+        ({"timeouts": np.array([b"no"] * 13)}, "timeouts must be numbers"),
+        ({key: np.zeros((0, 3)) if key == "actions" else np.zeros((0, 11)) if "obs" in key else np.zeros(0)
+          for key in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")},
+         "no transitions are in it"),
     ],
-)
+)  # fmt: skip
 def test_bad_data_is_refused(
     cql: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
 ) -> None:
+    """In one line that names the file and the key; nothing is begun."""
     monkeypatch.chdir(tmp_path)
     write_d4rl(Path("bad.hdf5"), **changes)
     with pytest.raises(cql.Exit) as end:
@@ -441,20 +521,62 @@ def test_bad_data_is_refused(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_no_dataset_is_refused(cql: ModuleType, datasets: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("rewards", np.zeros((3, 2)), "rewards must have the shape [3]"),
+        ("rewards", np.array([0, math.nan, 0]), "rewards must be finite"),
+        ("actions", np.zeros((2, 3)), "actions must have the shape [3, any]"),
+        ("observations", np.zeros((3, 11)), "observations must have the shape [4, any]"),
+        ("terminations", np.array([0.5] * 3), "terminations must be 0 or 1"),
+    ],
+)
+def test_a_bad_minari_episode_is_refused(
+    cql: ModuleType, datasets: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: np.ndarray, words: str
+) -> None:
+    folder = write_minari("local/hopper/test-v0")
+    good = [*minari.MinariDataset(folder / "data").iterate_episodes()]
+    bad = dataclasses.replace(good[1], **{key: value})
+    monkeypatch.setattr(minari.MinariDataset, "iterate_episodes", lambda _: iter([good[0], bad]))
+    with pytest.raises(cql.Exit) as end:
+        cql.read_dataset(str(folder))
+    status, line = end.value.args
+    assert status == 2 and f"{folder}: episode 1:" in line and words in line
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_dataset_is_refused(cql: ModuleType, datasets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(name: str) -> None:
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(minari, "download_dataset", no_network)
     (datasets / "damaged.hdf5").write_bytes(write_d4rl(datasets / "a.hdf5").read_bytes()[:3000])
     (datasets / "empty").mkdir()
-    for name in (str(datasets / "damaged.hdf5"), str(datasets / "empty"), "local/no/such-v0", "nonsense", ""):
+    (datasets / "text.hdf5").write_text("no")
+    cases = {
+        str(datasets / "damaged.hdf5"): "cannot be read",
+        str(datasets / "text.hdf5"): "cannot be read",
+        str(datasets / "empty"): "cannot be read",
+        str(datasets / "none.hdf5"): "no such file",
+        "local/no/such-v0": f"not on this machine; looked for {datasets}",
+        "mujoco/hopper/medium-v0": "fetched (Name or service not known)",
+        "nonsense": "cannot be read or fetched",
+        "": "--dataset is missing",
+    }
+    for name, words in cases.items():
         with pytest.raises(cql.Exit) as end:
             cql.read_dataset(name)
         status, line = end.value.args
-        assert status == 2 and line.startswith("--dataset") and name in line and "\n" not in line
+        assert status == 2 and line.startswith("--dataset") and name in line and words in line and "\n" not in line
 
 
-def test_the_environment_must_be_known(cql: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(cql.Exit) as end:
-        cql.main(cql.Args(dataset=str(write_d4rl(tmp_path / "a.hdf5"))))
-    assert "--env-id is missing" in end.value.args[1]
+@pytest.mark.filterwarnings("ignore")
+def test_the_environment_must_be_known_and_the_datas(cql: ModuleType, datasets: Path) -> None:
+    with pytest.raises(cql.Exit, match="--env-id is missing"):
+        cql.main(cql.Args(dataset=str(write_d4rl(datasets / "a.hdf5"))))
+    write_minari("local/hopper/test-v0")
+    with pytest.raises(cql.Exit, match="--env-id Walker2d: local/hopper/test-v0 was recorded in Hopper-v5"):
+        cql.main(cql.Args(dataset="local/hopper/test-v0", env_id="Walker2d"))
 
 
 # A run
@@ -479,6 +601,39 @@ def test_a_run_prunes_once_and_trains(cql: ModuleType, tmp_path: Path, monkeypat
     args = json.loads((tmp_path / "one" / "args.json").read_text())
     assert args["env_id"] == "Hopper" and args["script"] == "cql_offline_snip.py"
     assert args["dataset"] == str(tmp_path / "a.hdf5"), "found again from any folder"
+
+
+def test_another_dataset_is_refused_on_resume(cql: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything of the run is touched."""
+    path = write_d4rl(tmp_path / "a.hdf5")
+    flags = {"dataset": str(path), "env_id": "Hopper", "total_timesteps": 200, "batch_size": 8, "eval_episodes": 0}
+    monkeypatch.setattr(cql.Run, "finish", lambda *_: None)
+    cql.main(cql.Args(**flags, run_dir=str(tmp_path / "run")))
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    write_d4rl(path, rewards=np.ones(13))
+    with pytest.raises(cql.Exit, match="is not what it was when the run in"):
+        cql.main(cql.Args(**flags, resume=str(tmp_path / "run")))
+    assert before == {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+
+
+def test_rewards_are_normalised_on_request_only(
+    cql: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[Tensor]()
+    monkeypatch.setattr(cql.Run, "__init__", lambda *_: seen.append(tables.pop()) or sys.exit())
+    make, tables = cql.Dataset.__init__, list[Tensor]()
+
+    def kept(self: Any, *rest: Any) -> None:
+        make(self, *rest)
+        tables.append(self.table[:, -2])
+
+    monkeypatch.setattr(cql.Dataset, "__init__", kept)
+    path = write_d4rl(tmp_path / "a.hdf5")
+    for asked in (False, True):
+        with pytest.raises(SystemExit):
+            cql.main(cql.Args(dataset=str(path), env_id="Hopper", batch_size=8, normalize_rewards=asked))
+    data, _ = cql.read_dataset(str(path))
+    assert np.array_equal(seen[0], data.rewards) and np.array_equal(seen[1], cql.normalized(data).rewards)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(cql: ModuleType, tmp_path: Path) -> None:
