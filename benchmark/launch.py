@@ -8,12 +8,12 @@
     launch.py remove GRID CURVE    take a curve out; its runs' folders stay
 
 A grid is a manifest, RUNS/GRID.jsonl, with one line of JSON per run: id (a
-hash of script and flags, defaults left out), curve, script, flags and folder. A run's state is
-read from its folder, RUNS/FOLDER, alone. final.json: done; .lock held:
-running; .failed: failed, with the exit status in it; args.json: stopped, to
-be resumed; nothing: waiting. Grids that ask for the same run share it. The
-run itself holds the lock, so that it is not started twice though its launcher
-be killed.
+hash of script and flags, defaults left out), curve, script, flags and folder.
+A run's state is read from its folder, RUNS/FOLDER, alone. final.json: done;
+.lock held: running; .failed: failed, with the exit status in it; args.json:
+stopped, to be resumed; nothing: waiting. Grids that ask for the same run
+share it. The run itself holds the lock, so that it is not started twice
+though its launcher be killed.
 
 RUNS is the environment variable of that name, else runs. FLAGS is added to
 the flags of every run, such as FLAGS="--num-envs 8". DRY=1 prints the commands

@@ -19,16 +19,21 @@ length only, the medium run is the beginning of the expert run. What is recorded
 
 These names are relative to the runs made here; nothing of them may be set beside D4RL's datasets of the same names. A
 policy is recorded in whole episodes, to the first end after --transitions. Minari keeps its datasets in ~/.minari, or
-where MINARI_DATASETS_PATH says.
+where MINARI_DATASETS_PATH says. What is there under these names stays, unless the same flags made it. Ctrl-C or SIGTERM
+stops with a checkpoint; the same command goes on. The table that is printed is left in --runs too.
 """
 
 from __future__ import annotations
 
 import ctypes
 import difflib
+import fcntl
 import hashlib
 import json
 import math
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -36,7 +41,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import minari
@@ -67,23 +72,24 @@ class Args:
     """Flags."""
 
     env_id: str = "Hopper-v5"  # Gymnasium environment with a vector of observations and bounded continuous actions
-    medium_steps: int = 60_000  # steps of the medium run (>= 1)
+    medium_steps: int = 60_000  # steps of the medium run (>= 300; before 256 nothing is learned)
     expert_steps: int = 300_000  # steps of the expert run (> --medium-steps)
     transitions: int = 50_000  # that each policy is recorded for, at least (>= 1)
     seed: int = 1  # seed of the runs and of what is recorded, in [0, 2^32)
-    precision: str = "fp32"  # of the runs: fp32 or bf16
-    runs: Path = Path("runs", "datasets")  # folder for the two runs
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the runs
+    runs: Path = Path("runs", "datasets")  # folder for the two runs and the table
     name: str = "local"  # first part of the datasets' names
 
     def __post_init__(self) -> None:
         """Refuse values out of range, naming the flag."""
-        for name in ("medium_steps", "transitions"):
+        for name, least in (("medium_steps", 300), ("transitions", 1)):
             value = getattr(self, name)
-            require(value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
+            require(value >= least, f"--{name.replace('_', '-')} {value}: must be at least {least}")
         longer = self.expert_steps > self.medium_steps
         require(longer, f"--expert-steps {self.expert_steps}: must be above --medium-steps, {self.medium_steps}")
         require(0 <= self.seed < 2**32, f"--seed {self.seed}: must be in [0, 2^32)")
-        require(self.precision in ("fp32", "bf16"), f"--precision {self.precision}: must be fp32 or bf16")
+        fits = bool(re.fullmatch(r"[\w.-]+", self.name)) and self.name not in ("mujoco", "D4RL")
+        require(fits, f"--name {self.name}: must be letters, digits, _ . - and none of Minari's own, mujoco and D4RL")
 
 
 # >>> shared: mujoco-env
@@ -237,22 +243,48 @@ class Actor(nn.Sequential):
 # <<< shared: actor
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
 Episode = dict[str, np.ndarray]  # observations [T + 1, O], actions [T, A], rewards, terminations, truncations [T]
 
 
-def train(args: Args, steps: int) -> Path:
+def train(args: Args, env_id: str, steps: int) -> Path:
     """Return the folder of the finished run of so many steps, made now if it is not there."""
-    folder = args.runs / f"{args.env_id}__{args.seed}__{steps}"
+    folder = args.runs / f"{env_id}__{args.seed}__{steps}"
     script = str(Path(__file__).with_name("sac_mujoco_gmp.py"))
     starts = min(5000, max(256, args.medium_steps // 10))
-    flags = ["--env-id", args.env_id, "--seed", args.seed, "--total-timesteps", steps, "--learning-starts", starts,
-             "--sparsity", 0, "--width", 1, "--learning-rate", 1e-3, "--reward-scale", 1, "--target-entropy", -1,
-             "--weight-decay", 0, "--precision", args.precision, "--run-dir", folder]
+    flags = {"env-id": env_id, "seed": args.seed, "total-timesteps": steps, "learning-starts": starts, "sparsity": 0,
+             "width": 1, "learning-rate": 1e-3, "reward-scale": 1, "target-entropy": -1, "weight-decay": 0,
+             "precision": args.precision}  # fmt: skip
+    command = ["--run-dir", folder, *(x for flag, value in flags.items() for x in (f"--{flag}", value))]
     if (folder / "args.json").exists():
-        flags = ["--resume", folder]
-    status = subprocess.run([sys.executable, script, *map(str, flags)], check=False).returncode
-    if status:
-        raise Exit(status, f"the run in {folder} did not finish; start this again to go on with it")
+        command, made = ["--resume", folder], json.loads((folder / "args.json").read_text())
+        for flag, value in flags.items():
+            text = f"{folder}: made with --{flag} {made.get(flag.replace('-', '_'))}, not {value}; give another --runs"
+            require(made.get(flag.replace("-", "_")) == value, text)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:  # the run holds it too, and keeps it if this program is killed
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Exit(1, f"{folder}: this run is going on already; wait for it or stop it") from None
+        run, stops = None, list[int]()
+
+        def stop(signum: int, _: Any) -> None:
+            """Let the run stop with a checkpoint; it is waited for."""
+            stops.append(signum)
+            if run:
+                run.terminate()
+
+        handlers = [signal.signal(signum, stop) for signum in STOPS]
+        run = subprocess.Popen([sys.executable, script, *map(str, command)], pass_fds=[lock.fileno()])
+        if stops:  # while it was begun
+            run.terminate()
+        status = run.wait()
+        for signum, handler in zip(STOPS, handlers):
+            signal.signal(signum, handler)
+    text = f"the run in {folder} did not finish; start this again to go on with it"
+    if status or stops:
+        raise Exit(75 if stops else max(1, status), text)
     return folder
 
 
@@ -317,22 +349,39 @@ def load_policy(folder: Path) -> Actor:
     return actor
 
 
+def described(args: Args, kind: str) -> str:
+    """Return a dataset's description, from which it is known again."""
+    runs = f"runs of {args.medium_steps} and {args.expert_steps} steps, {args.precision}"
+    return f"{kind}, recorded by cleanrl-sparse: seed {args.seed}, {runs}, {args.transitions} transitions per policy"
+
+
+def dataset_name(args: Args, env_id: str, kind: str) -> str:
+    """Return a dataset's Minari id; Exit if another one has it."""
+    name = f"{args.name}/{env_id.partition('-')[0].lower()}/{kind}-v0"
+    path = Path(minari.storage.get_dataset_path(name))
+    try:
+        other = json.loads((path / "data" / "metadata.json").read_text()).get("description", "")
+    except (OSError, ValueError):  # none is there, or it was broken off while it was written
+        return name
+    text = f"--name {args.name}: {path} holds another dataset ({other}); give another name or delete it"
+    require(other == described(args, kind), text)
+    return name
+
+
 def write(args: Args, kind: str, episodes: list[Episode]) -> str:
-    """Write a Minari dataset in place of an older one; return a line about it."""
+    """Write a Minari dataset, in place of one that the same flags made; return a line about it."""
     env: Any = make_env(args.env_id)
-    title, middle, half = env.spec.id, *((env.action_space.high + s * env.action_space.low) / 2 for s in (1, -1))
-    name = f"{args.name}/{title.partition('-')[0].lower()}/{kind}-v0"
+    middle, half = ((env.action_space.high + sign * env.action_space.low) / 2 for sign in (1, -1))
+    name = dataset_name(args, env.spec.id, kind)
     actions = [middle + half * episode["actions"] for episode in episodes]
     buffers = [EpisodeBuffer(id=i, **episode | {"actions": a}) for i, (episode, a) in enumerate(zip(episodes, actions))]
-    if minari.storage.get_dataset_path(name).exists():
-        minari.delete_dataset(name)
-    text = f"{kind}, recorded by cleanrl-sparse: seed {args.seed}, runs of {args.medium_steps} and {args.expert_steps}"
-    space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+    shutil.rmtree(minari.storage.get_dataset_path(name), ignore_errors=True)
+    text, space = described(args, kind), gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
     with warnings.catch_warnings(action="ignore"):  # that no author and no address are given
         minari.create_dataset_from_buffers(name, buffers, env=env.spec, observation_space=space, description=text)
     digest = hashlib.sha256()
     for episode, a in zip(episodes, actions):
-        for array in (episode["observations"], a, episode["rewards"]):
+        for array in (a, *(episode[key] for key in ("observations", "rewards", "terminations", "truncations"))):
             digest.update(array.astype(np.float32).tobytes())
     returns, count = [episode["rewards"].sum() for episode in episodes], sum(len(a) for a in actions)
     numbers = f"{len(episodes)} | {count:,} | {np.mean(returns):,.0f} | {min(returns):,.0f} | {max(returns):,.0f}"
@@ -369,8 +418,16 @@ def parse(argv: list[str]) -> Args:
 
 def main(args: Args) -> None:
     """Train, record, and print what came out."""
-    make_env(args.env_id)  # a wrong name is refused now
-    medium, expert = train(args, args.medium_steps), train(args, args.expert_steps)
+    def stop(signum: int, _: Any) -> None:
+        """End at once: what is being recorded or written is made anew."""
+        raise Exit(75, "stopped; start this again to go on")
+
+    for signum in STOPS:
+        signal.signal(signum, stop)
+    spec: Any = make_env(args.env_id).spec
+    for kind in ("random", "medium", "medium-replay", "expert", "medium-expert"):
+        dataset_name(args, spec.id, kind)  # what cannot be written is refused now
+    medium, expert = train(args, spec.id, args.medium_steps), train(args, spec.id, args.expert_steps)
     kinds = {
         "random": transitions(play(args, args.seed + 3_000_000, None)),
         "medium": transitions(play(args, args.seed + 3_000_001, load_policy(medium))),
@@ -378,9 +435,11 @@ def main(args: Args) -> None:
         "expert": transitions(play(args, args.seed + 3_000_002, load_policy(expert))),
     }
     kinds["medium-expert"] = kinds["medium"] + kinds["expert"]
+    head = "| dataset | episodes | transitions | return: mean | lowest | highest | SHA-256 |"
     lines = [write(args, kind, episodes) for kind, episodes in kinds.items()]
-    print("| dataset | episodes | transitions | return: mean | lowest | highest | SHA-256 |")
-    print("\n".join(["|---|---|---|---|---|---|---|", *lines]))
+    table = "\n".join([head, "|---|---|---|---|---|---|---|", *lines])
+    (args.runs / f"{args.name}-{spec.id}.md").write_text(table + "\n")
+    print(table)
 
 
 if __name__ == "__main__":

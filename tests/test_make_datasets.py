@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import minari
 import numpy as np
 import pytest
 from conftest import SCRIPTS, script_fixture
+from test_runs import wait_until
 
 datasets = script_fixture("make_datasets")
 
@@ -50,6 +52,13 @@ def test_one_command_trains_and_records(cql: ModuleType, tmp_path: Path, monkeyp
     assert all(result.returncode == 0 for result in results), results[0].stderr
     tables = [[line for line in result.stdout.splitlines() if line.startswith("| local")] for result in results]
     assert tables[0] == tables[1], "again, without training: the same, checksums included"
+    assert (tmp_path / "runs" / "datasets" / "local-Pendulum-v1.md").read_text().count("local/pendulum/") == 5
+    other = subprocess.run([*command, "--precision", "bf16"], cwd=tmp_path, capture_output=True, text=True)
+    (line,) = other.stderr.splitlines()
+    assert other.returncode == 2 and "random-v0 holds another dataset" in line and "fp32" in line
+    command += ["--precision", "bf16", "--name", "b"]
+    other = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert other.returncode == 2 and "Pendulum-v1__1__450: made with --precision fp32, not bf16" in other.stderr
     names = [f"local/pendulum/{kind}-v0" for kind in ("random", "medium", "medium-replay", "expert", "medium-expert")]
     assert [line.split(" | ")[0][2:] for line in tables[0]] == names
     counts = {}
@@ -69,8 +78,34 @@ def test_one_command_trains_and_records(cql: ModuleType, tmp_path: Path, monkeyp
     assert returns[:2] == pytest.approx([score for score in scores if score is not None][:2], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_what_is_stopped_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    """With a checkpoint and one line; a run whose parent was killed is not run twice at once."""
+    flags = ["--env-id", "Pendulum-v1", "--medium-steps", "4000", "--expert-steps", "5000", "--runs", str(tmp_path)]
+    command = [sys.executable, SCRIPTS / "make_datasets.py", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(tmp_path / "datasets")}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "Pendulum-v1__1__4000"
+    wait_until(lambda: (folder / "metrics.jsonl").exists() and "losses" in (folder / "metrics.jsonl").read_text())
+    process.send_signal(number)
+    if number != signal.SIGKILL:
+        err = process.communicate()[1]
+        assert process.returncode == 75 and "Traceback" not in err
+        assert err.splitlines()[-1].endswith("did not finish; start this again to go on with it")
+        assert [*(folder / "checkpoint").iterdir()]
+        return
+    process.wait()
+    second = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert second.returncode == 1 and "this run is going on already" in second.stderr
+    assert "Traceback" not in second.stderr
+    wait_until(lambda: (folder / "final.json").exists())
+
+
 @pytest.mark.parametrize(
-    "flags", ["--env-id Hoper-v5", "--medium-steps 0", "--expert-steps 50", "--transitions 0", "--seed -1"]
+    "flags",
+    ["--env-id Hoper-v5", "--medium-steps 299", "--expert-steps 50", "--transitions 0", "--seed -1", "--name a/b",
+     "--name mujoco"],
 )
 def test_bad_input_is_refused_in_one_line(
     datasets: ModuleType, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -113,6 +113,14 @@ class Output:
         return [line for line in self.stderr.splitlines() if line.strip() and not re.match(r"\s*\d+%", line)]
 
 
+def wait_until(ready: Callable[[], bool]) -> None:
+    """Wait until `ready`."""
+    deadline = time.monotonic() + TIMEOUT
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 class Process:
     """A training script in a process of its own, with its output in files."""
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import SCRIPTS
 from slurm import Cluster, missing
-from test_runs import TIMEOUT, TINY, Output, Process, assert_learned, assert_same_run, saved_steps
+from test_runs import TINY, Output, Process, assert_learned, assert_same_run, saved_steps, wait_until
 
 LACKS = missing()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(LACKS), reason=f"no Slurm: {', '.join(LACKS)}")]
@@ -80,14 +79,6 @@ def place(cluster: Cluster, tmp_path: Path) -> Iterator[Place]:
         process.popen.kill()
         process.popen.wait()
     wait_until(lambda: not (cluster.call("scancel", "--user=root") or cluster.call("squeue", "--noheader")))
-
-
-def wait_until(ready: Callable[[], bool]) -> None:
-    """Wait until `ready`."""
-    deadline = time.monotonic() + TIMEOUT
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def facts(cluster: Cluster, job: str) -> list[dict[str, str]]:
