@@ -677,7 +677,8 @@ class CQL:
             sizes = [w.numel() for w in group]
             kept = max(1, round(sum(sizes) * (1 - self.args.sparsity)))
             flat = torch.cat([score.flatten() for score in scores])
-            require(bool(flat.isfinite().all()), f"--pruner {self.args.pruner}: the dataset makes scores infinite")
+            text = f"--dataset {self.args.dataset}: the scores of --pruner {self.args.pruner} are not finite"
+            require(bool(flat.isfinite().all()), text)
             flat = largest(flat, kept)
             masks += [mask.view(w.shape) for mask, w in zip(flat.split(sizes), group)]
         with torch.no_grad():

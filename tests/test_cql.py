@@ -233,7 +233,8 @@ def test_counts_are_exact_and_stay(cql: ModuleType, pruner: str, sparsity: float
 def test_scores_are_float32s_and_over_all_batches(cql: ModuleType) -> None:
     """Whatever --precision says."""
     batches = [make_batch(cql, step) for step in range(2)]
-    plain, rough = (make_agent(cql, precision=precision) for precision in ("fp32", "bf16"))
+    flags = {"cql_actions": N, "layers": 2}
+    plain, rough = (cql.CQL(cql.Args(precision=kind, **flags), OBS, ACT, CPU) for kind in ("fp32", "bf16"))
     for ours, theirs in zip(rough.scores(batches), plain.scores(batches)):
         assert all(map(torch.equal, ours, theirs))
     for ours, theirs in zip(plain.scores(batches[:1]), plain.scores(batches)):
@@ -241,7 +242,8 @@ def test_scores_are_float32s_and_over_all_batches(cql: ModuleType) -> None:
 
 
 def test_random_scores_are_not_the_numbers_that_drew_the_weights(cql: ModuleType) -> None:
-    agent = cql.CQL(cql.Args(pruner="random", seed=5), 11, 3, CPU)
+    agent, other = (cql.CQL(cql.Args(pruner="random", seed=seed), 11, 3, CPU) for seed in (5, 6))
+    assert not torch.equal(agent.scores([])[0][0], other.scores([])[0][0])
     drawn = (agent.actor.dense2.weight.detach() * 16 + 1) / 2  # of U(-1/16, 1/16), as uniform numbers
     scores = torch.cat([score.flatten() for score in agent.scores([])[1]])
     old, new = (set((2**20 * x).long().flatten().tolist()) for x in (drawn, scores))
@@ -488,6 +490,7 @@ def test_the_table_is_standardised_and_in_the_environments_units(cql: ModuleType
         ({"timeouts": None, "next_observations": None}, "timeouts and next_observations are both missing"),
         ({"rewards": np.array([np.inf] * 13)}, "rewards must be finite"),
         ({"rewards": np.full(13, 1e300)}, "rewards must be finite"),
+        ({"rewards": np.full(13, 3e38)}, "the scores of --pruner snip are not finite"),
         ({"rewards": np.array([b"1"] * 13)}, "rewards must be numbers"),
         ({"rewards": np.zeros((13, 2))}, "rewards must have the shape [13], not [13, 2]"),
         ({"observations": np.full((13, 11), np.nan)}, "observations must be finite"),
@@ -514,7 +517,7 @@ def test_bad_data_is_refused(
     monkeypatch.chdir(tmp_path)
     write_d4rl(Path("bad.hdf5"), **changes)
     with pytest.raises(cql.Exit) as end:
-        cql.main(cql.Args(dataset="bad.hdf5", env_id="Hopper-v5"))
+        cql.main(cql.Args(dataset="bad.hdf5", env_id="Hopper-v5", total_timesteps=1, batch_size=2, eval_episodes=0))
     status, line = end.value.args
     assert status == 2 and "--dataset bad.hdf5" in line and words in line and "\n" not in line
     assert [path.name for path in tmp_path.iterdir()] == ["bad.hdf5"], "nothing was begun"
@@ -586,14 +589,16 @@ def test_a_run_prunes_once_and_trains(cql: ModuleType, tmp_path: Path, monkeypat
     """Twice: the same; its records, its model, its score against D4RL's references."""
     write_d4rl(tmp_path / "a.hdf5")
     monkeypatch.chdir(tmp_path)
-    flags = {"dataset": "a.hdf5", "env_id": "Hopper", "total_timesteps": 250, "batch_size": 8, "epoch_steps": 100,
-             "eval_episodes": 2, "sparsity": 0.9}  # fmt: skip
+    pruned, prune = list[int](), cql.CQL.prune
+    monkeypatch.setattr(cql.CQL, "prune", lambda agent, batches: pruned.append(len(batches)) or prune(agent, batches))
+    flags = {"dataset": "a.hdf5", "env_id": "Hopper", "total_timesteps": 450, "batch_size": 8, "epoch_steps": 200,
+             "eval_episodes": 2, "sparsity": 0.9, "prune_batches": 3}  # fmt: skip
     for name in ("one", "two"):
         cql.main(cql.Args(**flags, run_dir=str(tmp_path / name)))
     models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
-    assert models[0] == models[1]
+    assert models[0] == models[1] and pruned == [3, 3]
     records = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records] == [0, 100, 200, 250]
+    assert [r["step"] for r in records] == [0, 200, 400, 450]
     assert all(r["sparsity/prunable"] == pytest.approx(0.9, abs=1e-4) for r in records[:3]), "from the start"
     assert "losses/cql_loss" in records[1] and "losses/cql_loss" not in records[0]
     last = records[-1]
