@@ -3,7 +3,9 @@
 # It found, by its abstract: most experiments keep their return with 95 % of the weights pruned. Datasets, sparsities
 # and the number of seeds are our choice; GraSP empties a layer from about 0.8 on, which the script refuses.
 # Data, once: python cleanrl_sparse/make_datasets.py --env-id Hopper-v5
-# 90 runs of 1M gradient steps; hours of a run: benchmark/README.md.
+# 90 runs of 1M gradient steps; hours of a run: benchmark/README.md. What results/ has is, on a CPU:
+#     STEPS=20000 PRECISION=bf16 SPARSITIES='0.9 0.95 0.99' FLAGS='--batch-size 64 --epoch-steps 1000' \
+#         benchmark/cql_pruners.sh --workers 2
 set -euo pipefail
 cd "$(dirname "$0")/.."
 grid=$(basename "$0" .sh)
