@@ -20,7 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is `shared` is text that all scripts have in common: the quick suite tries it through the first one only.
 
     Of what test_runs.py does, some is slow too: all with the baselines, which have most in common with dqn_atari_gmp;
-    for the scripts that have most in common with another one, killing, three environments and training alone.
+    for the scripts that have most in common with another one, killing, three environments and training alone. Killing
+    and damaging is a suite of its own, `kill`, but for killing the first script's runs.
     """
     for item in items:
         runs = item.path.name == "test_runs.py"
@@ -30,8 +31,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "cql_offline_snip-3" in item.name:
             item.add_marker(pytest.mark.skip(reason="it has no environments to train in"))
         shared = item.get_closest_marker("shared") and "eaudeqn_atari" not in item.name
+        names = {*getattr(item, "fixturenames", ())}
+        damage = names & {"killed", "mended"} or "survives_a_signal" in item.name
+        kills = damage or ("broken_off" in names and "eaudeqn_atari" not in item.name)
         if baselines or shared or (twin and costly):
             item.add_marker(pytest.mark.slow)
+        elif kills:
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.kill)
 
 
 def load_script(name: str) -> ModuleType:

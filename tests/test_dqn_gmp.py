@@ -138,6 +138,7 @@ def test_final_sparsity_of_each_layer(dqn: ModuleType, network: str, width: int,
     assert abs(kept - 0.05 * total) <= len(shares) / 2
 
 
+@pytest.mark.slow
 def test_no_sparsity_is_no_pruning(tmp_path: Path) -> None:
     """With --sparsity 0 the model is, bit for bit, that of the same file with its pruning lines deleted."""
     source = (SCRIPTS / "dqn_atari_gmp.py").read_text()
