@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         names = {*getattr(item, "fixturenames", ())}
         damage = names & {"killed", "mended"} or "survives_a_signal" in item.name
         kills = damage or ("broken_off" in names and "eaudeqn_atari" not in item.name)
-        if baselines or shared or (twin and costly):
+        if item.get_closest_marker("slow") or baselines or shared or (twin and costly):
             item.add_marker(pytest.mark.slow)
         elif kills:
             item.add_marker(pytest.mark.slow)
