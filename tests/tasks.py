@@ -14,12 +14,13 @@ CPU = torch.device("cpu")
 
 
 def filled_replay(
-    module: ModuleType, kind: type, size: int, steps: int, capacity: int | None = None, **flags: Any
+    module: ModuleType, kind: type, size: int, steps: int, capacity: int | None = None, device: torch.device = CPU,
+    **flags: Any,
 ) -> Any:
     """Return a replay of random frames [size, size], where three steps in ten end an episode, by itself or cut."""
     rng = np.random.default_rng(0)
     flags = {"gamma": 0.9, "n_step": 3, **flags}
-    replay = kind(capacity or steps, 1, CPU, 0, frame_shape=(size, size), episode_cap=1, **flags)
+    replay = kind(capacity or steps, 1, device, 0, frame_shape=(size, size), episode_cap=1, **flags)
     frames = rng.integers(0, 256, (1, size, size), dtype=np.uint8)
     replay.see(frames)
     for _ in range(steps):
