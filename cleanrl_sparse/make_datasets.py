@@ -349,10 +349,11 @@ def load_policy(folder: Path) -> Actor:
     return actor
 
 
-def described(args: Args, kind: str) -> str:
+def described(args: Args, env_id: str, kind: str) -> str:
     """Return a dataset's description, from which it is known again."""
     runs = f"runs of {args.medium_steps} and {args.expert_steps} steps, {args.precision}"
-    return f"{kind}, recorded by cleanrl-sparse: seed {args.seed}, {runs}, {args.transitions} transitions per policy"
+    who = f"{kind} of {env_id}, recorded by cleanrl-sparse"
+    return f"{who}: seed {args.seed}, {runs}, {args.transitions} transitions per policy"
 
 
 def dataset_name(args: Args, env_id: str, kind: str) -> str:
@@ -364,7 +365,7 @@ def dataset_name(args: Args, env_id: str, kind: str) -> str:
     except (OSError, ValueError):  # none is there, or it was broken off while it was written
         return name
     text = f"--name {args.name}: {path} holds another dataset ({other}); give another name or delete it"
-    require(other == described(args, kind), text)
+    require(other == described(args, env_id, kind), text)
     return name
 
 
@@ -376,8 +377,10 @@ def write(args: Args, kind: str, episodes: list[Episode]) -> str:
     actions = [middle + half * episode["actions"] for episode in episodes]
     buffers = [EpisodeBuffer(id=i, **episode | {"actions": a}) for i, (episode, a) in enumerate(zip(episodes, actions))]
     shutil.rmtree(minari.storage.get_dataset_path(name), ignore_errors=True)
-    text, space = described(args, kind), gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-    with warnings.catch_warnings(action="ignore"):  # that no author and no address are given
+    text = described(args, env.spec.id, kind)
+    space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no author and no address are given
         minari.create_dataset_from_buffers(name, buffers, env=env.spec, observation_space=space, description=text)
     digest = hashlib.sha256()
     for episode, a in zip(episodes, actions):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -39,6 +40,29 @@ def test_steps_become_episodes(datasets: ModuleType) -> None:
     assert second["observations"].tolist() == [[5], [6]] and second["truncations"].tolist() == [True]
     assert third["observations"].tolist() == [[8], [9]] and third["truncations"].tolist() == [True]
     assert third["actions"] == pytest.approx(0.8) and not third["terminations"].any()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_dataset_is_written_and_known_again(
+    datasets: ModuleType, cql: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole episodes of Hopper by random actions, replaced by the same flags only."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    args = datasets.Args(env_id="Hopper-v5", transitions=50)
+    steps = [*datasets.play(args, 7, None)]
+    episodes = datasets.transitions(steps)
+    lines = [datasets.write(args, "random", episodes) for _ in "12"]
+    assert lines[0] == lines[1] and f"| local/hopper/random-v0 | {len(episodes)} | {len(steps)} |" in lines[0]
+    data, env_id = cql.read_dataset("local/hopper/random-v0")
+    assert env_id == "Hopper-v5" and 50 <= len(data.obs) == len(steps)
+    for i, (obs, actions, outcome) in enumerate(steps):
+        assert np.array_equal(data.obs[i], obs[0]) and np.array_equal(data.actions[i], actions[0])
+        assert np.array_equal(data.next_obs[i], outcome.last_obs[0]) and data.terminated[i] == outcome.terminated[0]
+        assert data.rewards[i] == np.float32(outcome.rewards[0]) and data.ended[i] == outcome.ended[0]
+    for other in ({"env_id": "Hopper-v4"}, {"transitions": 51}, {"seed": 2}):
+        with pytest.raises(datasets.Exit, match=r"random-v0 holds another dataset \(random of Hopper-v5, "):
+            datasets.write(dataclasses.replace(args, **other), "random", episodes)
+    assert len(cql.read_dataset("local/hopper/random-v0")[0].obs) == len(steps)
 
 
 @pytest.mark.slow
