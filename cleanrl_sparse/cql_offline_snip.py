@@ -13,10 +13,10 @@ Its body and code could not be found: this is SNIP at initialisation (Lee et al.
 Every weight is scored on one batch of the dataset by how much its removal would change the loss; 95 % go, for good.
 Then CQL trains what is left.
 
-    python cql_offline_snip.py --dataset mujoco/hopper/medium-v0                 # a Minari dataset by id
-    python cql_offline_snip.py --dataset hopper_medium-v2.hdf5 --env-id Hopper   # a file of D4RL's
+    python cql_offline_snip.py --dataset mujoco/hopper/medium-v0                      # a Minari dataset by id
+    python cql_offline_snip.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v4     # a file of D4RL's
     python cql_offline_snip.py --dataset local/hopper/medium-v0 --pruner grasp --sparsity 0.5
-    python cql_offline_snip.py --dataset DATASET --pruner none                   # dense CQL
+    python cql_offline_snip.py --dataset DATASET --pruner none                        # dense CQL
     python cql_offline_snip.py --resume runs/Hopper-v5__cql_offline_snip__1__1790000000
 
 Differences from the paper, and guesses ([C] read in the paper or another's code, [I] inferred, [D] our decision):
@@ -28,7 +28,7 @@ Differences from the paper, and guesses ([C] read in the paper or another's code
  4. [C] CQL as in CORL: alpha 10, 10 actions each from uniform, pi(s) and pi(s'), importance weights, no entropy backup.
  5. [D] Actor: CORL's offset of -1 of the log standard deviation is its initial bias; the factor beside it is left out.
  6. [D] The saved networks take raw observations: the standardisation is folded into their first layers.
- 7. [D] Temperature of GraSP: none, since dividing a regression loss by it would not change the order of the scores.
+ 7. [D] Temperature of GraSP: 1, and no flag; it divides a classifier's logits, and these losses are regressions.
 
 Figures: benchmark/cql_pruners.sh: return against sparsity. More: docs/cql_offline_snip.md.
 """
@@ -364,7 +364,8 @@ def read_d4rl(name: str) -> Data:
 
     One of the last two may be missing. Without timeouts an episode ends where the next observation is not the next
     row's. Without next_observations they are the next row's; the rows of which none follows in the episode (timeouts,
-    the last row of the file) are left out, unless they are terminal, which need none.
+    the last row of the file) are left out, unless they are terminal. Those do not bootstrap, and for CQL's term the
+    next episode's first observation is a state of the data like any other; CORL does the same.
     """
     with h5py.File(name) as file:
         found = {key: item[()] for key, item in file.items() if isinstance(item, h5py.Dataset)}
@@ -402,13 +403,22 @@ def read_minari(name: str) -> tuple[Data, str]:
     """
     folder = Path(name, "data") if Path(name, "data").is_dir() else Path(name)
     if not folder.is_dir():
+        text = "no such folder, and a Minari id ends with its version, like mujoco/hopper/medium-v0"
+        require(name.rpartition("-v")[2].isdigit(), f"--dataset {name}: {text}")
         folder = Path(minari.storage.get_dataset_path(name), "data")
         here = folder.is_dir()
         require(here or not name.startswith("local/"), f"--dataset {name}: not on this machine; looked for {folder}")
         if not here:
-            print(f"--dataset {name}: fetching it to {folder}")
+            print(f"--dataset {name}: fetching it to {folder}; if that is broken off, delete what is there")
+            os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else it reports each of its retries
             minari.download_dataset(name)
     dataset, parts = minari.MinariDataset(folder), list[tuple[np.ndarray, ...]]()
+    spec = dataset.env_spec
+    if spec and (known := gym.registry.get(spec.id)):
+        usual, settings = ({**s.kwargs, "max_episode_steps": s.max_episode_steps} for s in (known, spec))
+        special = {key: x for key, x in settings.items() if key != "render_mode" and x != usual.get(key)}
+        if special:
+            print(f"--dataset {name}: recorded with {special}; evaluations will be without", file=sys.stderr)
     for episode in dataset.iterate_episodes():
         where, n = f"--dataset {name}: episode {episode.id}:", len(np.atleast_1d(episode.rewards))
         obs, actions = (checked(f"{where} observations", episode.observations, n + 1, 2),
@@ -420,7 +430,7 @@ def read_minari(name: str) -> tuple[Data, str]:
         parts.append((obs[:-1], actions, rewards, obs[1:], terminated, ended))
     require(bool(parts), f"--dataset {name}: no episodes are in it")
     parts[-1][-1][-1] = terminated[-1] | truncated[-1]
-    return Data(*map(np.concatenate, zip(*parts))), dataset.env_spec.id if dataset.env_spec else ""
+    return Data(*map(np.concatenate, zip(*parts))), spec.id if spec else ""
 
 
 def read_dataset(name: str) -> tuple[Data, str]:
@@ -881,7 +891,7 @@ class Run:
         self.saved, self.saved_at = step, time.monotonic()
 
     def finish(self, step: int, network: nn.Module, judge: Callable[[Path | None], dict[str, float]],
-               epoch_return: float | None) -> None:
+               epoch_return: Callable[[], float | None]) -> None:
         """Save the network, evaluate it by judge(file for the video), write final.json, tell the user what came out."""
         weights = {name: p.detach().contiguous() + 0.0 for name, p in network.named_parameters()}  # no -0.0
         write_file(self.path / "model.safetensors", save(weights))
@@ -893,11 +903,12 @@ class Run:
             self.log(step, result)
         self.board.close()
         report = {f"sparsity/{key}": value for key, value in sparsity_report(network).items()} | result
-        final = {"status": "finished", "step": step, "seconds": time.time() - self.start, "epoch_return": epoch_return}
+        seconds = time.time() - self.start
+        final = {"status": "finished", "step": step, "seconds": seconds, "epoch_return": epoch_return()}
         write_file(self.path / "final.json", json.dumps(final | report, indent=1).encode())
         for key, value in report.items():
             print(f"{key:36} " + (f"{value:12,.0f}" if float(value).is_integer() else f"{value:12,.6g}"))
-        print(f"finished {step} steps in {final['seconds'] / 60:.1f} minutes; everything is in {self.path}")
+        print(f"finished {step} steps in {seconds / 60:.1f} minutes; everything is in {self.path}")
 # <<< shared: run-directory
 
 
@@ -997,10 +1008,12 @@ def main(args: Args) -> None:
 
     def score(video: Path | None = None) -> dict[str, float]:
         """Return what is logged of an evaluation."""
+        nonlocal epoch_return
         actor: Any = agent.networks(dataset.mean, dataset.std)["actor"]
         result = judge(actor, args, video)
+        epoch_return = result["eval/episodic_return"]
         if scale:
-            result["eval/d4rl_score"] = 100 * (result["eval/episodic_return"] - scale[0]) / (scale[1] - scale[0])
+            result["eval/d4rl_score"] = 100 * (epoch_return - scale[0]) / (scale[1] - scale[0])
         return result
 
     run = Run(args, env.title, device, 3 * sum(t.nbytes for t in tensors.values()))
@@ -1014,7 +1027,7 @@ def main(args: Args) -> None:
         for name, tensor in tensors.items():
             tensor.detach().copy_(saved[name])
     else:
-        run.log(0, agent.report())  # the density of each layer
+        run.log(0, agent.report())  # the sparsity of each layer
     # >>> shared: bar
     tty, shown = sys.stderr.isatty(), (step, time.monotonic())
     shape = "{percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt} {remaining} left {desc}"
@@ -1040,7 +1053,6 @@ def main(args: Args) -> None:
                       "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
             if epoch_ends and args.eval_episodes and now < total:
                 record |= score()
-                epoch_return = record["eval/episodic_return"]
             run.log(now, record | agent.report())
             shown = (now, time.monotonic())
         bar.set_description_str(f"return {epoch_return or 0:.1f} sparsity {sparsity:.3f}", False)
@@ -1056,7 +1068,7 @@ def main(args: Args) -> None:
 
     training = False
     bar.close()
-    run.finish(step, agent.networks(dataset.mean, dataset.std), score, epoch_return)
+    run.finish(step, agent.networks(dataset.mean, dataset.std), score, lambda: epoch_return)
 
 
 if __name__ == "__main__":

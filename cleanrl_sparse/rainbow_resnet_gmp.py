@@ -945,7 +945,7 @@ class Run:
         self.saved, self.saved_at = step, time.monotonic()
 
     def finish(self, step: int, network: nn.Module, judge: Callable[[Path | None], dict[str, float]],
-               epoch_return: float | None) -> None:
+               epoch_return: Callable[[], float | None]) -> None:
         """Save the network, evaluate it by judge(file for the video), write final.json, tell the user what came out."""
         weights = {name: p.detach().contiguous() + 0.0 for name, p in network.named_parameters()}  # no -0.0
         write_file(self.path / "model.safetensors", save(weights))
@@ -957,11 +957,12 @@ class Run:
             self.log(step, result)
         self.board.close()
         report = {f"sparsity/{key}": value for key, value in sparsity_report(network).items()} | result
-        final = {"status": "finished", "step": step, "seconds": time.time() - self.start, "epoch_return": epoch_return}
+        seconds = time.time() - self.start
+        final = {"status": "finished", "step": step, "seconds": seconds, "epoch_return": epoch_return()}
         write_file(self.path / "final.json", json.dumps(final | report, indent=1).encode())
         for key, value in report.items():
             print(f"{key:36} " + (f"{value:12,.0f}" if float(value).is_integer() else f"{value:12,.6g}"))
-        print(f"finished {step} steps in {final['seconds'] / 60:.1f} minutes; everything is in {self.path}")
+        print(f"finished {step} steps in {seconds / 60:.1f} minutes; everything is in {self.path}")
 # <<< shared: run-directory
 
 
@@ -1128,7 +1129,7 @@ def main(args: Args) -> None:
 
     training = False
     bar.close()
-    run.finish(step, agent.online, lambda video: judge(agent.online, rom, title, args, video), epoch_return)
+    run.finish(step, agent.online, lambda video: judge(agent.online, rom, title, args, video), lambda: epoch_return)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,11 @@ nothing about this variant; the base is slimSAC, the same group's code of the sa
     max_sparsity_step) with n_k ~ U(0, max_exponent), n_1 = 0. H: the run's gradient steps, T: --prune-every.
  4. [D] Each critic's layers share its sparsity by the Erdos-Renyi rule (--scope erk); biases are never pruned.
  5. [D] --prune-actor prunes the actor to the sparsity of the target's critics, at the same moments; off by default.
- 6. [D] Adam's moments follow the weights of the chosen pair; --reset-optimizer zeroes them, as on Atari.
+ 6. [D] Adam's moments follow the weights of the chosen pair, as the target does not jump at a choice;
+    --reset-optimizer zeroes them, as on Atari.
  7. [D] Glorot-uniform weights and zero biases, as in sac_mujoco_gmp.py; slimSAC has Flax's LeCun-normal weights.
  8. [D] Saved: the actor, and of the critics the pair with the smallest loss.
+ 9. [D] Evaluations are of 10 episodes with always the same seeds; slimSAC's of one.
 
 Figures: benchmark/eaudesac_mujoco.sh. More: docs/sac_mujoco_eaudeqn.md.
 """
@@ -836,7 +838,7 @@ class Run:
         self.saved, self.saved_at = step, time.monotonic()
 
     def finish(self, step: int, network: nn.Module, judge: Callable[[Path | None], dict[str, float]],
-               epoch_return: float | None) -> None:
+               epoch_return: Callable[[], float | None]) -> None:
         """Save the network, evaluate it by judge(file for the video), write final.json, tell the user what came out."""
         weights = {name: p.detach().contiguous() + 0.0 for name, p in network.named_parameters()}  # no -0.0
         write_file(self.path / "model.safetensors", save(weights))
@@ -848,11 +850,12 @@ class Run:
             self.log(step, result)
         self.board.close()
         report = {f"sparsity/{key}": value for key, value in sparsity_report(network).items()} | result
-        final = {"status": "finished", "step": step, "seconds": time.time() - self.start, "epoch_return": epoch_return}
+        seconds = time.time() - self.start
+        final = {"status": "finished", "step": step, "seconds": seconds, "epoch_return": epoch_return()}
         write_file(self.path / "final.json", json.dumps(final | report, indent=1).encode())
         for key, value in report.items():
             print(f"{key:36} " + (f"{value:12,.0f}" if float(value).is_integer() else f"{value:12,.6g}"))
-        print(f"finished {step} steps in {final['seconds'] / 60:.1f} minutes; everything is in {self.path}")
+        print(f"finished {step} steps in {seconds / 60:.1f} minutes; everything is in {self.path}")
 # <<< shared: run-directory
 
 
@@ -1009,7 +1012,7 @@ def main(args: Args) -> None:
 
     training = False
     bar.close()
-    run.finish(step, agent.best(), lambda video: judge(agent.actor, args, video), epoch_return)
+    run.finish(step, agent.best(), lambda video: judge(agent.actor, args, video), lambda: epoch_return)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,7 @@ import minari
 import numpy as np
 import pytest
 import torch
+from conftest import SCRIPTS
 from minari.data_collector import EpisodeBuffer
 from tasks import CPU
 from torch import Tensor, nn
@@ -401,12 +404,13 @@ def write_d4rl(path: Path, with_next: bool = True, **changes: Any) -> Path:
     return path
 
 
-def write_minari(name: str) -> Path:
-    """Write the episodes as a local Minari dataset; return its folder."""
+def write_minari(name: str, **settings: Any) -> Path:
+    """Write the episodes as a local Minari dataset, of an environment with settings; return its folder."""
     buffers = [EpisodeBuffer(id=i, **episode) for i, episode in enumerate(episodes())]
     spaces = {"observation_space": gym.spaces.Box(-np.inf, np.inf, (11,), np.float32),
               "action_space": gym.spaces.Box(-1, 1, (3,), np.float32)}  # fmt: skip
-    minari.create_dataset_from_buffers(name, buffers, env="Hopper-v5", **spaces)
+    env = gym.make("Hopper-v5", disable_env_checker=True, **settings).spec
+    minari.create_dataset_from_buffers(name, buffers, env=env, **spaces)
     return Path(minari.storage.get_dataset_path(name))
 
 
@@ -563,7 +567,7 @@ def test_what_is_no_dataset_is_refused(cql: ModuleType, datasets: Path, monkeypa
         str(datasets / "none.hdf5"): "no such file",
         "local/no/such-v0": f"not on this machine; looked for {datasets}",
         "mujoco/hopper/medium-v0": "fetched (Name or service not known)",
-        "nonsense": "cannot be read or fetched",
+        "nonsense": "no such folder, and a Minari id ends with its version",
         "": "--dataset is missing",
     }
     for name, words in cases.items():
@@ -580,6 +584,30 @@ def test_the_environment_must_be_known_and_the_datas(cql: ModuleType, datasets: 
     write_minari("local/hopper/test-v0")
     with pytest.raises(cql.Exit, match="--env-id Walker2d: local/hopper/test-v0 was recorded in Hopper-v5"):
         cql.main(cql.Args(dataset="local/hopper/test-v0", env_id="Walker2d"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_settings_of_the_recorded_environment_are_said_to_be_left_out(
+    cql: ModuleType, datasets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_minari("local/hopper/plain-v0", render_mode="rgb_array")
+    write_minari("local/hopper/odd-v0", healthy_reward=0.5, max_episode_steps=50)
+    assert cql.read_dataset("local/hopper/plain-v0")[1] == cql.read_dataset("local/hopper/odd-v0")[1] == "Hopper-v5"
+    settings = {"healthy_reward": 0.5, "max_episode_steps": 50}
+    wanted = f"--dataset local/hopper/odd-v0: recorded with {settings}; evaluations will be without\n"
+    assert capsys.readouterr().err == wanted
+
+
+@pytest.mark.slow
+def test_an_id_without_a_network_is_refused_in_one_line(datasets: Path) -> None:
+    """After what fetches datasets has tried for half a minute, without reporting each time."""
+    command = [sys.executable, SCRIPTS / "cql_offline_snip.py", "--dataset", "mujoco/hopper/medium-v0"]
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nothing listens there
+    output = subprocess.run(command, cwd=datasets, capture_output=True, text=True, env=environment)
+    (line,) = output.stderr.splitlines()
+    assert output.returncode == 2
+    assert line.startswith("cql_offline_snip.py: --dataset mujoco/hopper/medium-v0: cannot be read or fetched (")
+    assert not [path for path in datasets.rglob("*") if path.is_file()]
 
 
 # A run
@@ -602,6 +630,8 @@ def test_a_run_prunes_once_and_trains(cql: ModuleType, tmp_path: Path, monkeypat
     assert all(r["sparsity/prunable"] == pytest.approx(0.9, abs=1e-4) for r in records[:2]), "from the start"
     assert "losses/cql_loss" in records[1] and "losses/cql_loss" not in records[0]
     last = records[-1]
+    final = json.loads((tmp_path / "one" / "final.json").read_text())
+    assert final["epoch_return"] == last["eval/episodic_return"] != records[1]["eval/episodic_return"]
     assert last["eval/d4rl_score"] == pytest.approx(100 * (last["eval/episodic_return"] + 20.272305) / 3254.572305)
     args = json.loads((tmp_path / "one" / "args.json").read_text())
     assert args["env_id"] == "Hopper" and args["script"] == "cql_offline_snip.py"
@@ -647,5 +677,25 @@ def test_a_loss_that_is_not_finite_stops_the_run(cql: ModuleType, tmp_path: Path
     with pytest.raises(cql.Exit) as end:
         cql.main(cql.Args(**flags))
     status, line = end.value.args
-    assert status == 1 and "nan" in line and "before step 100" in line
+    assert status == 1 and "nan" in line and "before step 100" in line and line.endswith("last checkpoint: none yet")
     assert not [*(tmp_path / "run" / "checkpoint").iterdir()]
+
+
+def test_the_last_checkpoint_with_finite_losses_is_kept(
+    cql: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And named."""
+    learn = cql.CQL.learn
+
+    def learn_badly(agent: Any, dataset: Any, updates: int) -> None:
+        if agent.gradient_step == 200:
+            agent.critic_optimizer.param_groups[0]["lr"] = 1e30
+        learn(agent, dataset, updates)
+
+    monkeypatch.setattr(cql.CQL, "learn", learn_badly)
+    flags = {"dataset": str(write_d4rl(tmp_path / "a.hdf5")), "env_id": "Hopper", "batch_size": 8, "eval_episodes": 0}
+    with pytest.raises(cql.Exit) as end:
+        cql.main(cql.Args(**flags, total_timesteps=400, checkpoint_minutes=0, run_dir=str(tmp_path / "run")))
+    folder = tmp_path / "run" / "checkpoint"
+    assert end.value.args[1].endswith(f"before step 300; last checkpoint: step 200 in {folder}")
+    assert sorted(path.name for path in folder.iterdir()) == ["000000000100", "000000000200"]
