@@ -32,6 +32,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -383,8 +384,6 @@ def test_the_progress_is_plain_lines(straight: Straight, num_envs: int) -> None:
 def test_the_records_have_the_names_and_the_cadence_of_the_protocol(
     script: str, straight: Straight, num_envs: int
 ) -> None:
-    if script in OFFLINE:
-        pytest.skip("tests/test_cql.py has its own")
     folder, _ = straight[num_envs].result()
     epoch_steps = json.loads((folder / "args.json").read_text())["epoch_steps"]
     every = records(folder)
@@ -394,6 +393,15 @@ def test_the_records_have_the_names_and_the_cadence_of_the_protocol(
         assert all(isinstance(value, int | float) and math.isfinite(value) for value in record.values())
     for earlier, later in itertools.pairwise(every):
         assert earlier["step"] <= later["step"] and earlier["seconds"] <= later["seconds"]
+    if script in OFFLINE:
+        assert [record["step"] for record in every] == [0, 600, 1000, 1200, 1800, 2000], "each 600 and each 1,000"
+        names = ("qf1_loss", "qf2_loss", "q_values", "cql_loss", "actor_loss", "alpha", "alpha_loss")
+        learned = {f"losses/{name}" for name in names} | {"charts/SPS", "charts/learning_rate", "memory/peak_bytes"}
+        layers = {f"layer/{net}.{layer}" for net in ("actor", "qf1", "qf2") for layer in ("dense1", "dense2", "output")}
+        measured = {f"sparsity/{name}" for name in {"prunable", "total", "active_params"} | layers}
+        assert every[0].keys() == measured | {"step", "seconds"}, "of the networks that training begins with"
+        assert all(record.keys() == measured | learned | {"step", "seconds"} for record in every[1:])
+        return
 
     def due(*periods: int) -> list[int]:
         steps = range(num_envs, every[-1]["step"] + 1, num_envs)
@@ -445,7 +453,7 @@ def test_epsilon_falls_from_the_end_of_the_warm_up(script: str, straight: Straig
 @variants
 def test_the_sparsity_records_follow_the_algorithm(script: str, straight: Straight, num_envs: int) -> None:
     if script != "eaudeqn_atari":
-        pytest.skip("candidates are Eau De Q-Network's")
+        pytest.skip("of candidates that are pairs, tests/test_sac.py has its own")
     learner = [record for record in records(straight[num_envs].result()[0]) if "sparsity/target" in record]
     for record in learner:
         candidates = [record[f"sparsity/candidate_{k}"] for k in (1, 2, 3)]
@@ -511,6 +519,60 @@ def test_the_model_has_the_sparsity_that_is_reported(
     assert total == 8224 + 32832 + 36928 + 7744 * 16 + 16 + 16 * outputs + outputs
 
 
+def test_evaluate_loads_the_model_that_the_run_left(script: str, module: ModuleType, straight: Straight) -> None:
+    """Its network answers as the script's own does with the saved weights."""
+    folder, _ = straight[1].result()
+    network, env_id = load_script("evaluate").load_network(folder, "cpu")
+    model = load_file(folder / "model.safetensors")
+    assert env_id == GAME[script]
+    if script in ATARI:
+        kind = module.C51Network if script == "rainbow_resnet_gmp" else module.QNetwork
+        own, obs = kind(4, "cnn", 16, 1), torch.rand(2, 4, 84, 84)
+    else:
+        own, obs = module.Actor(11, 3, 256), torch.randn(2, 11)
+        model = {name[6:]: p for name, p in model.items() if name.startswith("actor.")}
+    own.load_state_dict(model)
+    with torch.no_grad():
+        torch.testing.assert_close(network(obs), own(obs), rtol=0, atol=0)
+
+
+def test_evaluate_prints_the_score(script: str, module: ModuleType, straight: Straight, tmp_path: Path) -> None:
+    """Its episodes have seeds of their own, 2,000,000 above --seed."""
+    if script in ATARI:
+        pytest.skip("a policy that never serves plays 27,000 steps; .ci/run plays one")
+    folder, _ = straight[1].result()
+    output = succeed("evaluate", folder, "--episodes 3 --seed 5", cwd=tmp_path)
+    model = load_file(folder / "model.safetensors")
+    weights = {name[6:]: p for name, p in model.items() if name.startswith("actor.")}
+    actor = module.Actor(11, 3, 256)
+    actor.load_state_dict(weights)
+    scores = module.evaluate_actor(actor, "Hopper-v5", 3, 2_000_005)
+    zeros = sum(int((p == 0).sum()) for p in weights.values() if p.ndim == 2) / (11 * 256 + 256 * 256 + 256 * 6)
+    first, second = output.stdout.splitlines()
+    assert first == f"Hopper-v5: 3 episodes by the mean action, a network of {zeros:.1%} sparsity"
+    assert second.startswith(f"return {np.mean(scores):.2f}, 95 % interval [")
+    assert second.endswith(f"], from {min(scores):g} to {max(scores):g}")
+    for flags, line in (
+        ([folder, "--epsilon 0.1"], "--epsilon 0.1: only for runs on Atari; this one is on Hopper-v5"),
+        ([tmp_path], f"{tmp_path} holds no finished run: {tmp_path}/args.json is missing"),
+    ):
+        output = run("evaluate", *flags, cwd=tmp_path)
+        assert (output.status, output.stderr) == (2, f"evaluate.py: {line}\n")
+
+
+@pytest.mark.slow
+def test_evaluate_films_the_first_episode(script: str, straight: Straight, tmp_path: Path) -> None:
+    """One picture for each step; the score is the one without a film."""
+    if script not in MUJOCO:
+        pytest.skip(".ci/run films an episode on Atari; the offline script's networks are these")
+    folder, _ = straight[1].result()
+    plain = succeed("evaluate", folder, "--episodes 1", cwd=tmp_path)
+    output = succeed("evaluate", folder, "--episodes 1 --video hopper.mp4", cwd=tmp_path)
+    assert output.stdout == f"{plain.stdout}video of the first episode: hopper.mp4\n"
+    frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "hopper.mp4"))
+    assert frames > 5 and seconds == pytest.approx(frames / 125, abs=0.1)
+
+
 @variants
 def test_pruned_weights_are_zero_in_the_checkpoint(script: str, straight: Straight, num_envs: int) -> None:
     if script != "eaudeqn_atari":
@@ -538,6 +600,32 @@ def test_pruned_weights_are_zero_in_the_checkpoint(script: str, straight: Straig
         matches.append(all(torch.equal(online[name], model[name]) for name in model))
     assert any(matches), "the model is one of the online networks"
     assert len({round(last[f"sparsity/candidate_{k}"], 6) for k in (1, 2, 3)}) >= 2, "the candidates differ"
+
+
+@variants
+def test_critics_targets_and_actor_are_sparse_in_the_checkpoint(script: str, straight: Straight, num_envs: int) -> None:
+    if script not in MUJOCO:
+        pytest.skip("the names of the tensors are these scripts'")
+    facts, tensors = checkpoint(newest(straight[num_envs].result()[0]))
+    numbers = facts["state"]["agent"]["numbers"]
+    critics, targets = ([tensors[f"{name}.{i}"] for i in (0, 2, 4)] for name in ("critic", "target"))
+    actor = [tensors[f"actor.{layer}.weight"] for layer in ("dense1", "dense2", "output")]
+    masks = [tensors[f"mask.{i}"] for i in range(6)]
+    for weight, mask in zip(critics + actor, masks):
+        assert mask.dtype == torch.bool
+        assert (weight[~mask] == 0).all() and (weight[mask] != 0).float().mean() > 0.99
+    for target, mask in zip(targets, masks):
+        assert (target[~mask[:2]] == 0).all(), "the target has the first pair's mask"
+        assert (target[mask[:2]] != 0).float().mean() > 0.99
+
+    def pruned(masks: list[torch.Tensor]) -> float:
+        return sum(int((~mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+    for n in range(len(masks[0])):
+        nominal = numbers["sparsity"][n // 2]
+        assert pruned([mask[n] for mask in masks[:3]]) == pytest.approx(nominal, abs=1e-4), "of each critic"
+    nominal = numbers["actor_sparsity"] if "actor_sparsity" in numbers else numbers["sparsity"][0]
+    assert pruned(masks[3:]) == pytest.approx(nominal, abs=1e-4) and nominal > 0.1
 
 
 @variants

@@ -241,7 +241,7 @@ def test_bf16_changes_an_update_by_its_rounding_only(module: ModuleType) -> None
 
 
 def test_the_density_of_actions_integrates_to_one(module: ModuleType) -> None:
-    """At five policies, over actions in (-1, 1) by Simpson's rule in u = atanh(action)."""
+    """At five policies, over actions in (-1, 1) by the trapezoidal rule in u = atanh(action)."""
     actor = module.Actor(1, 1, 8).double()
     for obs in (-3.0, -1.0, 0.0, 1.0, 3.0):
         with torch.no_grad():
@@ -302,6 +302,12 @@ def zeros(weights: list[Tensor]) -> int:
     return sum(int((w == 0).sum()) for w in weights)
 
 
+def sparsity_records(agent: Any) -> list[float]:
+    """Return what an agent of four pairs logs: which was chosen, the sparsity of the target, of each pair."""
+    report = agent.report()
+    return [report[f"sparsity/{name}"] for name in ("selected", "target", *(f"candidate_{k}" for k in (1, 2, 3, 4)))]
+
+
 def erk_kept(shapes: list[tuple[int, ...]], sparsity: float) -> list[int]:
     """Return how many weights each tensor keeps, with the scale of the densities found by bisection."""
     sizes, low, high = [math.prod(shape) for shape in shapes], 0.0, 1e9
@@ -320,10 +326,12 @@ def test_the_best_pair_is_copied_and_pruned(eaudesac: ModuleType) -> None:
     before = [stack.detach().clone() for stack in agent.critics]
     moments = [state["exp_avg_sq"].clone() for state in agent.critic_optimizer.state.values()]
     targets = [target.clone() for target in agent.targets]
+    assert "sparsity/selected" not in agent.report(), "nothing has been chosen yet"
     agent.gradient_step = 100
     agent.accumulated_loss.copy_(torch.tensor([3.0, math.nan, 1.0, 2.0]))
     agent.choose_and_prune()
     assert agent.selected == 3 and agent.accumulated_loss.tolist() == [0] * 4
+    assert sparsity_records(agent) == pytest.approx([3, 0, 0, 0.2, 0.2, 0.2])
     assert agent.sparsity[0] == 0 and agent.sparsity[1:] == pytest.approx([0.2] * 3), "S_max: no draw is near 0"
     for stack, old in zip(agent.critics, before):
         assert torch.equal(stack[:2], old[4:6]), "pair 1 is the chosen one, whole"
@@ -347,6 +355,7 @@ def test_the_best_pair_is_copied_and_pruned(eaudesac: ModuleType) -> None:
     assert agent.selected == 2, "ties go to the lower index"
     assert agent.sparsity[0] == pytest.approx(0.2)
     assert agent.sparsity[1:] == pytest.approx([0.4] * 3)
+    assert sparsity_records(agent) == pytest.approx([2, 0.2, 0.2, 0.4, 0.4, 0.4])
     for target, stack in zip(agent.targets[::2], agent.critics[::2]):
         assert torch.equal(target == 0, stack[:2] == 0), "the target takes over the chosen pair's mask"
     agent.update(make_batch(eaudesac, 9))
@@ -434,9 +443,10 @@ def test_the_actor_stays_dense_unless_asked(eaudesac: ModuleType) -> None:
 def test_reset_optimizer(eaudesac: ModuleType, reset: bool) -> None:
     agent = make_agent(eaudesac, num_networks=2, prune_every=4, reset_optimizer=reset)
     agent.learn(Fixed(eaudesac), 4)
-    (step, *_), *_ = (list(state.values()) for state in agent.critic_optimizer.state.values())
-    moments = [state["exp_avg"].abs().sum().item() for state in agent.critic_optimizer.state.values()]
-    assert (step.item(), sum(moments) == 0) == ((0, True) if reset else (4, False))
+    for state in agent.critic_optimizer.state.values():
+        assert {*state} == {"step", "exp_avg", "exp_avg_sq"}
+        assert all((tensor.count_nonzero() == 0) == reset for tensor in state.values())
+        assert state["step"] == (0 if reset else 4)
     assert all(state["step"] == 4 for state in agent.actor_optimizer.state.values()), "the actor's are left alone"
 
 
@@ -532,6 +542,33 @@ def test_nothing_is_pruned_at_sparsity_zero(sac: ModuleType) -> None:
 
 
 # Environments and replay
+
+
+class Lopsided(gym.Env[np.ndarray, np.ndarray]):
+    """Observes the action before; the first is bounded by 0 and 3, the second by -5 and -1. An episode is six steps."""
+
+    observation_space = gym.spaces.Box(-10, 10, (2,), np.float32)
+    action_space = gym.spaces.Box(np.array([0, -5], np.float32), np.array([3, -1], np.float32))
+
+    def reset(self, **_: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        self.steps = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        assert self.action_space.contains(action), action
+        self.steps += 1
+        return action, float(action.sum()), False, self.steps == 6, {}
+
+
+def test_actions_are_rescaled_to_bounds_that_differ(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-1 is the lower bound, 1 the upper one, 0 their middle; the replay keeps what was asked for, in [-1, 1]."""
+    spec = gym.envs.registration.EnvSpec("Lopsided-v0", entry_point=Lopsided)
+    monkeypatch.setitem(gym.registry, "Lopsided-v0", spec)
+    envs = module.MujocoEnvs("Lopsided-v0", 1, 0)
+    for asked, taken in (([-1, -1], [0, -5]), ([1, 1], [3, -1]), ([0, 0], [1.5, -3]), ([-0.5, 0.5], [0.75, -2])):
+        outcome = envs.step(np.array([asked], np.float32))
+        assert envs.obs.tolist() == [taken] and outcome.rewards.tolist() == [sum(taken)]
+        assert envs.played()[-1].tolist() == [asked]
 
 
 BOUNDS = {"Hopper-v5": 1.0, "Pendulum-v1": 2.0, "Humanoid-v5": 0.4}  # of the actions, both ways
