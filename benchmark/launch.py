@@ -4,7 +4,7 @@
                                                         each combination
     launch.py launch GRID    run what is not done; again: go on
     launch.py status GRID    what waits, runs (time left), failed, is done
-    launch.py retry GRID     let the next launch go on with failed runs
+    launch.py retry GRID     let failed runs start again
     launch.py remove GRID CURVE    take a curve out; its runs' folders stay
 
 A grid is a manifest, RUNS/GRID.jsonl, with one line of JSON per run: id (a
@@ -13,15 +13,16 @@ A run's state is read from its folder, RUNS/FOLDER, alone. final.json: done;
 .lock held: running; .failed: failed, with the exit status in it; args.json:
 stopped, to be resumed; nothing: waiting. Grids that ask for the same run
 share it. The run itself holds the lock, so that it is not started twice
-though its launcher be killed.
+though its launcher be killed. A run that failed is left alone until `retry`,
+after which a launcher that is at work, or the next one, goes on with it.
 
 RUNS is the environment variable of that name, else runs. FLAGS is added to
 the flags of every run, such as FLAGS="--num-envs 8". DRY=1 prints the commands
 and does nothing. SMOKE=1 makes a tiny grid in RUNS/smoke: one quick
 environment, two values of every list, a few gradient steps.
 
-Exit status: 0 all runs are done, 1 some failed (they are named), 2 bad input,
-75 stopped: launch again to go on.
+Exit status: 0 all runs are done, 1 some failed (`status` names them), 2 bad
+input, 75 stopped: launch again to go on.
 """
 
 from __future__ import annotations
@@ -105,9 +106,12 @@ class TrainingRun:
         return "stopped" if (self.path / "args.json").exists() else "waiting"
 
     @property
-    def is_here(self) -> bool:
-        """Whether it is running on this machine."""
-        return self.state == "running" and (self.path / ".lock").read_text().split()[:1] == [socket.gethostname()]
+    def gpu_here(self) -> str | None:
+        """Which GPU it is running on, "" for none; None if it is not running on this machine."""
+        if self.state != "running":
+            return None
+        host, _, gpu, *_ = [*(self.path / ".lock").read_text().split(), "", "", ""]
+        return gpu if host == socket.gethostname() else None
 
     def command(self) -> list[str]:
         """Return what begins the run, after the script's name."""
@@ -173,6 +177,7 @@ def defaults(script: str) -> dict[str, object]:
         refuse(f"{script}: not in cleanrl_sparse/, which has {', '.join(sorted(p.name for p in SCRIPTS.glob('*.py')))}")
     classes = [n for n in ast.parse((SCRIPTS / script).read_text()).body if isinstance(n, ast.ClassDef)]
     fields = [f for c in classes if c.name == "Args" for f in c.body if isinstance(f, ast.AnnAssign)]
+    fields = [f for f in fields if not ast.unparse(f.annotation).startswith("ClassVar")]
     found = {f.target.id.replace("_", "-"): f.value for f in fields if isinstance(f.target, ast.Name) and f.value}
     return {name: ast.literal_eval(value) for name, value in found.items() if name not in ("run-dir", "resume")}
 
@@ -209,6 +214,9 @@ def values_of(words: list[str], script: str, known: dict[str, object]) -> dict[s
             refuse(f"{word}: " + (f"twice in --{name}" if lists else "expected --flag VALUE ... after the script"))
         else:
             lists[name].append(word)
+    for name, values in lists.items():
+        if values and name not in known:
+            refuse(f"--{name}: a switch, which takes no value")
     return lists
 
 
@@ -236,6 +244,8 @@ def add(grid: str, curve: str, script: str, words: list[str]) -> None:
         folder = f"{title.replace('/', '-')}__{Path(script).stem}__{flags.get('seed', '1')}__{key}"
         runs.append(TrainingRun(key, curve, script, flags, folder))
     if DRY:
+        for flag, value in {(n, v) for run in runs for n, v in run.flags.items() if v.startswith("@")}:
+            print(f"launch.py: DRY=1: --{flag} {value} will be the folder of a run of that curve", file=sys.stderr)
         print("".join(shlex.join(["python", f"cleanrl_sparse/{script}", *r.command()]) + "\n" for r in runs), end="")
         return
     replace(grid, curve, runs)
@@ -308,7 +318,7 @@ def begin(run: TrainingRun, slot: int, environment: dict[str, str]) -> Child | N
                                    stderr=log, env=os.environ | environment, pass_fds=[lock],
                                    start_new_session=True)  # fmt: skip
     os.ftruncate(lock, 0)
-    os.write(lock, f"{socket.gethostname()} {process.pid}\n".encode())
+    os.write(lock, f"{socket.gethostname()} {process.pid} {environment.get('CUDA_VISIBLE_DEVICES', '')}\n".encode())
     return Child(run, process, lock, slot)
 
 
@@ -316,7 +326,7 @@ def begin(run: TrainingRun, slot: int, environment: dict[str, str]) -> Child | N
 class Outcome:
     """What became of runs that are not done: lines about those that failed or broke off, and how many were stopped."""
 
-    failed: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)  # by the run's id
     broken: list[str] = field(default_factory=list)  # killed, or cancelled: no fault of the run's own
     stopped: int = 0
 
@@ -324,25 +334,31 @@ class Outcome:
 def work(runs: list[TrainingRun], room: list[dict[str, str]]) -> Outcome:
     """Run what is neither done nor failed, as many at a time as there is room.
 
-    Room has a slot for each run at a time, see slots(). Runs that another launcher has begun are waited for.
+    Room has a slot for each run at a time, see slots(). Runs that another launcher has begun are waited for, and those
+    that failed may be retried in the meantime.
     """
     stops: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: stops.append(number))
     pending, children, outcome = [run for run in runs if run.state != "done"], list[Child](), Outcome()
-    done, told, elsewhere = len(runs) - len(pending), 0, 0
+    done, told, taken = len(runs) - len(pending), 0, list[str]()
     while children or (pending and not stops):
+        for run in [run for run in runs if run.id in outcome.failed and run.state != "failed"]:
+            pending.append(run)
+            del outcome.failed[run.id]
         free = [i for i in range(len(room)) if i not in {child.slot for child in children}]
-        before, elsewhere = elsewhere, sum(run.is_here for run in pending) if free else elsewhere
-        if elsewhere > before:
-            print(f"{elsewhere} runs of other launchers are under way here and take their room", flush=True)
-        free = free[: max(0, len(free) - elsewhere)]
+        before, taken = len(taken), [gpu for run in pending if (gpu := run.gpu_here) is not None] if free else taken
+        if len(taken) > before:
+            print(f"{len(taken)} runs of other launchers are under way here and take their room", flush=True)
+        for gpu in taken[: len(free)]:
+            same = [i for i in free if room[i].get("CUDA_VISIBLE_DEVICES") == gpu]
+            free.remove((same or free)[-1])
         for run in [*pending] if not stops else []:
             if (state := run.state) in ("done", "failed"):
                 pending.remove(run)
                 done += state == "done"
                 if state == "failed":
-                    outcome.failed.append(f"{run.folder} failed: {run.last_line()}")
+                    outcome.failed[run.id] = f"{run.folder} failed: {run.last_line()}"
             elif not free:
                 break
             elif state != "running" and (child := begin(run, free[0], room[free[0]])):
@@ -366,9 +382,9 @@ def work(runs: list[TrainingRun], room: list[dict[str, str]]) -> Outcome:
             elif status < 0:
                 outcome.broken.append(f"{run.folder} was killed by signal {-status}: {run.last_line()}")
             else:
-                outcome.failed.append(f"{run.folder} ended with status {status}: {run.last_line()}")
+                outcome.failed[run.id] = f"{run.folder} ended with status {status}: {run.last_line()}"
                 (run.path / ".failed").write_text(f"{status}\n")
-                print(f"launch.py: {outcome.failed[-1]}", file=sys.stderr, flush=True)
+                print(f"launch.py: {outcome.failed[run.id]}", file=sys.stderr, flush=True)
             os.close(child.lock)
         time.sleep(0.2 if children or not pending else 1)
     outcome.stopped += len(pending)
@@ -385,8 +401,9 @@ def local(runs: list[TrainingRun], args: argparse.Namespace) -> int:
 
 def report(grid: str, runs: list[TrainingRun], outcome: Outcome) -> int:
     """Print how it ended; return the exit status."""
-    lines = [*outcome.failed, *outcome.broken]
-    for line in [*lines[:20], *([f"... and {len(lines) - 20} more"] if len(lines) > 20 else [])]:
+    lines = [*outcome.failed.values(), *outcome.broken]
+    more = f"... and {len(lines) - 20} more; launch.py status {grid} names those that failed"
+    for line in [*lines[:20], *([more] if len(lines) > 20 else [])]:
         print(f"launch.py: {line}", file=sys.stderr)
     unfinished = outcome.stopped + len(outcome.broken)
     if unfinished:
@@ -409,7 +426,7 @@ def slurm(*command: str, text: str | None = None, may_fail: bool = False) -> str
     try:
         result = subprocess.run(command, input=text, capture_output=True, text=True, check=False, env=environment)
     except FileNotFoundError:
-        refuse(f"--backend slurm: {command[0]} is not installed here")
+        refuse(f"{command[0]}, a program of Slurm's, is not installed here")
     if result.returncode and not may_fail:
         said = "; ".join((result.stderr or result.stdout).split("\n")).strip("; ") or f"status {result.returncode}"
         refuse(f"{command[0]}: {said.removeprefix(f'{command[0]}: ')}")
@@ -439,20 +456,22 @@ def submit(runs: list[TrainingRun], args: argparse.Namespace) -> int:
     with locked(RUNS / ".slurm" / "lock"):
         alive = queued()
         waiting = [run for run in runs if run.id not in alive and run.state in ("waiting", "stopped")]
+        later = set[str]()
         packs = [waiting[i : i + args.runs_per_job] for i in range(0, len(waiting), args.runs_per_job)]
         tasks = [" ".join(run.id for run in pack) for pack in packs]
         for start in range(0, len(tasks), limit):
             try:
-                submit_array(tasks[start : start + limit], args)
+                submit_array(tasks[start : start + limit], waiting, args)
             except SystemExit:
                 if not start:
                     raise
-                print("launch.py: the rest is for a later launch", file=sys.stderr)
+                later = {*" ".join(tasks[start:]).split()}
+                print(f"launch.py: {len(later)} runs are for a later launch", file=sys.stderr)
                 break
-    alive, seen, lost = {run.id for run in runs}, set[str](), set[str]()
+    alive, seen, lost = {run.id for run in runs} - later, set[str](), set[str]()
     while True:
         states = {run.id: run.state for run in runs}
-        unfinished = {key for key, state in states.items() if state not in ("done", "failed")}
+        unfinished = {key for key, state in states.items() if key not in later and state not in ("done", "failed")}
         # A task may end between two looks, and another launcher may be running it here.
         lost = {key for key in unfinished if states[key] != "running"} - alive - seen
         if not unfinished - lost:
@@ -462,10 +481,11 @@ def submit(runs: list[TrainingRun], args: argparse.Namespace) -> int:
         time.sleep(args.poll_seconds)
         with suppress(SystemExit):  # squeue did not answer, and has said so
             alive, seen = queued(), alive
-    failed = [f"{run.folder} failed: {run.last_line()}" for run in runs if states[run.id] == "failed"]
+    failed = {run.id: f"{run.folder} failed: {run.last_line()}" for run in runs if states[run.id] == "failed"}
     logs = {key: last_line(log) for key, log in task_logs(args.grid).items() if key in lost}
-    broken = [f"{run.folder} left the queue: {run.last_line() or logs.get(run.id)}" for run in runs if run.id in lost]
-    return report(args.grid, runs, Outcome(failed, broken))
+    said = {run.id: run.last_line() or logs.get(run.id, "") for run in runs if run.id in lost}
+    broken = [f"{run.folder} left the queue: {said[run.id]}" for run in runs if run.id in lost]
+    return report(args.grid, runs, Outcome(failed, broken, sum(states[key] not in ("done", "failed") for key in later)))
 
 
 def task_logs(grid: str) -> dict[str, Path]:
@@ -477,10 +497,13 @@ def task_logs(grid: str) -> dict[str, Path]:
     return logs
 
 
-def submit_array(tasks: list[str], args: argparse.Namespace) -> None:
-    """Submit one job array, a task for each line of run ids."""
+def submit_array(tasks: list[str], known: list[TrainingRun], args: argparse.Namespace) -> None:
+    """Submit one job array, a task for each line of run ids; `known` has these runs.
+
+    What they are is written down for the tasks, as the manifest may be another one by the time they begin.
+    """
     text = "".join(f"{line}\n" for line in tasks)
-    name = f"{args.grid}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    name = f"{args.grid}-{hashlib.sha256(f'{RUNS.resolve()}{text}'.encode()).hexdigest()[:8]}"
     file = (RUNS / ".slurm" / f"{name}.tasks").absolute()
     runs = min(args.runs_per_job, len(tasks[0].split()))
     options = [f"--job-name={name}", f"--array=0-{len(tasks) - 1}", f"--output={file.with_suffix('')}-%a.log",
@@ -497,6 +520,8 @@ def submit_array(tasks: list[str], args: argparse.Namespace) -> None:
     script = f"#!/bin/bash\nexport RUNS={shlex.quote(str(RUNS))} SMOKE=\nexec {step} {shlex.join(command)}\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
+    ids = {*text.split()}
+    file.with_suffix(".jsonl").write_text("".join(json.dumps(asdict(run)) + "\n" for run in known if run.id in ids))
     job = slurm("sbatch", "--parsable", *options, text=script).strip()
     print(f"job array {job}: {len(tasks)} tasks of up to {runs} runs", flush=True)
 
@@ -504,7 +529,7 @@ def submit_array(tasks: list[str], args: argparse.Namespace) -> None:
 def task(args: argparse.Namespace) -> int:
     """Do one task of a job array, its runs side by side; where they were stopped, ask Slurm to queue it again."""
     ids = Path(args.tasks).read_text().splitlines()[int(os.environ["SLURM_ARRAY_TASK_ID"])].split()
-    runs = [run for run in unique(read(args.grid)) if run.id in ids]
+    runs = [run for run in read(f".slurm/{Path(args.tasks).stem}") if run.id in ids]
     outcome = work(runs, slots(len(runs), str(args.threads)))
     status = report(args.grid, runs, outcome)
     job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -589,16 +614,21 @@ def main(argv: list[str]) -> int:
     if DRY:
         print(shlex.join(["python", "benchmark/launch.py", *argv]))
         return 0
-    runs = read(args.grid)
     if args.command == "work":
         return task(args)
+    runs = read(args.grid)
     if args.command == "launch":
         for flag, backend in args.of_backend.items():
             if backend != args.backend and any(word.partition("=")[0] == flag for word in argv):
                 refuse(f"{flag} is for --backend {backend}")
         return (local if args.backend == "local" else submit)(unique(runs), args)
     if args.command == "status":
-        show(runs, queued())
+        alive = set[str]()
+        try:
+            alive = queued()
+        except SystemExit:  # it has said why
+            print("launch.py: what is queued under Slurm is not known, and shown as waiting", file=sys.stderr)
+        show(runs, alive)
     elif args.command == "remove":
         if args.curve not in {run.curve for run in runs}:
             refuse(f"{args.curve}: {args.grid} has the curves {', '.join(dict.fromkeys(run.curve for run in runs))}")
@@ -607,7 +637,7 @@ def main(argv: list[str]) -> int:
         failed = [run for run in unique(runs) if run.state == "failed"]
         for run in failed:
             (run.path / ".failed").unlink()
-        print(f"{args.grid}: the next launch goes on with {len(failed)} run{'s' * (len(failed) != 1)}")
+        print(f"{args.grid}: {len(failed)} run{'s' * (len(failed) != 1)} may start again")
     return 0
 
 

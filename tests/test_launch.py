@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SCRIPTS, load_script
+from test_runs import wait_until
 
 BENCHMARK = SCRIPTS.parent / "benchmark"
 
@@ -25,6 +26,7 @@ BENCHMARK = SCRIPTS.parent / "benchmark"
 STAND_IN = '''
 import json, os, signal, sys, time
 from pathlib import Path
+from typing import ClassVar
 
 class Args:
     env_id: str = "Pong"
@@ -33,6 +35,7 @@ class Args:
     status: int = 0
     mask: str = ""
     quiet: bool = False
+    limit: ClassVar[int] = 3
 
 def stop(*_):
     print("stand_in.py: stopped")
@@ -199,9 +202,21 @@ def test_a_failed_run_is_named_and_waits_for_retry(place: Place) -> None:
     assert status == 1 and err.splitlines()[0] == f"launch.py: {bad} failed: stand_in.py: it broke"
     assert place.starts() == ["start end", "start end", "start"]
     assert place.launch("status", "g")[1].splitlines()[-2:] == [f"failed: {bad}", "    stand_in.py: it broke"]
-    assert place.launch("retry", "g")[1] == "g: the next launch goes on with 1 run\n"
+    assert place.launch("retry", "g")[1] == "g: 1 run may start again\n"
     place.launch("launch", "g")
     assert place.starts()[2] == "start start"
+
+
+def test_a_launcher_at_work_takes_up_what_is_retried(place: Place) -> None:
+    place.add("good", "--ticks", "40")
+    place.add("bad", "--status", "3")
+    bad = place.runs / place.manifest()[1]["folder"]
+    launcher = place.begin("launch", "g", "--workers", "2")
+    wait_until((bad / ".failed").exists)
+    assert place.launch("retry", "g")[0] == 0
+    _, err = launcher.communicate()
+    assert launcher.returncode == 1 and err.count("ended with status 3") == 3, "when it does, twice; and at the end"
+    assert place.starts() == ["start end", "start start"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -227,6 +242,22 @@ def test_cores_and_gpus_are_shared(place: Place) -> None:
     assert place.launch("launch", "g", "--runs-per-gpu", "2", **environment)[0] == 0
     logs = [(place.runs / run["folder"] / ".log").read_text() for run in place.manifest()]
     assert logs == [f"{gpu} {max(1, len(os.sched_getaffinity(0)) // 4)}\n" for gpu in (2, 5, 2, 5)]
+
+
+def test_a_run_that_outlived_its_launcher_keeps_its_gpu(place: Place) -> None:
+    """The next one goes to the other GPU."""
+    script = place.folder / "cleanrl_sparse" / "stand_in.py"
+    script.write_text(script.read_text() + "print(os.environ['CUDA_VISIBLE_DEVICES'])\n")
+    place.add("long", "--ticks", "40")
+    place.add("short", "--ticks", "6", "--seed", "2", "3")
+    first = place.begin("launch", "g", CUDA_VISIBLE_DEVICES="2,5")
+    place.wait_for(2)
+    first.kill()
+    first.communicate()
+    long, *short = [place.runs / run["folder"] for run in place.manifest()]
+    wait_until((short[0] / "final.json").exists)
+    assert place.launch("launch", "g", CUDA_VISIBLE_DEVICES="2,5")[0] == 0
+    assert [(folder / ".log").read_text() for folder in (long, *short)] == ["2\n", "5\n", "5\n"]
 
 
 def test_a_flag_may_be_the_folder_of_another_curves_run(place: Place) -> None:
@@ -255,21 +286,67 @@ def test_dry_prints_commands_and_smoke_makes_the_grid_tiny(place: Place) -> None
     assert [run["flags"] for run in place.manifest()] == flags
 
 
-def test_a_task_of_a_tiny_grid_finds_it(place: Place, tmp_path: Path) -> None:
-    """With stand-ins for Slurm's programs; test_slurm.py has the real ones."""
+def stand_ins(folder: Path, **changes: str) -> dict[str, str]:
+    """Write stand-ins for Slurm's programs, return the environment that finds them; test_slurm.py has the real ones."""
     programs = {"scontrol": "echo MaxArraySize = 1001", "squeue": "", "sbatch": "cat > submitted; echo 1",
                 "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"'}  # fmt: skip
-    (tmp_path / "bin").mkdir()
-    for name, text in programs.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    environment = {"SMOKE": "1", "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, text in (programs | changes).items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+    return {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+
+SLURM = ("launch", "g", "--backend", "slurm", "--poll-seconds", "1")
+
+
+def test_a_task_of_a_tiny_grid_finds_it_whatever_the_grid_has_become(place: Place, tmp_path: Path) -> None:
+    environment = stand_ins(tmp_path) | {"SMOKE": "1"}
     place.launch("add", "g", "a", "stand_in.py", **environment)
-    status, out, err = place.launch("launch", "g", "--backend", "slurm", "--poll-seconds", "1", **environment)
-    assert status == 75 and "job array 1: 1 tasks" in out and "left the queue" in err
+    status, out, err = place.launch(*SLURM, **environment)
+    assert status == 75 and "job array 1: 1 tasks" in out and err.splitlines()[0].endswith("left the queue: ")
+    place.launch("add", "g", "a", "stand_in.py", "--seed", "7", **environment)
     task = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "1"}
     subprocess.run(["bash", "submitted"], check=True, cwd=tmp_path, env=os.environ | environment | task)
-    assert len([*place.runs.glob("smoke/*/final.json")]) == 1
+    (final,) = place.runs.glob("smoke/*/final.json")
+    assert final.parent.name.startswith("default__stand_in__1__")
+
+
+def test_jobs_of_another_folder_of_runs_are_not_taken_for_ours(place: Place, tmp_path: Path) -> None:
+    environment = stand_ins(tmp_path)
+    for runs in ("one", "two"):
+        place.launch("add", "g", "a", "stand_in.py", RUNS=runs, **environment)
+        place.launch(*SLURM, RUNS=runs, **environment)
+    names = [next((tmp_path / runs / ".slurm").glob("*.tasks")).stem for runs in ("one", "two")]
+    assert names[0] != names[1]
+    stand_ins(tmp_path, squeue=f"echo {names[0]} 0")
+    queued = [place.launch("status", "g", RUNS=runs, **environment)[1].splitlines()[1] for runs in ("one", "two")]
+    assert [line.split()[1:3] for line in queued] == [["0", "1"], ["1", "0"]]
+
+
+def test_status_without_slurm_says_so(place: Place, tmp_path: Path) -> None:
+    environment = stand_ins(tmp_path)
+    place.add("a")
+    place.launch(*SLURM, **environment)
+    stand_ins(tmp_path, squeue="echo squeue: fatal: no controller >&2; exit 1")
+    status, out, err = place.launch("status", "g", **environment)
+    assert status == 0 and out.splitlines()[1].split() == ["a", "1", "0", "0", "0", "0", "0"]
+    assert err.splitlines() == ["launch.py: squeue: fatal: no controller",
+                                "launch.py: what is queued under Slurm is not known, and shown as waiting"]  # fmt: skip
+
+
+def test_what_slurm_does_not_take_waits_for_a_later_launch(place: Place, tmp_path: Path) -> None:
+    once = "[ -e submitted ] && { echo sbatch: error: too many jobs >&2; exit 1; }; cat > submitted; echo 1"
+    environment = stand_ins(tmp_path, scontrol="echo MaxArraySize = 2", sbatch=once)
+    place.add("a", "--seed", "1", "2", "3", "4", "5")
+    status, _, err = place.launch(*SLURM, **environment)
+    folders = [run["folder"] for run in place.manifest()]
+    assert (status, err.splitlines()) == (75, [
+        "launch.py: sbatch: error: too many jobs",
+        "launch.py: 3 runs are for a later launch",
+        *(f"launch.py: {folder} left the queue: " for folder in folders[:2]),
+        "launch.py: 5 of 5 runs are unfinished; launch again to go on",
+    ])  # fmt: skip
 
 
 @pytest.mark.parametrize(("words", "told"), [
@@ -277,6 +354,8 @@ def test_a_task_of_a_tiny_grid_finds_it(place: Place, tmp_path: Path) -> None:
     (["add", "g", "a", "stand_in.py", "--seed", "1", "--seed", "2"], "--seed: given twice"),
     (["add", "g", "a", "stand_in.py", "--seed=1"], "--seed=1: stand_in.py has no such flag; --seed is one, to be"),
     (["add", "g", "a", "stand_in.py", "--seed", "1", "2", "1"], "1: twice in --seed"),
+    (["add", "g", "a", "stand_in.py", "--no-quiet", "1"], "--no-quiet: a switch, which takes no value"),
+    (["add", "g", "a", "stand_in.py", "--limit", "1"], "--limit: stand_in.py has no such flag"),
     (["launch", "g", "--runs-per-job", "4"], "--runs-per-job is for --backend slurm"),
     (["launch", "g", "--backend", "slurm", "--workers", "4"], "--workers is for --backend local"),
     (["remove", "g", "b"], "b: g has the curves a"),

@@ -224,7 +224,7 @@ def test_a_failing_run_is_reported(cluster: Cluster, place: Place) -> None:
     assert (states["FAILED"]["ExitCode"], states["FAILED"]["Restarts"]) == ("1:0", "0")
     again = place.call(launch, status=1)
     assert f"{bad.name} failed: {line}\n" in again.stderr and not place.jobs(again.stdout)
-    assert place.call("retry faulty").stdout == "faulty: the next launch goes on with 1 run\n"
+    assert place.call("retry faulty").stdout == "faulty: 1 run may start again\n"
     refused = place.call(f"{launch} --partition nowhere", status=2)
     assert "launch.py: sbatch: " in refused.stderr and "nowhere" in refused.stderr
     assert table(place.call("status faulty")) == {
