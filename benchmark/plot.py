@@ -328,12 +328,12 @@ STATISTICS: dict[str, Callable[[Strata], np.ndarray]] = {
 
 
 def estimate(statistic: Callable[[Strata], np.ndarray], strata: Strata, args: Args) -> np.ndarray:
-    """Return [3, ...]: a statistic and its 95 % interval, NaN where no environment has two seeds.
+    """Return [3, ...]: a statistic and its 95 % interval, NaN where an environment has one seed, which never varies.
 
     Stratified bootstrap: each replicate redraws as many seeds as there are, with replacement, within each environment.
     """
     point = statistic(strata)
-    if max(map(len, strata)) < 2:
+    if min(map(len, strata)) < 2:
         return np.stack([point, np.full_like(point, np.nan), np.full_like(point, np.nan)])
     rng = np.random.default_rng(args.seed)
     redrawn = [scores[rng.integers(len(scores), size=(args.bootstrap, len(scores)))] for scores in strata]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -404,43 +406,51 @@ def test_the_figures_commands_are_accepted_by_their_scripts(commands: dict[str, 
                 (sys.modules.get(name) or load_script(name)).parse(words[2:])
 
 
-# Runs, games or tasks, and every value that is not the same in all runs: from the papers where they name it.
+# By hand from the papers: how many runs of each script, which games or tasks, every other flag with all its values. Of
+# a flag that comes twice the later ones count, and seeds are 1 to 5 where none are named.
 GAMES = {"MsPacman", "Pong", "Qbert", "Assault", "Asterix", "BeamRider", "Boxing", "Breakout", "CrazyClimber",
          "DemonAttack", "Enduro", "FishingDerby", "SpaceInvaders", "Tutankham", "VideoPinball"}  # fmt: skip
 EAU_GAMES = {"BeamRider", "MsPacman", "Qbert", "Pong", "Enduro", "SpaceInvaders", "Assault", "CrazyClimber", "Boxing",
              "VideoPinball"}  # fmt: skip
 FOUR = {"BeamRider", "Breakout", "Enduro", "VideoPinball"}
 TASKS = {"Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "Walker2d-v5"}
-LISTS: dict[str, tuple[int, object, dict[str, set[str]]]] = {
-    "gmp_figure01": (1500, GAMES, {"width": {"1", "2", "3", "4", "5"}, "sparsity": {"0", "0.95"}}),
-    "gmp_figure02": (3, {"Breakout"}, {"sparsity": {"0.9", "0.95", "0.99"}, "width": {"3"}}),
-    "gmp_figure03": (300, GAMES, {"sparsity": {"0", "0.9", "0.95", "0.99"}, "width": {"3"}}),
-    "gmp_figure04": (450, GAMES, {"width": {"1", "3", "5"}, "sparsity": {"0", "0.95"}, "network": {"cnn"}}),
-    "gmp_figure05": (600, GAMES, {"replay-ratio": {"0.25", "0.5", "1", "2"}, "width": {"3"}}),
-    "gmp_figure06": (1200, 60, {"sparsity": {"0", "0.95"}, "width": {"3"}, "network": {"impala"}}),
-    "gmp_figure09_18": (100, TASKS, {"sparsity": {"0", "0.95"}}),
-    "gmp_figure10": (300, GAMES, {"total-timesteps": {"25000000"}, "sparsity": {"0", "0.95"}}),
-    "gmp_figure11": (80, FOUR, {"sparsity": {"0", "0.95"}, "width": {"3"}}),
-    "gmp_figure12": (450, GAMES, {"regulariser": {"l2-features", "weight-decay", "redo", "reset"}, "width": {"3"}}),
-    "gmp_figure13": (225, GAMES, {"pruner": {"lottery"}, "sparsity": {"0", "0.95"}}),
-    "gmp_figure14": (80, FOUR, {"sparsity": {"0", "0.95"}}),
-    "gmp_figure15": (375, GAMES, {"sparsity": {"0", "0.5", "0.95", "0.98", "0.99"}}),
-    "gmp_figure16": (300, GAMES, {"sparsity": {"0", "0.8", "0.95", "0.99"}}),
-    "gmp_figure17": (600, GAMES, {"replay-ratio": {"0.25", "0.5", "1", "2"}}),
-    "gmp_figure22": (225, GAMES, {"pruner": {"rigl"}, "prune-every": {"5000"}, "sparsity": {"0", "0.95"}}),
-    "gmp_figure28": (600, GAMES, {"learning-rate": {"1e-5", "3e-5", "6.25e-5", "1.25e-4"}}),
-    "gmp_figure29": (600, GAMES, {"batch-size": {"16", "32", "64", "128"}}),
-    "gmp_figure30": (150, GAMES, {"n-step": {"3"}, "sparsity": {"0", "0.95"}}),
-    "eaudedqn_online": (450, EAU_GAMES, {"feature-size": {"32", "512", "2048"}, "sparsity": {"0", "0.95"}}),
-    "eaudedqn_num_networks": (200, EAU_GAMES, {"num-networks": {"2", "3", "5", "8"}}),
-    "eaudedqn_max_exponent": (200, EAU_GAMES, {"max-exponent": {"1", "2", "3", "5"}}),
-    "eaudedqn_max_sparsity_step": (200, EAU_GAMES, {"max-sparsity-step": {"0.001", "0.003", "0.01", "0.03"}}),
-    "eaudedqn_behaviour": (150, EAU_GAMES, {"behaviour": {"inverse-loss", "uniform", "argmin"}}),
-    "cql_pruners": (90, set(), {"sparsity": {"0.5", "0.7", "0.9", "0.95", "0.99"}, "pruner": {
-        "none", "snip", "grasp", "random", "magnitude"}, "dataset": {
-        "local/hopper/medium-v0", "local/hopper/medium-expert-v0"}}),
-    "eaudesac_mujoco": (125, TASKS, {"sparsity": {"0", "0.95", "0.99"}, "total-timesteps": {"1000000"}}),
-}
+SHORT = {"DQN": "dqn_atari_gmp", "RAINBOW": "rainbow_resnet_gmp", "BASELINES": "dqn_atari_baselines",
+         "EAU": "eaudeqn_atari", "SAC": "sac_mujoco_gmp", "EAUSAC": "sac_mujoco_eaudeqn",
+         "CQL": "cql_offline_snip"}  # fmt: skip
+PAIR = "sparsity 0 0.95"
+WIDE = f"network impala, width 3, {PAIR}"
+LISTS: dict[str, tuple[str, object, str]] = {
+    "gmp_figure01": ("DQN 750 RAINBOW 750", GAMES, f"network impala, width 1 2 3 4 5, {PAIR}"),
+    "gmp_figure02": ("DQN 3", {"Breakout"}, f"{WIDE}, seed 1, sparsity 0.9 0.95 0.99"),
+    "gmp_figure03": ("DQN 300", GAMES, f"{WIDE}, sparsity 0 0.9 0.95 0.99"),
+    "gmp_figure04": ("DQN 450", GAMES, f"network cnn, width 1 3 5, {PAIR}"),
+    "gmp_figure05": ("RAINBOW 600", GAMES, f"{WIDE}, replay-ratio 0.25 0.5 1 2"),
+    "gmp_figure06": ("DQN 600 RAINBOW 600", 60, WIDE),
+    "gmp_figure09_18": ("SAC 100", TASKS, f"seed 1 2 3 4 5 6 7 8 9 10, {PAIR}"),
+    "gmp_figure10": ("DQN 150 RAINBOW 150", GAMES, f"{WIDE}, total-timesteps 25000000"),
+    "gmp_figure11": ("DQN 40 RAINBOW 40", FOUR, WIDE),
+    "gmp_figure12": ("DQN 150 BASELINES 300", GAMES, f"{WIDE}, regulariser l2-features weight-decay redo reset"),
+    "gmp_figure13": ("DQN 150 BASELINES 75", GAMES, f"{WIDE}, pruner lottery"),
+    "gmp_figure14": ("DQN 40 RAINBOW 40", FOUR, WIDE),
+    "gmp_figure15": ("DQN 375", GAMES, f"{WIDE}, sparsity 0 0.5 0.95 0.98 0.99"),
+    "gmp_figure16": ("RAINBOW 300", GAMES, f"{WIDE}, sparsity 0 0.8 0.95 0.99"),
+    "gmp_figure17": ("DQN 600", GAMES, f"{WIDE}, replay-ratio 0.25 0.5 1 2"),
+    "gmp_figure22": ("DQN 150 BASELINES 75", GAMES, f"{WIDE}, pruner rigl, prune-every 5000"),
+    "gmp_figure28": ("DQN 600", GAMES, f"{WIDE}, learning-rate 1e-5 3e-5 6.25e-5 1.25e-4"),
+    "gmp_figure29": ("DQN 600", GAMES, f"{WIDE}, batch-size 16 32 64 128"),
+    "gmp_figure30": ("DQN 150", GAMES, f"{WIDE}, n-step 3"),
+    "eaudedqn_online": ("DQN 300 EAU 150", EAU_GAMES, f"feature-size 32 512 2048, network cnn, {PAIR}"),
+    "eaudedqn_num_networks": ("EAU 200", EAU_GAMES, "num-networks 2 3 5 8"),
+    "eaudedqn_max_exponent": ("EAU 200", EAU_GAMES, "max-exponent 1 2 3 5"),
+    "eaudedqn_max_sparsity_step": ("EAU 200", EAU_GAMES, "max-sparsity-step 0.001 0.003 0.01 0.03"),
+    "eaudedqn_behaviour": ("EAU 150", EAU_GAMES, "behaviour inverse-loss uniform argmin"),
+    "cql_pruners": ("CQL 90", set(),
+        "dataset local/hopper/medium-v0 local/hopper/medium-expert-v0, seed 1 2 3, total-timesteps 1000000, "
+        "precision fp32, pruner none snip grasp random magnitude, sparsity 0.5 0.7 0.9 0.95 0.99"),
+    "eaudesac_mujoco": ("SAC 75 EAUSAC 50", TASKS,
+        "total-timesteps 1000000, precision fp32, width 1, learning-starts 5000, learning-rate 1e-3, "
+        "reward-scale 1, target-entropy -1, weight-decay 0, sparsity 0 0.95 0.99, prune-actor"),
+}  # fmt: skip
 
 
 def test_every_figure_has_its_lists() -> None:
@@ -450,19 +460,22 @@ def test_every_figure_has_its_lists() -> None:
 
 @pytest.mark.parametrize("figure", sorted(LISTS))
 def test_the_figures_lists_are_the_papers(figure: str, commands: dict[str, list[list[str]]]) -> None:
-    """By hand from the papers: how many runs, which games, which values."""
-    runs, games, values = LISTS[figure]
+    text, games, flags = LISTS[figure]
+    counts = {f"cleanrl_sparse/{SHORT[name]}.py": int(runs) for name, runs in zip(*[iter(text.split())] * 2)}
     training = [words for words in commands[figure] if words[1].startswith("cleanrl_sparse/")]
-    ids = [words[words.index("--run-dir") + 1] for words in training]
-    assert len(training) == runs == len(set(ids))
-
-    def seen(flag: str) -> set[str]:
-        return {words[words.index(f"--{flag}") + 1] for words in training if f"--{flag}" in words}
-
-    assert seen("env-id") == games or len(seen("env-id")) == games
-    assert {flag: seen(flag) for flag in values} == values
+    assert Counter(words[1] for words in training) == counts
+    assert len({words[words.index("--run-dir") + 1] for words in training}) == len(training)
+    seen = dict[str, set[str]]()
+    for words in training:
+        for flag, value in itertools.pairwise([*words[2:], "--"]):
+            if flag.startswith("--"):
+                seen.setdefault(flag[2:], set()).update([] if value.startswith("--") else [value])
+    found = seen.pop("env-id", set())
+    assert found == games or len(found) == games
+    wanted = {name: {*values} for name, *values in (flag.split() for flag in f"seed 1 2 3 4 5, {flags}".split(", "))}
+    assert {flag: values for flag, values in seen.items() if flag not in ("run-dir", "lottery-mask")} == wanted
     header = (BENCHMARK / f"{figure}.sh").read_text()
-    assert f"# {runs:,} runs of" in header and 10 <= len(header.splitlines()) <= 30
+    assert f"# {len(training):,} runs of" in header and 10 <= len(header.splitlines()) <= 30
 
 
 @pytest.mark.slow

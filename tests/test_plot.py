@@ -143,16 +143,16 @@ def test_statistics_are_those_of_the_rliable_that_is_installed(module: ModuleTyp
 
 
 def test_the_bootstrap_is_that_of_a_plain_loop(module: ModuleType) -> None:
-    """Unequal numbers of seeds: games of five, four, two and one, whose single seed never varies."""
-    games = [[*SCORES[1]], SCORES[4][:4], SCORES[5][:2], [1.3]]
+    """Unequal numbers of seeds: games of five, four, two and two."""
+    games = [[*SCORES[1]], SCORES[4][:4], SCORES[5][:2], [1.3, 1.1]]
     draw, replicates = random.Random(1), list[float]()
     for _ in range(20_000):
         pool = sorted(draw.choice(game) for game in games for _ in game)
-        replicates.append(sum(pool[3:9]) / 6)  # int(12 / 4) fall away at each end
+        replicates.append(sum(pool[3:10]) / 7)  # int(13 / 4) fall away at each end
     replicates.sort()
     ours = module.estimate(module.iqm, strata(games), args_of(module, bootstrap=20_000))
-    # 0.29 0.37 0.95 | 1.14 1.19 1.3 1.34 1.49 1.53 | 1.92 2.75 3.8
-    assert ours[0] == pytest.approx(7.99 / 6)
+    # 0.29 0.37 0.95 | 1.1 1.14 1.19 1.3 1.34 1.49 1.53 | 1.92 2.75 3.8
+    assert ours[0] == pytest.approx(9.09 / 7)
     assert ours[1:] == pytest.approx((replicates[500], replicates[-501]), abs=0.02)
 
 
@@ -162,6 +162,8 @@ def test_seeds_are_redrawn_within_their_game_only(module: ModuleType) -> None:
     point, low, high = module.estimate(module.STATISTICS["mean"], strata([[1, 3], [100, 100]]), args)
     assert (point, low, high) == (51, 50.5, 51.5)  # (1, 1) at least, (3, 3) at most: each a quarter of the replicates
     assert np.isnan(module.estimate(module.iqm, strata([[1], [2]]), args)[1:]).all()  # one seed tells nothing
+    point, *ends = module.estimate(module.iqm, strata([[1, 2, 3], [2]]), args)
+    assert point == 2 and np.isnan(ends).all(), "nor would the others' interval hold for all games"
 
 
 def test_the_same_seed_gives_the_same_interval(module: ModuleType) -> None:
