@@ -916,7 +916,7 @@ class Run:
 def parse(argv: list[str]) -> Args:
     """Return the flags of the command line; with --resume those of the run."""
     args = tyro.cli(Args, args=argv, description=(__doc__ or "").partition("\n")[0])
-    if "--resume" not in argv and not args.resume:
+    if not any(flag.startswith("--resume") for flag in argv):
         return args
     others = [flag for flag in argv if flag.startswith("--") and not flag.startswith("--resume")]
     require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
@@ -1062,9 +1062,9 @@ def main(args: Args) -> None:
         if stops or step >= total or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
             state = {"counters": (step, epoch_return), "sampling": dataset.generator.get_state().tolist()}
             run.save(step, tensors, state)
-        if stops:
-            bar.close()
-            raise Exit(75, f"stopped at step {step}; go on with --resume {run.path}")
+            if stops:
+                bar.close()
+                raise Exit(75, f"stopped at step {step}; go on with --resume {run.path}")
 
     training = False
     bar.close()

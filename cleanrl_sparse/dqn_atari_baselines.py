@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12", "tyro>=0.9", "safetensors>=0.5",
+# dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12.1", "tyro>=0.9", "safetensors>=0.5",
 #                 "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18"]
 # ///
 """DQN on Atari with what gradual magnitude pruning is compared to: other sparse training, and regularisation.
@@ -407,7 +407,10 @@ class FrameReplay:
         self.range.copy_(torch.tensor([end - len(self), len(self)]))
 
     def add(self, actions: np.ndarray, steps: Steps, frames: np.ndarray) -> None:
-        """Store what N environments did (actions [N]), what came of it, and the frames [N, H, W] seen now."""
+        """Store what N environments did (actions [N]), what came of it, and the frames [N, H, W] seen now.
+
+        Rewards are whole numbers, as Atari's are; they are kept as int32.
+        """
         slots = np.arange(self.num_envs) + self.step % self.rows * self.num_envs
         after = (slots + self.num_envs) % self.slots
         for i in np.flatnonzero(steps.ended & ~steps.terminated):
@@ -934,7 +937,7 @@ class Run:
 def parse(argv: list[str]) -> Args:
     """Return the flags of the command line; with --resume those of the run."""
     args = tyro.cli(Args, args=argv, description=(__doc__ or "").partition("\n")[0])
-    if "--resume" not in argv and not args.resume:
+    if not any(flag.startswith("--resume") for flag in argv):
         return args
     others = [flag for flag in argv if flag.startswith("--") and not flag.startswith("--resume")]
     require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
@@ -1084,9 +1087,9 @@ def main(args: Args) -> None:
             state = {"counters": (step, epoch_return, returns), "agent": agent.state(), "games": envs.past(),
                      "sampling": replay.generator.get_state().tolist()}
             run.save(step, tensors, state)
-        if stops:
-            bar.close()
-            raise Exit(75, f"stopped at step {step}; go on with --resume {run.path}")
+            if stops:
+                bar.close()
+                raise Exit(75, f"stopped at step {step}; go on with --resume {run.path}")
 
     training = False
     bar.close()

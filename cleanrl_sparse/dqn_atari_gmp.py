@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12", "tyro>=0.9", "safetensors>=0.5",
+# dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12.1", "tyro>=0.9", "safetensors>=0.5",
 #                 "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18"]
 # ///
 """DQN on Atari with gradual magnitude pruning: a network that loses 95 % of its weights while it learns.
@@ -9,11 +9,11 @@ Paper: Obando-Ceron, Courville, Castro, "In value-based deep reinforcement learn
 network", ICML 2024, arXiv 2402.12479. The agent is Dopamine's DQN (Mnih et al. 2015, with Adam), pruned by JaxPruner.
 
 From 20 % to 80 % of the gradient steps the weights of the smallest magnitude are removed along a cubic schedule
-(Zhu and Gupta 2017), every 1,000 steps. What is removed stays removed.
+(Zhu and Gupta 2017), every 1,000 gradient steps. What is removed stays removed.
 
     python dqn_atari_gmp.py --env-id Breakout                       # the paper's setting: 40M frames, 95 %
     python dqn_atari_gmp.py --network impala --width 3              # its main result: the wider ResNet, pruned
-    python dqn_atari_gmp.py --sparsity 0                            # the dense baseline: no mask is ever made
+    python dqn_atari_gmp.py --sparsity 0                            # the dense baseline: nothing is pruned
     python dqn_atari_gmp.py --resume runs/Breakout__dqn_atari_gmp__1__1790000000
 
 With its defaults it is also PolyPruneDQN, the baseline of Eau De Q-Network (arXiv 2503.01437); that paper's sizes are
@@ -397,7 +397,10 @@ class FrameReplay:
         self.range.copy_(torch.tensor([end - len(self), len(self)]))
 
     def add(self, actions: np.ndarray, steps: Steps, frames: np.ndarray) -> None:
-        """Store what N environments did (actions [N]), what came of it, and the frames [N, H, W] seen now."""
+        """Store what N environments did (actions [N]), what came of it, and the frames [N, H, W] seen now.
+
+        Rewards are whole numbers, as Atari's are; they are kept as int32.
+        """
         slots = np.arange(self.num_envs) + self.step % self.rows * self.num_envs
         after = (slots + self.num_envs) % self.slots
         for i in np.flatnonzero(steps.ended & ~steps.terminated):
@@ -865,7 +868,7 @@ class Run:
 def parse(argv: list[str]) -> Args:
     """Return the flags of the command line; with --resume those of the run."""
     args = tyro.cli(Args, args=argv, description=(__doc__ or "").partition("\n")[0])
-    if "--resume" not in argv and not args.resume:
+    if not any(flag.startswith("--resume") for flag in argv):
         return args
     others = [flag for flag in argv if flag.startswith("--") and not flag.startswith("--resume")]
     require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
@@ -1018,9 +1021,9 @@ def main(args: Args) -> None:
             state = {"counters": (step, epoch_return, returns), "agent": agent.state(), "games": envs.past(),
                      "sampling": replay.generator.get_state().tolist()}
             run.save(step, tensors, state)
-        if stops:
-            bar.close()
-            raise Exit(75, f"stopped at step {step}; go on with --resume {run.path}")
+            if stops:
+                bar.close()
+                raise Exit(75, f"stopped at step {step}; go on with --resume {run.path}")
 
     training = False
     bar.close()

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12", "mujoco>=3.3", "tyro>=0.9",
+# dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12.1", "mujoco>=3.3", "tyro>=0.9",
 #                 "safetensors>=0.5", "tqdm>=4.66", "imageio>=2.14", "imageio-ffmpeg>=0.5"]
 # ///
 """Evaluate the network that a finished run left: play episodes, print the scores, record a video.

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12", "tyro>=0.9", "safetensors>=0.5",
+# dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12.1", "tyro>=0.9", "safetensors>=0.5",
 #                 "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18"]
 # ///
 """Rainbow on Atari with gradual magnitude pruning: a residual network that loses 95 % of its weights while it learns.
@@ -10,11 +10,11 @@ network", ICML 2024, arXiv 2402.12479. The agent is Dopamine's "compact" Rainbow
 three steps, prioritised replay, and nothing else: no double, no dueling, no noisy networks. Pruned as by JaxPruner.
 
 From 20 % to 80 % of the gradient steps the weights of the smallest magnitude are removed along a cubic schedule
-(Zhu and Gupta 2017), every 1,000 steps. What is removed stays removed.
+(Zhu and Gupta 2017), every 1,000 gradient steps. What is removed stays removed.
 
     python rainbow_resnet_gmp.py --env-id Breakout --width 3        # the paper's setting: 40M frames, 95 %
     python rainbow_resnet_gmp.py --network cnn                      # DQN's convolutions
-    python rainbow_resnet_gmp.py --sparsity 0                       # the dense baseline: no mask is ever made
+    python rainbow_resnet_gmp.py --sparsity 0                       # the dense baseline: nothing is pruned
     python rainbow_resnet_gmp.py --resume runs/Breakout__rainbow_resnet_gmp__1__1790000000
 
 Differences from the paper, and guesses ([C] read in the paper or its authors' code, [I] inferred, [D] our decision):
@@ -423,7 +423,10 @@ class FrameReplay:
         self.range.copy_(torch.tensor([end - len(self), len(self)]))
 
     def add(self, actions: np.ndarray, steps: Steps, frames: np.ndarray) -> None:
-        """Store what N environments did (actions [N]), what came of it, and the frames [N, H, W] seen now."""
+        """Store what N environments did (actions [N]), what came of it, and the frames [N, H, W] seen now.
+
+        Rewards are whole numbers, as Atari's are; they are kept as int32.
+        """
         slots = np.arange(self.num_envs) + self.step % self.rows * self.num_envs
         after = (slots + self.num_envs) % self.slots
         for i in np.flatnonzero(steps.ended & ~steps.terminated):
@@ -501,8 +504,11 @@ class PrioritisedReplay(FrameReplay):
         return self.gather(slots), slots, weights / weights.max()
 
     def prioritise(self, slots: Tensor, losses: Tensor) -> None:
-        """Give the transitions at slots [B] the priorities sqrt(loss + 1e-10)."""
-        priority, blocks = (losses + 1e-10).sqrt().to(self.priority), slots // 1024
+        """Give the transitions at slots [B] the priorities sqrt(loss + 1e-10).
+
+        A loss that is not finite ends the run after this step, whose other updates must still be able to draw.
+        """
+        priority, blocks = (losses.nan_to_num(0, 0, 0) + 1e-10).sqrt().to(self.priority), slots // 1024
         self.priority.view(-1)[slots] = priority
         self.sums[blocks] = self.priority[blocks].double().sum(1)
         self.highest.copy_(self.highest.maximum(priority.max()))
@@ -970,7 +976,7 @@ class Run:
 def parse(argv: list[str]) -> Args:
     """Return the flags of the command line; with --resume those of the run."""
     args = tyro.cli(Args, args=argv, description=(__doc__ or "").partition("\n")[0])
-    if "--resume" not in argv and not args.resume:
+    if not any(flag.startswith("--resume") for flag in argv):
         return args
     others = [flag for flag in argv if flag.startswith("--") and not flag.startswith("--resume")]
     require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
@@ -1123,9 +1129,9 @@ def main(args: Args) -> None:
             state = {"counters": (step, epoch_return, returns), "agent": agent.state(), "games": envs.past(),
                      "sampling": replay.generator.get_state().tolist()}
             run.save(step, tensors, state)
-        if stops:
-            bar.close()
-            raise Exit(75, f"stopped at step {step}; go on with --resume {run.path}")
+            if stops:
+                bar.close()
+                raise Exit(75, f"stopped at step {step}; go on with --resume {run.path}")
 
     training = False
     bar.close()

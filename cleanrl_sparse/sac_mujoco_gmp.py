@@ -13,7 +13,7 @@ From 20 % to 80 % of the gradient steps the weights of the smallest magnitude ar
 
     python sac_mujoco_gmp.py --env-id Walker2d-v5                   # the paper's setting: 1M steps, 1,280 units, 95 %
     python sac_mujoco_gmp.py --width 1 --sparsity 0.9               # 256 units, for a machine without a GPU
-    python sac_mujoco_gmp.py --sparsity 0                           # the dense baseline: no mask is ever made
+    python sac_mujoco_gmp.py --sparsity 0                           # the dense baseline: nothing is pruned
     python sac_mujoco_gmp.py --resume runs/Walker2d-v5__sac_mujoco_gmp__1__1790000000
 
 Differences from the paper, and guesses ([C] read in the paper or its authors' code, [I] inferred, [D] our decision):
@@ -831,7 +831,7 @@ class Run:
 def parse(argv: list[str]) -> Args:
     """Return the flags of the command line; with --resume those of the run."""
     args = tyro.cli(Args, args=argv, description=(__doc__ or "").partition("\n")[0])
-    if "--resume" not in argv and not args.resume:
+    if not any(flag.startswith("--resume") for flag in argv):
         return args
     others = [flag for flag in argv if flag.startswith("--") and not flag.startswith("--resume")]
     require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
@@ -974,9 +974,9 @@ def main(args: Args) -> None:
             state = {"counters": (step, epoch_return, returns), "agent": agent.state(), "episodes": envs.past(),
                      "sampling": replay.generator.get_state().tolist()}
             run.save(step, tensors | {"actions": envs.played()}, state)
-        if stops:
-            bar.close()
-            raise Exit(75, f"stopped at step {step}; go on with --resume {run.path}")
+            if stops:
+                bar.close()
+                raise Exit(75, f"stopped at step {step}; go on with --resume {run.path}")
 
     training = False
     bar.close()

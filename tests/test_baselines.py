@@ -78,20 +78,26 @@ def test_smallest_weights_are_replaced(small: ModuleType, monkeypatch: pytest.Mo
         gradients = torch.autograd.grad(losses.mean(), agent.weights)
         agent.new_masks(replay)
         new, _ = snapshot(agent)
+        rng = np.random.default_rng((agent.args.seed, step))
+        random = [torch.from_numpy(rng.random(w.shape)).float() for w in weights]
+        scores = [g.abs() for g in gradients] if pruner == "rigl" else random
         if not all_equal(old, new):
             changes.append(step)
-        for w, before, was, now, g, m in zip(agent.weights, weights, old, new, gradients, moments):
+        for w, before, was, now, g, m, score in zip(agent.weights, weights, old, new, gradients, moments, scores):
             assert was.sum() == now.sum(), "as many as before"
             dropped, grown = was & ~now, now & ~was
             assert not w[~now].any() and torch.equal(w[was & now], before[was & now]) and not w[grown].any()
-            assert not agent.optimizer.state[w]["exp_avg_sq"][grown].any()
+            assert not any(agent.optimizer.state[w][name][grown].any() for name in ("exp_avg", "exp_avg_sq"))
             assert torch.equal(agent.optimizer.state[w]["exp_avg_sq"][was & now], m[was & now])
             if step in changes and dropped.any():
-                share = 0.3 * (1 + math.cos(math.pi * step / 160)) / 2
-                count = round(share * int(was.sum()))
-                assert dropped.sum() <= count, "one that is dropped may come back at once"
-                ranked = before[was].abs().sort().values
-                assert before[dropped].abs().max() <= ranked[count - 1]
+                # Exactly: the largest weights stay, the rest are those of the largest score, dropped ones among them.
+                share, size = 0.3 * (1 + math.cos(math.pi * step / 160)) / 2, int(was.sum())
+                by_weight = torch.where(was, before.abs(), -1).flatten().argsort(descending=True, stable=True)
+                score = score.flatten().clone()
+                score[by_weight[: size - round(share * size)]] = math.inf
+                wanted = torch.zeros(was.numel(), dtype=torch.bool)
+                wanted[score.argsort(descending=True, stable=True)[:size]] = True
+                assert torch.equal(now.flatten(), wanted)
                 largest = g.abs()[~was].sort(descending=True).values[: int(grown.sum())]
                 overlaps.append(torch.equal(g.abs()[grown].sort(descending=True).values, largest))
         agent.update(batch)
@@ -210,9 +216,10 @@ def test_dormant_units_are_made_anew(baselines: ModuleType, network: str) -> Non
     outgoing = [net.output.weight[:, 3], behind.weight[:, 7]]
     outgoing += [net.dense.weight.view(16, 121, 64)[:, :, 9]] if network == "cnn" else []
     assert not any(w.any() for w in outgoing)
-    assert not agent.optimizer.state[behind.weight]["exp_avg_sq"][:, 7].any()
-    if network == "cnn":
-        assert not agent.optimizer.state[net.dense.weight]["exp_avg_sq"].view(16, 121, 64)[:, :, 9].any()
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert not agent.optimizer.state[behind.weight][moment][:, 7].any()
+        if network == "cnn":
+            assert not agent.optimizer.state[net.dense.weight][moment].view(16, 121, 64)[:, :, 9].any()
     with torch.no_grad():
         assert torch.allclose(net(obs), was, atol=0.2), "what is below a tenth of the mean said little"
     assert changed["dense.weight"][3].any() and not changed["output.bias"].any()
@@ -237,6 +244,28 @@ def test_dormant_is_a_tenth_of_the_mean(baselines: ModuleType) -> None:
     assert anew.tolist() == wanted and 0 < sum(wanted) < 16
 
 
+def test_dormant_units_are_looked_for_each_1000_gradient_steps(
+    baselines: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after the last one; what a unit gets anew is masked as before."""
+    agent = agent_of(baselines, regulariser="redo", pruner="static", sparsity=0.5)
+    replay = filled_replay(baselines, baselines.FrameReplay, 84, 40, n_step=1)
+    calls, recycle = list[int](), agent.recycle
+    monkeypatch.setattr(agent, "recycle", lambda replay: calls.append(agent.gradient_step) or recycle(replay))
+    monkeypatch.setattr(agent, "update", lambda _: None)
+    weight, mask = agent.online.dense.weight, agent.masks[-2]
+    with torch.no_grad():
+        weight[3] = 0.0
+    agent.learn(replay, 1)
+    agent.gradient_step = 999
+    agent.learn(replay, 1)
+    assert agent.gradient_step == 1000 and calls == [] and not weight[3].any()
+    agent.learn(replay, 2)
+    assert calls == [1000]
+    assert mask.shape == weight.shape and 0 < mask[3].sum() < mask[3].numel()
+    assert weight[3].any() and not weight[mask == 0].any()
+
+
 def test_the_last_layer_is_made_anew(small: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     agent, replay = agent_of(small, regulariser="reset", sparsity=0.5, pruner="static"), filled(small)
     agent.learn(replay, 3)
@@ -252,7 +281,7 @@ def test_the_last_layer_is_made_anew(small: ModuleType, monkeypatch: pytest.Monk
     for name, p, old, t, t_old in zip(names, agent.online.parameters(), before, agent.target.parameters(), target):
         if name.startswith("output"):
             assert not torch.equal(p, old) or not p.any()
-            assert not agent.optimizer.state[p]["exp_avg"].any()
+            assert not any(agent.optimizer.state[p][name].any() for name in ("exp_avg", "exp_avg_sq"))
         else:
             assert torch.equal(p, old) and torch.equal(t, t_old) and agent.optimizer.state[p]["exp_avg"].any()
     assert not agent.online.output.weight[agent.masks[-1] == 0].any(), "masked as before"

@@ -289,6 +289,18 @@ def test_analyses_by_hand(dqn: ModuleType, tmp_path: Path) -> None:
     assert np.abs(cosines - np.array(wanted)).max() < 1e-4 and np.abs(cosines).min() < 0.9
 
 
+def test_units_of_the_residual_network_are_all_counted(dqn: ModuleType, tmp_path: Path) -> None:
+    """After both ReLUs of each of six blocks, after the last one, and of the dense layer: 368 units."""
+    agent, replay = agent_of(dqn, network="impala", n_step=1), filled(dqn, 84, 60, n_step=1)
+    units = 4 * 16 + 4 * 32 + 4 * 32 + 32 + 16
+    before = dqn.analyse(agent, replay, 7, tmp_path / "a.npy")["analysis/dormant_0"] * units
+    with torch.no_grad():
+        agent.online.torso.block3b.conv1.weight[5] = 0  # a channel between the ReLUs of a block; biases are 0
+        agent.online.dense.weight[2] = 0
+    after = dqn.analyse(agent, replay, 7, tmp_path / "b.npy")["analysis/dormant_0"] * units
+    assert before == pytest.approx(round(before), abs=1e-6) and after == pytest.approx(round(before) + 2, abs=1e-6)
+
+
 def test_an_analysis_changes_nothing(dqn: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(dqn, "QNetwork", QSmall)
     agent, replay = agent_of(dqn), filled(dqn, 12, 60)

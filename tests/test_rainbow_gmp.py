@@ -126,12 +126,37 @@ def test_loss_in_float64(small: ModuleType) -> None:
         assert float((ours.grad - theirs.grad).abs().max()) < 1e-9 and float(theirs.grad.abs().max()) > 1e-6
 
 
+def test_an_update_weighs_the_losses(small: ModuleType) -> None:
+    """Adam's first step, by its formula, on the gradient of mean(weight * loss)."""
+    agent, replay = agent_of(small, torch.float64), filled(small, 100)
+    batch, _, _ = replay.draw(32)
+    weights, before = torch.rand(32, dtype=torch.float64), [p.detach().clone() for p in agent.online.parameters()]
+    gradients = torch.autograd.grad((agent.loss(batch)[0] * weights).mean(), list(agent.online.parameters()))
+    agent.update(batch, weights)
+    lr, eps = agent.args.learning_rate, agent.args.adam_eps
+    for p, old, g in zip(agent.online.parameters(), before, gradients):
+        assert torch.allclose(p, old - lr * g / (g.abs() + eps), rtol=0, atol=1e-12)
+
+
+def test_updates_go_on_after_a_loss_that_is_not_finite(small: ModuleType) -> None:
+    """Those of the same step, after which the run ends: what they draw is a transition."""
+    agent, replay = agent_of(small), filled(small, 100)
+    _, slots, _ = replay.draw(4)
+    replay.prioritise(slots, torch.tensor([math.nan, math.inf, -math.inf, 1.0]))
+    assert replay.sums.isfinite().all() and float(replay.highest) == pytest.approx(1)
+    with torch.no_grad():
+        agent.online.output.bias.fill_(math.nan)
+    agent.learn(replay, 4)
+    assert agent.gradient_step == 4 and math.isnan(agent.losses[0])
+
+
 def test_an_update_sets_priorities(small: ModuleType) -> None:
     """sqrt(loss + 1e-10) for what was drawn, the highest so far for what is new; weights are 1 / sqrt(p), scaled."""
     agent, replay = agent_of(small), filled(small, 100)
     assert set(replay.priority.flatten().tolist()) == {0.0, 1.0}
     batch, slots, weights = replay.draw(32)
-    assert weights.tolist() == [1.0] * 32
+    assert weights.tolist() == [1.0] * 32 and len(set(slots.tolist())) > 20
+    assert all(map(torch.equal, batch, replay.gather(slots))), "the batch is what stands in its slots"
     with torch.no_grad():
         losses = agent.loss(batch)[0]
     replay.prioritise(slots, agent.update(batch, weights))
@@ -150,6 +175,8 @@ def test_an_update_sets_priorities(small: ModuleType) -> None:
     replay.add(np.array([1]), small.Steps(frames, np.ones(1), ended, ended, []), frames)
     newest = (count + 1 - replay.n_step) % replay.rows
     assert float(replay.priority.flatten()[newest]) == float(replay.highest)
+    replay.prioritise(slots[:1], torch.tensor([1e-4]))
+    assert float(replay.highest) == pytest.approx(highest, rel=1e-5), "the highest ever, not that of the last batch"
 
 
 # Prioritised replay

@@ -6,6 +6,7 @@ real game showed. The environments are compared with themselves, interrupted and
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 from types import ModuleType
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from ale_py import ALEInterface, roms
 from ale_py.vector_env import AtariVectorEnv
 
 CPU = torch.device("cpu")
@@ -510,8 +512,39 @@ def test_protocol(eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert wanted.items() <= given.items()
     others = {"frameskip": 4, "maxpool": True, "grayscale": True, "stack_num": 4, "img_height": 84, "img_width": 84,
               "episodic_life": False, "life_loss_info": False, "full_action_space": False}
-    assert all(given.get(name, value) == value for name, value in others.items())
+    defaults = {name: p.default for name, p in inspect.signature(AtariVectorEnv.__init__).parameters.items()}
+    assert others.items() <= (defaults | given).items()
     assert envs.num_actions == 4  # the minimal set: no-op, fire, right, left
+
+
+def shares(pixels: int, out: int) -> np.ndarray:
+    """Return [out, pixels]: how much of each output pixel an input pixel makes up when a line is resized by area."""
+    edges = np.arange(out + 1) * pixels / out
+    starts = np.arange(pixels)
+    overlap = np.minimum(edges[1:, None], starts + 1) - np.maximum(edges[:-1, None], starts)
+    return overlap.clip(0) * out / pixels
+
+
+def test_frames_are_those_of_a_plain_emulator(eaudeqn: ModuleType) -> None:
+    """Four frames to a step, the maximum of the last two, grey, resized by area; rewards are their sum."""
+    envs = eaudeqn.AtariEnvs("space_invaders", 1, 7)
+    ale = ALEInterface()
+    ale.setInt("random_seed", int(np.random.SeedSequence((7, 0, 0)).generate_state(1)[0] >> 1))
+    ale.setFloat("repeat_action_probability", 0.25)
+    ale.loadROM(roms.get_rom_path("space_invaders"))
+    actions, rng, total = ale.getMinimalActionSet(), np.random.default_rng(0), 0
+    for _ in range(120):
+        action = rng.integers(len(actions), size=1)
+        envs.send(action)
+        steps = envs.recv()
+        reward, screens = 0, list[np.ndarray]()
+        for _ in range(4):
+            reward += ale.act(actions[action[0]])
+            screens.append(ale.getScreenGrayscale())
+        wanted = shares(210, 84) @ np.maximum(*screens[2:]) @ shares(160, 84).T
+        assert np.abs(wanted - envs.obs[0, -1]).max() <= 0.51 and steps.rewards.tolist() == [reward]
+        total += reward
+    assert total > 0 and not steps.ended.any()
 
 
 def test_a_lost_life_ends_nothing(eaudeqn: ModuleType) -> None:

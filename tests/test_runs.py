@@ -38,7 +38,7 @@ import pytest
 import torch
 from conftest import SCRIPTS as FOLDER
 from conftest import load_script
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # Each training script with its own small flags, by what it plays.
@@ -70,7 +70,7 @@ def flags_of(common: str, online: str, atari: str = "", mujoco: str = "", offlin
 SMALL = flags_of(
     "--total-timesteps 2000 --batch-size 8 --epoch-steps 600 --eval-episodes 0",
     online="--learning-starts 300 --buffer-size 1000",
-    atari="--target-every 200 --checkpoint-minutes 0.01",
+    atari="--target-every 200 --checkpoint-minutes 0.01 --epsilon-steps 1000 --epsilon-end 0.9",
     mujoco="--checkpoint-minutes 0.003",
     offline="--checkpoint-minutes 0.003",
 )
@@ -446,14 +446,15 @@ def test_epsilon_falls_from_the_end_of_the_warm_up(script: str, straight: Straig
         pytest.skip("it has no epsilon")
     learner = [record for record in records(straight[1].result()[0]) if "charts/epsilon" in record]
     epsilon = {record["step"]: record["charts/epsilon"] for record in learner}
-    assert epsilon[1000] == pytest.approx(1 - 0.99 * 700 / 250_000, abs=1e-5)
-    assert epsilon[2000] == pytest.approx(1 - 0.99 * 1700 / 250_000, abs=1e-5)
+    assert epsilon[1000] == pytest.approx(1 - 0.1 * 699 / 1000, abs=1e-9), "of the action of step 999"
+    assert epsilon[2000] == pytest.approx(0.9, abs=1e-9), "not below --epsilon-end"
 
 
 @variants
 def test_the_sparsity_records_follow_the_algorithm(script: str, straight: Straight, num_envs: int) -> None:
     if script != "eaudeqn_atari":
         pytest.skip("of candidates that are pairs, tests/test_sac.py has its own")
+    exponents = np.random.default_rng((1, 2))  # of seed 1
     learner = [record for record in records(straight[num_envs].result()[0]) if "sparsity/target" in record]
     for record in learner:
         candidates = [record[f"sparsity/candidate_{k}"] for k in (1, 2, 3)]
@@ -464,13 +465,19 @@ def test_the_sparsity_records_follow_the_algorithm(script: str, straight: Straig
         # Measured, of the network that would be saved, within the rounding of five layers' counts to whole weights.
         assert min(abs(record["sparsity/prunable"] - candidate) for candidate in candidates) < 1e-4
     assert learner[-1]["sparsity/target"] > 0 and "sparsity/selected" in learner[-1]
+    first = next(record["step"] for record in learner if "sparsity/selected" in record)
+    assert num_envs == 1 or first == 402, "the first multiple of 200 after the first gradient step"
     for earlier, later in itertools.pairwise(learner):
         assert later["sparsity/target"] >= earlier["sparsity/target"]
         # With three environments there is a record at each target update: the chosen candidate became the target.
         # None takes place at the end of the run.
         if num_envs == 3 and "sparsity/selected" in later and later["step"] < 2000:
-            chosen = later["sparsity/selected"]
-            assert later["sparsity/target"] == pytest.approx(earlier[f"sparsity/candidate_{chosen}"], abs=1e-12)
+            t, target = later["step"] // 200 * 200, earlier[f"sparsity/candidate_{later['sparsity/selected']}"]
+            assert later["sparsity/target"] == pytest.approx(target, abs=1e-12)
+            # An exponent n leaves ((2000 - t - 200) / (2000 - t)) ** n of the density, and takes 0.1 at most.
+            drawn = [1 - (1 - target) * ((1800 - t) / (2000 - t)) ** exponents.uniform(0, 1) for _ in range(2)]
+            wanted = [target, *(min(sparsity, target + 0.1) for sparsity in drawn)]
+            assert [later[f"sparsity/candidate_{k}"] for k in (1, 2, 3)] == pytest.approx(wanted, abs=1e-12)
             assert abs(later["sparsity/prunable"] - later["sparsity/target"]) < 1e-4, "network 1, a copy of the target"
 
 
@@ -534,6 +541,18 @@ def test_evaluate_loads_the_model_that_the_run_left(script: str, module: ModuleT
     own.load_state_dict(model)
     with torch.no_grad():
         torch.testing.assert_close(network(obs), own(obs), rtol=0, atol=0)
+
+
+def test_evaluate_knows_features_of_length_one(tmp_path: Path) -> None:
+    network = load_script("dqn_atari_baselines").NormalisedQNetwork(4, "cnn", 16, 1)
+    save_file({name: p.detach().contiguous() for name, p in network.named_parameters()}, tmp_path / "model.safetensors")
+    flags = {"env_id": "Breakout", "network": "cnn", "feature_size": 16, "width": 1, "regulariser": "l2-features"}
+    (tmp_path / "args.json").write_text(json.dumps(flags))
+    loaded, _ = load_script("evaluate").load_network(tmp_path, "cpu")
+    obs = torch.rand(2, 4, 84, 84)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(obs), network(obs), rtol=0, atol=0)
+    assert type(loaded).__name__ == "NormalisedQNetwork"
 
 
 def test_evaluate_prints_the_score(script: str, module: ModuleType, straight: Straight, tmp_path: Path) -> None:
@@ -852,6 +871,40 @@ def test_a_loss_that_is_not_finite_stops_the_run(script: str, tmp_path: Path) ->
     both(with_a_checkpoint_at_each_step, without_a_checkpoint)
 
 
+def test_updates_of_the_same_step_survive_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    """Four updates a step, of which the first makes weights infinite, from a prioritised replay."""
+    flags = f"{TINY['rainbow_resnet_gmp']} --num-envs 16 --learning-rate 1e30 --run-dir run"
+    output = run("rainbow_resnet_gmp", flags, cwd=tmp_path)
+    (line,) = output.complaints()
+    assert output.status == 1 and "the losses became [nan] at step 112" in line
+
+
+@variants
+def test_what_a_step_does_and_when_the_target_is_copied(
+    script: str, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_envs: int
+) -> None:
+    """One environment: store, then learn, as in the paper; several step while the networks learn.
+
+    The target is copied at each multiple of --target-every after the first gradient step, not at the run's end.
+    """
+    if script not in ATARI:
+        pytest.skip("the target follows each update")
+    (kind,) = (c for c in vars(module).values() if inspect.isclass(c) and hasattr(c, "update_target"))
+    replay, copied, events = getattr(module, "PrioritisedReplay", module.FrameReplay), list[Any](), list[str]()
+    add, learn = replay.add, kind.learn
+    monkeypatch.setattr(replay, "add", lambda *what: events.append("store") or add(*what))
+    monkeypatch.setattr(kind, "learn", lambda *what: events.append("learn") or learn(*what))
+    monkeypatch.setattr(kind, "update_target", lambda agent, *step: copied.append((agent.gradient_step, *step)))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # those of this process stay
+    flags = f"{TINY[script]} --num-envs {num_envs} --run-dir {tmp_path / 'run'}"
+    module.main(module.parse(flags.split()))
+    steps = (150, 200, 250)
+    wanted = zip({1: (12, 25, 37), 3: (12, 25, 38)}[num_envs], steps)
+    assert copied == [pair if script == "eaudeqn_atari" else pair[:1] for pair in wanted]
+    assert events[:4] == (["store", "learn"] if num_envs == 1 else ["learn", "store"]) * 2
+    assert len(events) == 2 * 300 // num_envs
+
+
 # Bad input
 
 BAD = """
@@ -1015,13 +1068,15 @@ def test_bad_input_is_named(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("flags", [["--resume", ""], ["--resume="], ["--resume=", "--seed", "3"]])
 def test_an_empty_resume_is_refused(
-    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    module: ModuleType, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """`--resume "$RUN"` with RUN unset must not start a run of 40M frames."""
     monkeypatch.setattr(module, "main", lambda _: sys.exit("it ran"))
     monkeypatch.chdir(tmp_path)
-    output = call(module, ["--resume", ""], monkeypatch, capsys)
+    output = call(module, flags, monkeypatch, capsys)
     assert output.status == 2 and "--resume" in output.complaints()[0]
 
 
