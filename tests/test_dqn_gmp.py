@@ -289,6 +289,7 @@ def test_analyses_by_hand(dqn: ModuleType, tmp_path: Path) -> None:
     assert np.abs(cosines - np.array(wanted)).max() < 1e-4 and np.abs(cosines).min() < 0.9
 
 
+@pytest.mark.slow
 def test_units_of_the_residual_network_are_all_counted(dqn: ModuleType, tmp_path: Path) -> None:
     """After both ReLUs of each of six blocks, after the last one, and of the dense layer: 368 units."""
     agent, replay = agent_of(dqn, network="impala", n_step=1), filled(dqn, 84, 60, n_step=1)

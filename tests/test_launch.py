@@ -210,7 +210,7 @@ def test_a_failed_run_is_named_and_waits_for_retry(place: Place) -> None:
 
 
 def test_a_launcher_at_work_takes_up_what_is_retried(place: Place) -> None:
-    place.add("good", "--ticks", "40")
+    place.add("good", "--ticks", "25")
     place.add("bad", "--status", "3")
     bad = place.runs / place.manifest()[1]["folder"]
     launcher = place.begin("launch", "g", "--workers", "2")
@@ -250,8 +250,8 @@ def test_a_run_that_outlived_its_launcher_keeps_its_gpu(place: Place) -> None:
     """The next one goes to the other GPU."""
     script = place.folder / "cleanrl_sparse" / "stand_in.py"
     script.write_text(script.read_text() + "print(os.environ['CUDA_VISIBLE_DEVICES'])\n")
-    place.add("long", "--ticks", "40")
-    place.add("short", "--ticks", "6", "--seed", "2", "3")
+    place.add("long", "--ticks", "25")
+    place.add("short", "--ticks", "2", "--seed", "2", "3")
     first = place.begin("launch", "g", CUDA_VISIBLE_DEVICES="2,5")
     place.wait_for(2)
     first.kill()
