@@ -95,6 +95,12 @@ class AtariRow:
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    def fill(self, steps: int) -> None:
+        """Take steps without learning, so that the first update has transitions to draw."""
+        for _ in range(steps):
+            actions = self.act()
+            self.store(actions, self.step(actions))
+
     def run(self, updates: int) -> dict[str, float]:
         """Run the main loop for `updates` updates; return seconds per part and the number of steps."""
         spent, done, steps = dict.fromkeys(COLUMNS, 0.0), 0, 0
@@ -174,6 +180,7 @@ def main(args: Args) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "cleanrl_sparse"))
     scripts = [importlib.import_module(name) for name in args.scripts]
     scripts[0].keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as in the scripts
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, F = {args.feature_size}\n")
     rows = list[AtariRow]()
@@ -185,7 +192,8 @@ def main(args: Args) -> None:
             else:
                 rows += [AtariRow(script, args, network, k, precision, num_envs) for network in args.networks]
     for row in rows:
-        row.run(20)  # fills the replay and settles caches
+        row.fill(32)
+        row.run(20)  # settles caches
     for _ in range(args.repeats):
         for row in rows:
             row.times.append(row.run(row.updates))

@@ -515,8 +515,8 @@ def largest(score: Tensor, kept: int) -> Tensor:
     rank = score.numel() - kept
     if score.device.type == "cpu":  # a partition is ten times faster than kthvalue or topk there
         threshold = torch.from_numpy(np.partition(score.numpy(), rank)[rank : rank + 1])
-    else:
-        threshold = score.kthvalue(rank + 1).values
+    else:  # kthvalue keeps one block of threads busy there
+        threshold = score.sort().values[rank : rank + 1]
     above, ties = score > threshold, score == threshold
     return above | (ties & (ties.cumsum(0) <= kept - above.sum()))
 
@@ -579,7 +579,7 @@ class CQL:
         self.gradient_step, self.losses = 0, [0.0] * 7
         self.latest = torch.full((7,), math.nan, device=device, dtype=dtype)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.warm = False  # kernels are loaded and cuBLAS has its workspace once update() has run
+        self.warm = False  # kernels and libraries are loaded once update() has run
 
     def loss(self, batch: Batch, precision: str = "fp32") -> tuple[Tensor, Tensor, Tensor]:
         """Return two losses, of the critics and of actor and temperature, each for its own parameters; and logs [7].
@@ -936,7 +936,7 @@ def find_device(args: Args) -> torch.device:
     first = "cuda:0" if count else "cpu"
     device = torch.device({"auto": first, "cuda": first}.get(args.device, args.device))
     require(device.type == "cuda" or not args.compile, "--compile: only with --device cuda; it gains nothing on CPU")
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -1023,7 +1023,10 @@ def main(args: Args) -> None:
         step, epoch_return = state["counters"]
         print(f"{run.path}: going on from step {step}")
         agent.gradient_step = step
-        dataset.generator.set_state(torch.tensor(state["sampling"], dtype=torch.uint8))
+        sampling = torch.tensor(state["sampling"], dtype=torch.uint8)
+        same = len(sampling) == len(dataset.generator.get_state())
+        require(same, f"--resume {run.path}: its data were on another kind of device, which it needs again")
+        dataset.generator.set_state(sampling)
         for name, tensor in tensors.items():
             tensor.detach().copy_(saved[name])
     else:

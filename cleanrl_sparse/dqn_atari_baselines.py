@@ -453,8 +453,8 @@ def largest(score: Tensor, kept: int) -> Tensor:
     rank = score.numel() - kept
     if score.device.type == "cpu":  # a partition is ten times faster than kthvalue or topk there
         threshold = torch.from_numpy(np.partition(score.numpy(), rank)[rank : rank + 1])
-    else:
-        threshold = score.kthvalue(rank + 1).values
+    else:  # kthvalue keeps one block of threads busy there
+        threshold = score.sort().values[rank : rank + 1]
     above, ties = score > threshold, score == threshold
     return above | (ties & (ties.cumsum(0) <= kept - above.sum()))
 
@@ -549,7 +549,7 @@ class DQN:
             self.optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
         self.rng = np.random.default_rng((args.seed, 0))
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.warm = False  # kernels are loaded and cuBLAS has its workspace once update() has run
+        self.warm = False  # kernels and libraries are loaded once update() has run
         begun = args.resume and any(Path(args.resume, "checkpoint").glob("[0-9]*"))  # the masks are in a checkpoint
         if not begun and (args.pruner == "lottery" or (args.pruner != "gmp" and args.sparsity > 0)):
             self.start_sparse()
@@ -581,7 +581,7 @@ class DQN:
     # >>> shared: inputs
     def to_input(self, frames: Tensor) -> Tensor:
         """Scale uint8 frames to [0, 1], channels-last, on the device."""
-        return frames.to(self.device, self.dtype, memory_format=torch.channels_last).div_(255)
+        return frames.to(self.device).to(self.dtype, memory_format=torch.channels_last).div_(255)
 
     def q_values(self, network: nn.Module, obs: Tensor) -> Tensor:
         """Return Q-values [B, num_actions] of a to_input() batch under --precision."""
@@ -775,7 +775,7 @@ def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: 
         writer = imageio_ffmpeg.write_frames(str(video), (160, 210), fps=15, macro_block_size=2)
         writer.send(None)
     while len(scores) < episodes:
-        obs = torch.from_numpy(envs.obs).to(device, torch.float32, memory_format=torch.channels_last).div_(255)
+        obs = torch.from_numpy(envs.obs).to(device).to(torch.float32, memory_format=torch.channels_last).div_(255)
         actions = network(obs).argmax(1).cpu().numpy()
         actions = np.where(rng.random(episodes) < epsilon, rng.integers(envs.num_actions, size=episodes), actions)
         if video and 0 not in scores:
@@ -957,7 +957,7 @@ def find_device(args: Args) -> torch.device:
     first = "cuda:0" if count else "cpu"
     device = torch.device({"auto": first, "cuda": first}.get(args.device, args.device))
     require(device.type == "cuda" or not args.compile, "--compile: only with --device cuda; it gains nothing on CPU")
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -1028,7 +1028,10 @@ def main(args: Args) -> None:
         step, epoch_return, returns = state["counters"]
         print(f"{run.path}: going on from step {step}; the games are played again, as far as the replay reaches back")
         agent.restore(state["agent"])
-        replay.generator.set_state(torch.tensor(state["sampling"], dtype=torch.uint8))
+        sampling = torch.tensor(state["sampling"], dtype=torch.uint8)
+        same = len(sampling) == len(replay.generator.get_state())
+        require(same, f"--resume {run.path}: its replay was on another kind of device, which it needs again")
+        replay.generator.set_state(sampling)
         for row, actions, steps in envs.restore(state["games"], step // args.num_envs - replay.rows):
             replay.step = row
             FrameReplay.add(replay, actions, steps, envs.obs[:, -1])  # priorities, if any, are in the checkpoint

@@ -460,7 +460,7 @@ def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: 
         writer = imageio_ffmpeg.write_frames(str(video), (160, 210), fps=15, macro_block_size=2)
         writer.send(None)
     while len(scores) < episodes:
-        obs = torch.from_numpy(envs.obs).to(device, torch.float32, memory_format=torch.channels_last).div_(255)
+        obs = torch.from_numpy(envs.obs).to(device).to(torch.float32, memory_format=torch.channels_last).div_(255)
         actions = network(obs).argmax(1).cpu().numpy()
         actions = np.where(rng.random(episodes) < epsilon, rng.integers(envs.num_actions, size=episodes), actions)
         if video and 0 not in scores:

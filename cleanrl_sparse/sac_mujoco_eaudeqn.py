@@ -398,8 +398,8 @@ def largest(score: Tensor, kept: int) -> Tensor:
     rank = score.numel() - kept
     if score.device.type == "cpu":  # a partition is ten times faster than kthvalue or topk there
         threshold = torch.from_numpy(np.partition(score.numpy(), rank)[rank : rank + 1])
-    else:
-        threshold = score.kthvalue(rank + 1).values
+    else:  # kthvalue keeps one block of threads busy there
+        threshold = score.sort().values[rank : rank + 1]
     above, ties = score > threshold, score == threshold
     return above | (ties & (ties.cumsum(0) <= kept - above.sum()))
 
@@ -527,7 +527,7 @@ class EauDeSAC:
         # Each use of randomness has a generator of its own.
         self.rng, self.exponents = (np.random.default_rng((args.seed, i)) for i in range(2))
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.warm = False  # kernels are loaded and cuBLAS has its workspace once update() has run
+        self.warm = False  # kernels and libraries are loaded once update() has run
 
     # >>> shared: sac-update
     @torch.no_grad()
@@ -883,7 +883,7 @@ def find_device(args: Args) -> torch.device:
     first = "cuda:0" if count else "cpu"
     device = torch.device({"auto": first, "cuda": first}.get(args.device, args.device))
     require(device.type == "cuda" or not args.compile, "--compile: only with --device cuda; it gains nothing on CPU")
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -952,7 +952,10 @@ def main(args: Args) -> None:
         step, epoch_return, returns = state["counters"]
         print(f"{run.path}: going on from step {step}; the episodes are played again")
         agent.restore(state["agent"])
-        replay.generator.set_state(torch.tensor(state["sampling"], dtype=torch.uint8))
+        sampling = torch.tensor(state["sampling"], dtype=torch.uint8)
+        same = len(sampling) == len(replay.generator.get_state())
+        require(same, f"--resume {run.path}: its replay was on another kind of device, which it needs again")
+        replay.generator.set_state(sampling)
         first = step // args.num_envs - replay.rows
         for row, actions, steps in envs.restore(state["episodes"], saved["actions"], first):
             replay.step = row

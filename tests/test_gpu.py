@@ -26,6 +26,7 @@ SCHEDULE = {"prune_every": 2, "prune_start": 0.0, "learning_starts": 300}
 AGENTS = {
     "eaudeqn": ("EauDeQN", {"num_networks": 3, "max_exponent": 1e9, "max_sparsity_step": 0.3}),
     "dqn": ("DQN", {"total_timesteps": 340, **SCHEDULE}),
+    "baselines": ("DQN", {"pruner": "rigl", "total_timesteps": 340, **SCHEDULE}),
     "rainbow": ("Rainbow", {"network": "cnn", "total_timesteps": 340, **SCHEDULE}),
     "eaudesac": ("EauDeSAC", {"num_networks": 3, "max_exponent": 1e9, "max_sparsity_step": 0.3}),
     "sac": ("SAC", {"width": 1, "total_timesteps": 310, **SCHEDULE}),
@@ -37,6 +38,7 @@ agents = pytest.mark.parametrize("name", AGENTS)
 def learned(module: ModuleType, name: str, device: torch.device, home: torch.device, dtype: torch.dtype,
             updates: int, **flags: Any) -> dict[str, Tensor]:  # fmt: skip
     """Return an agent's tensors after `updates` updates on `device` from a replay that lies on `home`."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as in the scripts
     kind, own = AGENTS[name]
     if name == "cql":
         args = module.Args(**own | flags)
@@ -97,6 +99,16 @@ def test_a_captured_graph_does_what_eager_updates_do(name: str, request: pytest.
     module = request.getfixturevalue(name)
     captured, eager = (learned(module, name, GPU, GPU, torch.float64, 6, compile=on) for on in (True, False))
     assert_close(captured, eager)
+
+
+@agents
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_captured_graph_in_the_types_of_real_runs(name: str, precision: str, request: pytest.FixtureRequest) -> None:
+    """float32 weights, with autocast or without: as close as kernels that add up in another order."""
+    module = request.getfixturevalue(name)
+    flags = {"precision": precision}
+    captured, eager = (learned(module, name, GPU, GPU, torch.float32, 6, compile=on, **flags) for on in (True, False))
+    torch.testing.assert_close(captured["latest"], eager["latest"], rtol=0.05, atol=0.05)
 
 
 def test_masks_are_those_of_the_cpu(eaudeqn: ModuleType) -> None:

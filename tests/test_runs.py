@@ -1074,6 +1074,26 @@ def test_bad_input_is_named(
     assert contents(tmp_path) == before
 
 
+def test_a_replay_on_another_kind_of_device_is_refused(
+    script: str, module: ModuleType, straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The state of a GPU's random generator has 16 bytes."""
+    folder = tmp_path / "run"
+    shutil.copytree(straight[1].result()[0], folder)
+    (folder / "final.json").unlink()
+    path = newest(folder)
+    line, _, data = path.read_bytes().partition(b"\n")[2].partition(b"\n")
+    facts = json.loads(line)
+    facts["state"]["sampling"] = [0] * 16
+    body = json.dumps(facts).encode() + b"\n" + data
+    path.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    output = call(module, ["--resume", str(folder)], monkeypatch, capsys)
+    (said,) = output.complaints()
+    assert output.status == 2 and f"--resume {folder}: its " in said and "on another kind of device" in said
+    assert newest(folder) == path and not (folder / "final.json").exists()
+
+
 @pytest.mark.parametrize("flags", [["--resume", ""], ["--resume="], ["--resume=", "--seed", "3"]])
 def test_an_empty_resume_is_refused(
     module: ModuleType, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
