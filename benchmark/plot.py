@@ -440,6 +440,8 @@ def caption_of(runs: list[Run], args: Args, what: str, band: str) -> str:
     if not args.per_env:
         what += f"; games: {len(games) - len(lost)}" + (f" of {len(games)}" if lost else "")
     text = f"{what}; seeds: {f'{few} to ' if few < most else ''}{most}"
+    if most <= 3 and "bootstrap" in band and (args.per_env or len(games) == 1):
+        band += ", which of so few are from the lowest to the highest"
     text += f"; {band if most > 1 else 'no interval'}." if band else "."
     return text + (f" Left out, having no human score: {', '.join(lost)}." if lost else "")
 

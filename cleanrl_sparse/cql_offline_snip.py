@@ -26,6 +26,7 @@ Differences from the paper, and guesses ([C] read in the paper or another's code
     [D] Magnitudes are compared within each layer only: the last layers begin so small that all of them would go.
  3. [D] A layer of which nothing is left ends the run before it starts.
  4. [C] CQL as in CORL: alpha 10, 10 actions each from uniform, pi(s) and pi(s'), importance weights, no entropy backup.
+    [D] Rewards are the data's; CORL's configuration for hopper-medium normalises them (--normalize-rewards).
  5. [D] Actor: CORL's offset of -1 of the log standard deviation is its initial bias; the factor beside it is left out.
  6. [D] The saved networks take raw observations: the standardisation is folded into their first layers.
  7. [D] Temperature of GraSP: 1, and no flag; it divides a classifier's logits, and these losses are regressions.
@@ -446,7 +447,8 @@ def read_dataset(name: str) -> tuple[Data, str]:
         raise
     except Exception as error:  # of many kinds, as the libraries see fit
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Exit(2, f"--dataset {name}: cannot be read or fetched ({text})") from None
+        verb = "read" if Path(name).exists() else "read or fetched"
+        raise Exit(2, f"--dataset {name}: cannot be {verb} ({text})") from None
     require(len(data.obs) > 0, f"--dataset {name}: no transitions are in it")
     return data, env_id
 
@@ -698,7 +700,7 @@ class CQL:
                 target.copy_(p)
         empty = [name for name, weight in prunable(self.networks()).items() if not weight.any()]
         text = f"--pruner {self.args.pruner} --sparsity {self.args.sparsity}: nothing would be left of"
-        require(not empty, f"{text} {', '.join(empty)} (layer collapse)")
+        require(not empty, f"{text} {', '.join(empty)} (layer collapse); a lower sparsity keeps more")
 
     # >>> shared: sac-tensors
     def sac_tensors(self) -> dict[str, Tensor]:
@@ -822,7 +824,7 @@ class Run:
             head = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
             commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
             where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform()
-            names = ("torch", "numpy", "gymnasium", "ale-py", "mujoco", "tyro")
+            names = ("torch", "numpy", "gymnasium", "ale-py", "mujoco", "minari", "h5py", "tyro")
             packages = {d.name: d.version for d in distributions() if d.name in names}
             versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version, "device": where}
             write_file(self.path / "versions.json", json.dumps(versions | {"packages": packages}, indent=1).encode())
@@ -977,9 +979,11 @@ def main(args: Args) -> None:
     run, stops, training = None, list[int](), False
 
     def stop(signum: int, _: Any) -> None:
-        """Stop after this step with a checkpoint; at once before the first and after the last step."""
+        """Stop with a checkpoint where the loop next looks; at once before its first and after its last step."""
         stops.append(signum)
-        if not training:
+        if training:
+            os.write(2, b"\nstopping with a checkpoint\n")
+        else:
             hint = f"go on with --resume {run.path}" if run else "no run was begun"
             os.write(2, f"{Path(__file__).name}: stopped at step {step}; {hint}\n".encode())
             os._exit(75)  # an exception could come up in the middle of anything
@@ -1058,7 +1062,8 @@ def main(args: Args) -> None:
                 record |= score()
             run.log(now, record | agent.report())
             shown = (now, time.monotonic())
-        bar.set_description_str(f"return {epoch_return or 0:.1f} sparsity {sparsity:.3f}", False)
+        latest = "-" if epoch_return is None else f"{epoch_return:.1f}"
+        bar.set_description_str(f"return {latest} sparsity {sparsity:.3f}", False)
         bar.update(now - step)
         step = now
         # Save.

@@ -769,7 +769,7 @@ class Run:
             head = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
             commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
             where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform()
-            names = ("torch", "numpy", "gymnasium", "ale-py", "mujoco", "tyro")
+            names = ("torch", "numpy", "gymnasium", "ale-py", "mujoco", "minari", "h5py", "tyro")
             packages = {d.name: d.version for d in distributions() if d.name in names}
             versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version, "device": where}
             write_file(self.path / "versions.json", json.dumps(versions | {"packages": packages}, indent=1).encode())
@@ -924,9 +924,11 @@ def main(args: Args) -> None:
     run, stops, training = None, list[int](), False
 
     def stop(signum: int, _: Any) -> None:
-        """Stop after this step with a checkpoint; at once before the first and after the last step."""
+        """Stop with a checkpoint where the loop next looks; at once before its first and after its last step."""
         stops.append(signum)
-        if not training:
+        if training:
+            os.write(2, b"\nstopping with a checkpoint\n")
+        else:
             hint = f"go on with --resume {run.path}" if run else "no run was begun"
             os.write(2, f"{Path(__file__).name}: stopped at step {step}; {hint}\n".encode())
             os._exit(75)  # an exception could come up in the middle of anything

@@ -201,6 +201,26 @@ def test_the_multiplier_grows_while_the_gap_is_too_large(cql: ModuleType) -> Non
     assert (agent.log_multiplier.item() > before) == (excess.item() > 0)
 
 
+def test_the_networks_begin_as_corls(cql: ModuleType) -> None:
+    """Critics: orthogonal; actor: torch's uniform ones; small last layers; the deviation of actions is 1 / e."""
+    agent = cql.CQL(cql.Args(), 11, 3, CPU)
+    first, *hidden, last = agent.critics[::2]
+    for weights in (first, *hidden, last):
+        assert not torch.equal(weights[0], weights[1])
+    for n in range(2):
+        torch.testing.assert_close(first[n] @ first[n].T, 2 * torch.eye(14), atol=1e-5, rtol=0)
+        for weights in hidden:
+            torch.testing.assert_close(weights[n].T @ weights[n], 2 * torch.eye(256), atol=1e-5, rtol=0)
+        assert last[n].norm().item() == pytest.approx(0.01, rel=1e-5)
+    assert not any(bias.any() for bias in agent.critics[1::2])
+    for layer, inputs in ((agent.actor.dense1, 11), (agent.actor.dense2, 256), (agent.actor.dense3, 256)):
+        for p in (layer.weight, layer.bias):
+            assert 0.95 * inputs**-0.5 < p.abs().max() < inputs**-0.5
+    assert 0.95 < agent.actor.output.weight.abs().max() / (0.01 * math.sqrt(6 / (256 + 6))) <= 1
+    assert agent.actor.output.bias.tolist() == [0, 0, 0, -1, -1, -1]
+    assert (agent.log_alpha.item(), agent.log_multiplier.item()) == (0, 1)
+
+
 # Pruning at the start
 
 
@@ -311,19 +331,23 @@ class Sampling(nn.Module):
 
 
 def test_grasp_is_a_finite_difference(cql: ModuleType) -> None:
-    """w * (H g), and H g is the change of the gradient along g."""
+    """w * (H g), and H g is the change of the gradient along g; of the mean loss over two batches."""
     agent = make_agent(cql, pruner="grasp")
-    batch = make_batch(cql, 0)
-    scores = agent.scores([batch])
+    batches = [make_batch(cql, step) for step in range(2)]
+    scores = agent.scores(batches)
+
+    def loss(which: int) -> Tensor:
+        return (agent.loss(batches[0])[which] + agent.loss(batches[1])[which]) / 2
+
     for which, group in enumerate(agent.groups):
-        g = torch.autograd.grad(agent.loss(batch)[which], group)
+        g = torch.autograd.grad(loss(which), group)
         eps = 1e-6 / max(part.abs().max().item() for part in g)
         ends = []
         for sign in (1, -1):
             with torch.no_grad():
                 for w, part in zip(group, g):
                     w += sign * eps * part
-            ends.append(torch.autograd.grad(agent.loss(batch)[which], group))
+            ends.append(torch.autograd.grad(loss(which), group))
             with torch.no_grad():
                 for w, part in zip(group, g):
                     w -= sign * eps * part
@@ -485,6 +509,15 @@ def test_the_table_is_standardised_and_in_the_environments_units(cql: ModuleType
     assert uniform.min() > -1 and uniform.max() < 1 and uniform.std() == pytest.approx(3**-0.5, rel=0.01)
 
 
+def test_actions_are_in_shares_of_the_bounds(cql: ModuleType, datasets: Path) -> None:
+    """An inverted pendulum's are -3 and 3."""
+    pushes, obs = np.float32([[3], [-3], [1.5], [0]]), np.zeros((4, 4), np.float32)
+    no = np.zeros(4, bool)
+    data = cql.Data(obs, pushes, np.zeros(4, np.float32), obs, no, no)
+    dataset = cql.Dataset(data, cql.MujocoEnvs("InvertedPendulum-v5", 1, 0), cql.Args(dataset="a"), CPU)
+    assert dataset.table[:, 4].tolist() == [1, -1, 0.5, 0]
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("changes", "words"),
@@ -617,14 +650,19 @@ def test_a_run_prunes_once_and_trains(cql: ModuleType, tmp_path: Path, monkeypat
     """Twice: the same; its records, its model, its score against D4RL's references."""
     write_d4rl(tmp_path / "a.hdf5")
     monkeypatch.chdir(tmp_path)
-    pruned, prune = list[int](), cql.CQL.prune
-    monkeypatch.setattr(cql.CQL, "prune", lambda agent, batches: pruned.append(len(batches)) or prune(agent, batches))
+    pruned, prune = list[list[int]](), cql.CQL.prune
+
+    def prune_seen(agent: Any, batches: list[Any]) -> None:
+        pruned.append([len(batch.rewards) for batch in batches])
+        prune(agent, batches)
+
+    monkeypatch.setattr(cql.CQL, "prune", prune_seen)
     flags = {"dataset": "a.hdf5", "env_id": "Hopper", "total_timesteps": 250, "batch_size": 8, "epoch_steps": 200,
              "eval_episodes": 2, "sparsity": 0.9, "prune_batches": 3}  # fmt: skip
     for name in ("one", "two"):
         cql.main(cql.Args(**flags, run_dir=str(tmp_path / name)))
     models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
-    assert models[0] == models[1] and pruned == [3, 3]
+    assert models[0] == models[1] and pruned == [[8, 8, 8], [8, 8, 8]]
     records = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [0, 200, 250]
     assert all(r["sparsity/prunable"] == pytest.approx(0.9, abs=1e-4) for r in records[:2]), "from the start"
@@ -633,9 +671,23 @@ def test_a_run_prunes_once_and_trains(cql: ModuleType, tmp_path: Path, monkeypat
     final = json.loads((tmp_path / "one" / "final.json").read_text())
     assert final["epoch_return"] == last["eval/episodic_return"] != records[1]["eval/episodic_return"]
     assert last["eval/d4rl_score"] == pytest.approx(100 * (last["eval/episodic_return"] + 20.272305) / 3254.572305)
+    actor, saved = cql.Actor(11, 3, 256, 3), cql.load(models[0])
+    actor.load_state_dict({name: saved[f"actor.{name}"] for name in actor.state_dict()})
+    scores = cql.evaluate_actor(actor, "Hopper", 2, 1 + 1_000_000)
+    assert last["eval/episodic_return"] == pytest.approx(np.mean(scores), rel=1e-6), "the saved policy's"
+    body = (tmp_path / "one" / "checkpoint" / f"{250:012d}").read_bytes().split(b"\n", 2)[2]
+    std = np.concatenate([e["observations"][:-1] for e in episodes()]).std(0, dtype=np.float64) + 1e-3
+    wanted = cql.load(body)["actor.dense1.weight"] / torch.from_numpy(std)
+    torch.testing.assert_close(saved["actor.dense1.weight"].double(), wanted, rtol=1e-5, atol=0)  # not standardised
     args = json.loads((tmp_path / "one" / "args.json").read_text())
     assert args["env_id"] == "Hopper" and args["script"] == "cql_offline_snip.py"
     assert args["dataset"] == str(tmp_path / "a.hdf5"), "found again from any folder"
+
+
+def test_the_references_of_scores_are_d4rls(cql: ModuleType) -> None:
+    """From the REF_MIN_SCORE and REF_MAX_SCORE of d4rl/infos.py."""
+    assert cql.D4RL_SCORES == {"HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3),
+                               "Walker2d": (1.629008, 4592.3), "Ant": (-325.6, 3879.7)}  # fmt: skip
 
 
 def test_another_dataset_is_refused_on_resume(cql: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

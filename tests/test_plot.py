@@ -259,7 +259,8 @@ def test_curves_are_the_scores_of_each_epoch(tmp_path: Path, plot: Plot, figures
     assert [line.get_ydata().tolist() for line in shares.get_lines()] == [[0, 0, 0, 0], [0.25, 0.25]]  # of 0.5 and 0
     assert [(row["curve"], row["runs"], row["iqm"]) for row in rows] == [("done", "2", "1.5"), ("begun", "0", "")]
     caption = (tmp_path / "grid.md").read_text().splitlines()[-1]
-    assert caption == "IQM; games: 1; seeds: 0 to 2; bands: 95 % bootstrap intervals over seeds."
+    few = "95 % bootstrap intervals over seeds, which of so few are from the lowest to the highest"
+    assert caption == f"IQM; games: 1; seeds: 0 to 2; bands: {few}."
 
 
 def test_bands_of_curves_redraw_within_games(tmp_path: Path, plot: Plot, figures: list[Any]) -> None:

@@ -1175,6 +1175,44 @@ def test_every_flag_is_read(module: ModuleType) -> None:
     assert len(declared(module)) <= 36
 
 
+# What the papers or the code that a script follows say; of Atari in steps of 4 frames.
+DOPAMINE = {"total_timesteps": 10_000_000, "learning_starts": 20_000, "buffer_size": 1_000_000, "batch_size": 32,
+            "learning_rate": 6.25e-5, "adam_eps": 1.5e-4, "gamma": 0.99, "replay_ratio": 0.25, "target_every": 8000,
+            "epsilon_end": 0.01, "epsilon_steps": 250_000, "epoch_steps": 250_000, "feature_size": 512, "width": 1,
+            "scope": "erk"}  # fmt: skip
+SAC = {"total_timesteps": 1_000_000, "buffer_size": 1_000_000, "batch_size": 256, "gamma": 0.99, "tau": 0.005,
+       "replay_ratio": 1.0, "prune_every": 1000, "scope": "erk"}  # fmt: skip
+EAU_DE = {"num_networks": 5, "max_exponent": 3.0, "max_sparsity_step": 0.01}
+GMP = {"sparsity": 0.95, "prune_start": 0.2, "prune_end": 0.8, "prune_every": 1000}
+PAPERS = {
+    "eaudeqn_atari": DOPAMINE | EAU_DE | {"network": "cnn", "behaviour": "inverse-loss", "reset_optimizer": True},
+    "dqn_atari_gmp": DOPAMINE | GMP | {"network": "cnn", "n_step": 1, "prune_exponent": 3.0},
+    "rainbow_resnet_gmp": DOPAMINE | GMP | {"network": "impala", "n_step": 3, "prune_exponent": 3.0},
+    "dqn_atari_baselines": DOPAMINE | GMP | {"network": "cnn", "pruner": "gmp", "regulariser": "none"},
+    "sac_mujoco_eaudeqn": SAC | EAU_DE | {
+        "learning_starts": 5000, "learning_rate": 1e-3, "reward_scale": 1.0, "target_entropy": -1.0, "width": 1,
+        "loss_aggregation": "ema", "prune_actor": False, "reset_optimizer": False},
+    "sac_mujoco_gmp": SAC | GMP | {
+        "learning_starts": 1000, "learning_rate": 3e-4, "reward_scale": 0.1, "target_entropy": -0.5, "width": 5,
+        "weight_decay": 1e-4, "prune_exponent": 3.0},
+    "cql_offline_snip": {
+        "total_timesteps": 1_000_000, "batch_size": 256, "gamma": 0.99, "tau": 0.005, "target_entropy": -1.0,
+        "learning_rate": 3e-4, "actor_learning_rate": 3e-5, "entropy_backup": False, "cql_actions": 10, "cql_gap": -1.0,
+        "cql_alpha": 10.0, "layers": 3, "width": 1, "normalize_rewards": False, "pruner": "snip", "sparsity": 0.95,
+        "prune_batches": 1},
+}  # fmt: skip
+
+
+def test_the_defaults_are_the_papers(script: str, module: ModuleType) -> None:
+    """Every flag that changes what is learned is named here, but for the seed, the game, its copies and precision."""
+    flags = dataclasses.asdict(module.Args())
+    assert {name: flags[name] for name in PAPERS[script]} == PAPERS[script]
+    rest = {"seed", "env_id", "num_envs", "precision", "device", "compile", "run_dir", "resume", "checkpoint_minutes",
+            "eval_episodes", "capture_video", "track", "wandb_project", "analysis_every", "lottery_mask", "dataset",
+            "epoch_steps"}  # fmt: skip
+    assert {*flags} - {*PAPERS[script]} <= rest
+
+
 def test_a_script_is_short(script: str) -> None:
     lines = (FOLDER / f"{script}.py").read_text().splitlines()
     assert max(map(len, lines)) <= 120
