@@ -156,6 +156,24 @@ def disturb(agent: Any, share: float = 0.0) -> None:
         target *= mask[:2]
 
 
+def test_the_networks_begin_by_glorots_rule(module: ModuleType) -> None:
+    """Weights uniform up to sqrt(6 / (in + out)), biases and log alpha 0; all pairs are copies of the first."""
+    agent, same, other = (make_agent(module, seed=seed) for seed in (5, 5, 6))
+    assert all(map(torch.equal, all_parameters(agent), all_parameters(same)))
+    weights = [(w[n], *w.shape[1:]) for w in agent.critics[::2] for n in range(2)]
+    weights += [(w, *w.shape) for w in (p for p in agent.actor.parameters() if p.ndim == 2)]
+    assert len(weights) == 9
+    for w, inputs, outputs in weights:
+        assert 0.95 < w.abs().max() * ((inputs + outputs) / 6) ** 0.5 <= 1 + 1e-6
+    for ours, theirs in zip(agent.critics[::2], other.critics[::2]):
+        assert not torch.equal(ours[0], ours[1]) and not torch.equal(ours[0], theirs[0]), "each critic, each seed"
+        assert torch.equal(ours, ours[:2].repeat(len(ours) // 2, 1, 1))
+    assert not torch.equal(agent.actor.output.weight, other.actor.output.weight)
+    biases = [*agent.critics[1::2], *(p for p in agent.actor.parameters() if p.ndim == 1), agent.log_alpha]
+    assert not any(bias.any() for bias in biases)
+    assert all(torch.equal(target, critic[:2]) for target, critic in zip(agent.targets, agent.critics))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.6])
 @pytest.mark.parametrize("pairs", [1, 3])
 def test_an_update_of_k_pairs_is_k_separate_updates(eaudesac: ModuleType, pairs: int, share: float) -> None:
