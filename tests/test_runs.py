@@ -690,7 +690,8 @@ def test_a_signal_stops_the_run_and_says_how_to_go_on(broken_off: BrokenOff, num
     assert len(asked) == {1: 1, 3: 2}[num_envs]
     for output, copy in asked:
         assert output.status == 75
-        (line,) = output.complaints()
+        *before, line = output.complaints()
+        assert before == ["stopping with a checkpoint"] * bool(saved_steps(copy)), "it is said at once"
         assert f"--resume {folder}" in line
         assert f"step {max([0, *saved_steps(copy)])};" in line, "it stopped with a checkpoint, unless it had not begun"
     assert all(output.status == -signal.SIGKILL for signum, output, _ in left if signum == signal.SIGKILL)
