@@ -422,6 +422,8 @@ def test_the_gradient_steps_of_a_run(eaudesac: ModuleType, sac: ModuleType, num_
     assert make_agent(eaudesac, **flags).updates == updates
     agent = make_agent(sac, prune_start=0.0, prune_end=1.0, **flags)
     assert (agent.start, agent.end) == (0, updates - 1), "the last masks come before the last update"
+    agent = make_agent(sac, total_timesteps=264)
+    assert (agent.start, agent.end) == (2, 6), "1.6 and 6.4 of 8"
 
 
 def test_sparsity_is_exact_after_every_update(eaudesac: ModuleType) -> None:
@@ -666,6 +668,9 @@ def test_samples_are_uniform_and_whole(module: ModuleType) -> None:
     noise = torch.stack([batch.noise for batch in batches])
     assert noise.shape == (100, 2, 300, 1) and abs(noise.mean()) < 0.02 and noise.std() == pytest.approx(1, abs=0.02)
     assert len(noise.unique()) > 59_000
+    again, other = (module.Replay(40, envs, CPU, seed, 0.9) for seed in (1, 2))
+    assert torch.equal(again.sample(300).noise, batches[0].noise), "by the seed"
+    assert not torch.equal(other.sample(300).noise, batches[0].noise)
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v5", "HalfCheetah-v5", "Pendulum-v1"])
