@@ -21,8 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Of what test_runs.py does, some is slow too: all with the baselines, which have most in common with dqn_atari_gmp;
     for the scripts that have most in common with another one, killing, three environments and training alone. Killing
-    and damaging is a suite of its own, `kill`, but for killing the first script's runs; of those that have most in
-    common with another one, sac_mujoco_gmp is killed there too.
+    and damaging is a suite of its own, `kill`; of the scripts that have most in common with another one, sac_mujoco_gmp
+    is killed there too.
     """
     for item in items:
         runs = item.path.name == "test_runs.py"
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         shared = item.get_closest_marker("shared") and "eaudeqn_atari" not in item.name
         names = {*getattr(item, "fixturenames", ())}
         damage = names & {"killed", "mended"} or "survives_a_signal" in item.name
-        kills = damage or ("broken_off" in names and "eaudeqn_atari" not in item.name)
+        kills = damage or "broken_off" in names or item.get_closest_marker("kill")
         twin = twin and "sac_mujoco_gmp-1" not in item.name
         if item.get_closest_marker("slow") or baselines or shared or (twin and costly):
             item.add_marker(pytest.mark.slow)

@@ -162,6 +162,7 @@ def test_two_launchers_start_each_run_once(place: Place) -> None:
     assert place.starts() == ["start end"] * 10
 
 
+@pytest.mark.kill
 def test_runs_outlive_their_launcher_and_are_not_started_again(place: Place) -> None:
     place.add("a", "--seed", "1", "2", "3", "--ticks", "30")
     first = place.begin("launch", "g", "--workers", "2")
@@ -181,6 +182,7 @@ def test_runs_outlive_their_launcher_and_are_not_started_again(place: Place) -> 
     assert place.starts() == ["start end"] * 3
 
 
+@pytest.mark.kill
 def test_a_run_that_is_killed_is_named_and_resumed(place: Place) -> None:
     place.add("a", "--seed", "1", "--ticks", "20")
     launcher = place.begin("launch", "g")
@@ -221,7 +223,9 @@ def test_a_launcher_at_work_takes_up_what_is_retried(place: Place) -> None:
     assert place.starts() == ["start end", "start start"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.kill) for n in (signal.SIGTERM, signal.SIGHUP))]
+)
 def test_a_launcher_that_is_stopped_stops_its_runs_and_goes_on_later(place: Place, number: int) -> None:
     place.add("a", "--env-id", "Pong", "--seed", "1", "2", "3", "--ticks", "15")
     launcher = place.begin("launch", "g", "--workers", "2")
@@ -246,6 +250,7 @@ def test_cores_and_gpus_are_shared(place: Place) -> None:
     assert logs == [f"{gpu} {max(1, len(os.sched_getaffinity(0)) // 4)}\n" for gpu in (2, 5, 2, 5)]
 
 
+@pytest.mark.kill
 def test_a_run_that_outlived_its_launcher_keeps_its_gpu(place: Place) -> None:
     """The next one goes to the other GPU."""
     script = place.folder / "cleanrl_sparse" / "stand_in.py"

@@ -378,7 +378,7 @@ def test_a_run_leaves_every_file(script: str, straight: Straight, num_envs: int)
 def test_the_progress_is_plain_lines(straight: Straight, num_envs: int) -> None:
     lines = [line for line in straight[num_envs].result()[1].stderr.split("\n") if line.strip()]
     assert lines and all("\r" not in line for line in lines), "the output is no terminal"
-    assert re.search(r"\b100%.* 2\.00k/2\.00k .*step/s.* return -?[\d.]+ .*sparsity [\d.]+", lines[-1]), lines[-1]
+    assert re.search(r"\b100%.* 2\.00k/2\.00k .*step/s.* return (-|-?[\d.]+) .*sparsity [\d.]+", lines[-1]), lines[-1]
 
 
 @variants
@@ -1145,7 +1145,7 @@ def declared(module: ModuleType) -> dict[str, str]:
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.parametrize("columns", [80, pytest.param(200, marks=pytest.mark.slow)])
 def test_help_describes_every_flag(script: str, module: ModuleType, tmp_path: Path, columns: int) -> None:
     output = run(script, "--help", cwd=tmp_path, COLUMNS=str(columns), TERM="dumb")
     assert output.status == 0 and not output.stderr
