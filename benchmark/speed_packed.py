@@ -1,4 +1,4 @@
-"""Runs side by side on one machine against one after the other: how much sooner a grid is finished.
+"""How much sooner a grid is finished with runs side by side than one after another.
 
     python benchmark/speed_packed.py                    # four short SAC runs, 1 and 4 at a time, on all cores
     python benchmark/speed_packed.py --workers 1 2 8 --runs 8 --repeats 5

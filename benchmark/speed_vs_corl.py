@@ -1,11 +1,11 @@
-"""Gradient steps per second of cql_offline_snip.py against CORL's cql.py, in turn, each in a process of its own.
+"""Gradient steps per second of cql_offline_snip.py against CORL's cql.py, in turn.
 
     python benchmark/speed_vs_corl.py --corl ../CORL --repeats 5
 
-CORL is a checkout of github.com/tinkoff-ai/CORL. Its file is run as it is; what it imports for its environments, flags
-and logging is replaced by empty modules, since only its networks, its replay and its train() are used. Both have three
-hidden layers of 256 units, batch 256, 10 actions of each kind and Hopper's sizes, and draw from 100,000 random
-transitions. Threads: OMP_NUM_THREADS.
+CORL is a checkout of github.com/tinkoff-ai/CORL. Each program has a process of its own. Its file is run as it is; what
+it imports for its environments, flags and logging is replaced by empty modules, since only its networks, its replay and
+its train() are used. Both have three hidden layers of 256 units, batch 256, 10 actions of each kind and Hopper's sizes,
+and draw from 100,000 random transitions. Threads: OMP_NUM_THREADS.
 """
 
 from __future__ import annotations

@@ -4,14 +4,14 @@
 #                 "safetensors>=0.5", "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18",
 #                 "minari[hf]>=0.5", "h5py>=3.11", "pillow>=10"]
 # ///
-"""Conservative Q-learning on a fixed dataset, with networks pruned once, before training starts (SNIP, GraSP).
+"""Conservative Q-learning on a fixed dataset, pruned once, before training starts.
 
 Paper: Arnob, Ohib, Plis, Precup, "Single-Shot Pruning for Offline Reinforcement Learning", 2021, arXiv 2112.15579.
 Its body and code could not be found: this is SNIP at initialisation (Lee et al. 2019) applied to CQL (Kumar et al.
 2020) with CORL's settings, not a reproduction of the paper's table.
 
-Every weight is scored on one batch of the dataset by how much its removal would change the loss; 95 % go, for good.
-Then CQL trains what is left.
+Every weight is scored on one batch of the dataset by how much its removal would change the loss (SNIP) or the length of
+its gradient (GraSP); 95 % go, for good. Then CQL trains what is left.
 
     python cql_offline_snip.py --dataset mujoco/hopper/medium-v0                      # a Minari dataset by id
     python cql_offline_snip.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v4     # a file of D4RL's

@@ -3,7 +3,7 @@
 # dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12.1", "tyro>=0.9", "safetensors>=0.5",
 #                 "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18"]
 # ///
-"""DQN on Atari with what gradual magnitude pruning is compared to: other sparse training, and regularisation.
+"""DQN on Atari with the baselines that gradual magnitude pruning is compared to.
 
 Paper: Obando-Ceron, Courville, Castro, "In value-based deep reinforcement learning, a pruned network is a good
 network", ICML 2024, arXiv 2402.12479, figures 12, 13 and 22. The agent is that of dqn_atari_gmp.py.

@@ -3,7 +3,7 @@
 # dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12.1", "tyro>=0.9", "safetensors>=0.5",
 #                 "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18"]
 # ///
-"""Eau De Q-Network on Atari: a deep Q-network that starts dense and prunes itself at the pace of its learning.
+"""Eau De Q-Network on Atari: a DQN that prunes itself at the pace of its learning.
 
 Paper: Vincent, Faust, Tripathi, Peters, D'Eramo, "Eau De Q-Network: Adaptive Distillation of Neural Networks in Deep
 Reinforcement Learning", 2025, arXiv 2503.01437 (its online variant, EauDeDQN).

@@ -3,7 +3,7 @@
 # dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12.1", "mujoco>=3.3", "tyro>=0.9",
 #                 "safetensors>=0.5", "tqdm>=4.66", "imageio>=2.14", "imageio-ffmpeg>=0.5"]
 # ///
-"""Evaluate the network that a finished run left: play episodes, print the scores, record a video.
+"""Evaluate the network of a finished run: play, print the scores, record a video.
 
     python evaluate.py runs/Breakout__eaudeqn_atari__1__1790000000
     python evaluate.py RUN_DIR --episodes 100 --epsilon 0.05 --video breakout.mp4

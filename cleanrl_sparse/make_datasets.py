@@ -3,7 +3,7 @@
 # dependencies = ["torch>=2.13", "numpy>=2", "gymnasium>=1.2", "mujoco>=3.3", "imageio>=2.14", "tyro>=0.9",
 #                 "safetensors>=0.5", "tqdm>=4.66", "minari>=0.5", "h5py>=3.11", "pillow>=10"]
 # ///
-"""Record Minari datasets for cql_offline_snip.py from online SAC runs, which are trained first if they are not there.
+"""Record Minari datasets for cql_offline_snip.py from SAC runs, trained first.
 
     python make_datasets.py --env-id Hopper-v5                    # local/hopper/{random,medium,...}-v0
     python make_datasets.py --env-id Hopper-v5 --medium-steps 40000 --expert-steps 400000 --transitions 100000

@@ -3,7 +3,7 @@
 # dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12.1", "tyro>=0.9", "safetensors>=0.5",
 #                 "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18"]
 # ///
-"""Rainbow on Atari with gradual magnitude pruning: a residual network that loses 95 % of its weights while it learns.
+"""Rainbow on Atari with gradual magnitude pruning: 95 % of its weights go.
 
 Paper: Obando-Ceron, Courville, Castro, "In value-based deep reinforcement learning, a pruned network is a good
 network", ICML 2024, arXiv 2402.12479. The agent is Dopamine's "compact" Rainbow (Hessel et al. 2018): C51, returns over

@@ -3,7 +3,7 @@
 # dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "mujoco>=3.3", "imageio>=2.14", "tyro>=0.9",
 #                 "safetensors>=0.5", "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18"]
 # ///
-"""Eau De Q-Network on MuJoCo: soft actor-critic whose critics start dense and prune themselves as they learn.
+"""Eau De Q-Network on MuJoCo: SAC whose critics prune themselves as they learn.
 
 Paper: Vincent, Faust, Tripathi, Peters, D'Eramo, "Eau De Q-Network: Adaptive Distillation of Neural Networks in Deep
 Reinforcement Learning", 2025, arXiv 2503.01437 (its variant EauDeSAC). The agent is SAC (Haarnoja et al. 2018).

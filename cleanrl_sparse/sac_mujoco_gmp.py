@@ -3,7 +3,7 @@
 # dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "mujoco>=3.3", "imageio>=2.14", "tyro>=0.9",
 #                 "safetensors>=0.5", "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18"]
 # ///
-"""Soft actor-critic on MuJoCo with gradual magnitude pruning: actor and critics lose 95 % of their weights.
+"""Soft actor-critic on MuJoCo with gradual magnitude pruning of actor and critics.
 
 Paper: Obando-Ceron, Courville, Castro, "In value-based deep reinforcement learning, a pruned network is a good
 network", ICML 2024, arXiv 2402.12479. The agent is SAC (Haarnoja et al. 2018) as in rigl/rl, which is TF-Agents'.
