@@ -316,7 +316,7 @@ def assert_equal_records(ours: list[tuple[np.ndarray, Any]], theirs: list[tuple[
 
 @pytest.mark.parametrize(
     ("num_envs", "steps", "capacity"),
-    [(1, 1, 150), (1, 1000, 150), (3, 5, 150), (3, 1000, 150), pytest.param(3, 1000, 5000, marks=pytest.mark.slow)],
+    [(1, 1, 150), (1, 1000, 150), (3, 5, 150), (3, 1000, 150), (3, 1000, 5000)],
 )
 def test_restored_games_and_replay_go_on(
     eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch, num_envs: int, steps: int, capacity: int

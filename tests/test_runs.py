@@ -1145,7 +1145,7 @@ def declared(module: ModuleType) -> dict[str, str]:
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("columns", [80, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("columns", [80, 200])
 def test_help_describes_every_flag(script: str, module: ModuleType, tmp_path: Path, columns: int) -> None:
     output = run(script, "--help", cwd=tmp_path, COLUMNS=str(columns), TERM="dumb")
     assert output.status == 0 and not output.stderr
