@@ -132,25 +132,25 @@ class Args:
         check("total_timesteps batch_size epoch_steps", lambda x: x >= 1, "at least 1")
         check("eval_episodes checkpoint_minutes", lambda x: x >= 0, "at least 0")
         check("seed", lambda x: 0 <= x < 2**32, "in [0, 2^32)")
-        check("learning_rate", lambda x: 0 < x < math.inf, "above 0")
+        check("learning_rate", lambda x: 0 < x < math.inf, "above 0 and finite")
         check("gamma", lambda x: 0 <= x <= 1, "in [0, 1]")
         check("capture_video", lambda x: not x or self.eval_episodes > 0, "used with --eval-episodes above 0")
         # <<< shared: check
         # >>> shared: check-replay-flags
         check("num_envs", lambda x: x >= 1, "at least 1")
-        check("replay_ratio", lambda x: 0 < x < math.inf, "above 0")
+        check("replay_ratio", lambda x: 0 < x < math.inf, "above 0 and finite")
         check("learning_starts buffer_size", lambda x: x >= self.batch_size, f"at least a batch, {self.batch_size}")
         text = f"at least --num-envs {self.num_envs}"
         check("learning_starts buffer_size", lambda x: x >= self.num_envs, text)
         # <<< shared: check-replay-flags
         # >>> shared: check-run-flags
         check("epsilon_steps", lambda x: x >= 1, "at least 1")
-        check("adam_eps", lambda x: 0 < x < math.inf, "above 0")
+        check("adam_eps", lambda x: 0 < x < math.inf, "above 0 and finite")
         check("epsilon_end", lambda x: 0 <= x <= 1, "in [0, 1]")
         check("target_every", lambda x: x >= self.num_envs, text)
         # <<< shared: check-run-flags
         check("feature_size width num_networks", lambda x: x >= 1, "at least 1")
-        check("max_exponent", lambda x: 0 <= x < math.inf, "at least 0")
+        check("max_exponent", lambda x: 0 <= x < math.inf, "at least 0 and finite")
         check("max_sparsity_step", lambda x: 0 <= x <= 1, "in [0, 1]")
 
 
@@ -720,10 +720,10 @@ class Run:
         self.folder = self.path / "checkpoint"
         if not args.resume:
             free = shutil.disk_usage(next(p for p in self.path.absolute().parents if p.exists())).free
-            print(f"{self.path}: checkpoints take up to {disk_needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free")
-            require(free > disk_needed, f"--run-dir {self.path}: too little disk is free for checkpoints")
             fresh = not self.path.exists() or (self.path.is_dir() and not any(self.path.glob("[!.]*")))
             require(fresh, f"--run-dir {self.path} exists: give a new folder, or go on with --resume {self.path}")
+            print(f"{self.path}: checkpoints take up to {disk_needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free")
+            require(free > disk_needed, f"--run-dir {self.path}: too little disk is free for checkpoints")
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 flags = {"script": Path(__file__).name} | asdict(args)
@@ -737,8 +737,9 @@ class Run:
             where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform()
             names = ("torch", "numpy", "gymnasium", "ale-py", "mujoco", "minari", "h5py", "tyro")
             packages = {d.name: d.version for d in distributions() if d.name in names}
-            versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version, "device": where}
-            write_file(self.path / "versions.json", json.dumps(versions | {"packages": packages}, indent=1).encode())
+            versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version, "device": where,
+                        "threads": torch.get_num_threads(), "packages": packages}
+            write_file(self.path / "versions.json", json.dumps(versions, indent=1).encode())
 
     def load(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
         """Return state and tensors of the newest whole checkpoint, None before the first; cut the records back to it.
@@ -969,7 +970,7 @@ def main(args: Args) -> None:
         bar.set_description_str(f"return {np.mean(recent or 0):.1f} sparsity {agent.sparsity[0]:.3f}", False)
         bar.update(min(now, total) - step)
         epoch_ends, log_every = now // args.epoch_steps > step // args.epoch_steps, max(args.target_every, 1000)
-        if epoch_ends or now // log_every > step // log_every:
+        if epoch_ends or now >= total or now // log_every > step // log_every:
             speed, shown = (now - shown[0]) / (time.monotonic() - shown[1]), (now, time.monotonic())
             record = {"charts/SPS": speed, "charts/epsilon": epsilon, "charts/learning_rate": args.learning_rate,
                       "charts/buffer_size": len(replay), "memory/replay_bytes": replay.nbytes,

@@ -214,9 +214,9 @@ def make_env(env_id: str, **options: Any) -> gym.Env:
         raise Exit(2, f"--env-id {env_id} cannot be made: {' '.join(str(error).split())}") from None
     obs: Any = env.observation_space
     actions: Any = env.action_space
-    fits = isinstance(obs, gym.spaces.Box) and isinstance(actions, gym.spaces.Box) and len(obs.shape) == 1
-    text = "needs a vector of observations and bounded continuous actions"
-    require(fits and bool(np.isfinite([actions.low, actions.high]).all()), f"--env-id {env_id}: {text}")
+    fits = all(isinstance(s, gym.spaces.Box) and len(s.shape) == 1 and s.shape[0] > 0 for s in (obs, actions))
+    bounded = fits and actions.dtype.kind == "f" and bool(np.isfinite([actions.low, actions.high]).all())
+    require(bounded, f"--env-id {env_id}: needs a vector of observations and one of bounded continuous actions")
     return env
 
 
@@ -487,8 +487,9 @@ def require_pictures(flag: str, env_id: str) -> None:
     except Exit:
         raise
     except Exception as error:  # of many kinds, as the drawing libraries see fit
-        hint = "without a screen MuJoCo draws with EGL, or with OSMesa if MUJOCO_GL=osmesa"
-        raise Exit(2, f"{flag}: {env_id} cannot be filmed here: {' '.join(str(error).split())} ({hint})") from None
+        hint = " (without a screen MuJoCo draws with EGL, or with OSMesa if MUJOCO_GL=osmesa)"
+        hint = "" if isinstance(error, gym.error.DependencyNotInstalled) else hint  # which says what to install
+        raise Exit(2, f"{flag}: {env_id} cannot be filmed here: {' '.join(str(error).split())}{hint}") from None
 
 
 @torch.no_grad()
@@ -592,7 +593,8 @@ def main(args: Args) -> None:
     low, high = mean_interval(scores)
     weights = [p for p in network.parameters() if p.ndim >= 2]
     zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-    print(f"{title}: {args.episodes} episodes {how}, a network of {zeros:.1%} sparsity")
+    what = "an actor" if isinstance(network, Actor) else "a network"
+    print(f"{title}: {args.episodes} episodes {how}, {what} of {zeros:.1%} sparsity")
     interval = f"95 % interval [{low:.2f}, {high:.2f}], from {min(scores):g} to {max(scores):g}"
     print(f"return {np.mean(scores):.2f}, {interval}")
     if normalised:

@@ -108,9 +108,9 @@ def make_env(env_id: str, **options: Any) -> gym.Env:
         raise Exit(2, f"--env-id {env_id} cannot be made: {' '.join(str(error).split())}") from None
     obs: Any = env.observation_space
     actions: Any = env.action_space
-    fits = isinstance(obs, gym.spaces.Box) and isinstance(actions, gym.spaces.Box) and len(obs.shape) == 1
-    text = "needs a vector of observations and bounded continuous actions"
-    require(fits and bool(np.isfinite([actions.low, actions.high]).all()), f"--env-id {env_id}: {text}")
+    fits = all(isinstance(s, gym.spaces.Box) and len(s.shape) == 1 and s.shape[0] > 0 for s in (obs, actions))
+    bounded = fits and actions.dtype.kind == "f" and bool(np.isfinite([actions.low, actions.high]).all())
+    require(bounded, f"--env-id {env_id}: needs a vector of observations and one of bounded continuous actions")
     return env
 
 

@@ -572,7 +572,7 @@ def test_evaluate_prints_the_score(
     scores = module.evaluate_actor(actor, "Hopper-v5", 3, 2_000_005)
     zeros = sum(int((p == 0).sum()) for p in weights.values() if p.ndim == 2) / (11 * 256 + 256 * 256 + 256 * 6)
     first, second = output.stdout.splitlines()
-    assert first == f"Hopper-v5: 3 episodes by the mean action, a network of {zeros:.1%} sparsity"
+    assert first == f"Hopper-v5: 3 episodes by the mean action, an actor of {zeros:.1%} sparsity"
     assert second.startswith(f"return {np.mean(scores):.2f}, 95 % interval [")
     assert second.endswith(f"], from {min(scores):g} to {max(scores):g}")
     evaluate = load_script("evaluate")
@@ -648,7 +648,7 @@ def test_critics_targets_and_actor_are_sparse_in_the_checkpoint(script: str, str
     for n in range(len(masks[0])):
         nominal = numbers["sparsity"][n // 2]
         assert pruned([mask[n] for mask in masks[:3]]) == pytest.approx(nominal, abs=1e-4), "of each critic"
-    nominal = numbers["actor_sparsity"] if "actor_sparsity" in numbers else numbers["sparsity"][0]
+    nominal = numbers["sparsity"][0]
     assert pruned(masks[3:]) == pytest.approx(nominal, abs=1e-4) and nominal > 0.1
 
 

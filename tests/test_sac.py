@@ -240,13 +240,23 @@ def test_what_is_logged_of_an_update(sac: ModuleType) -> None:
     assert all(math.isfinite(report[f"losses/{name}"]) for name in ("actor_loss", "alpha_loss"))
 
 
-def test_bf16_changes_an_update_by_its_rounding_only(module: ModuleType) -> None:
+def test_bf16_changes_an_update_by_its_rounding_only(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = module.EauDeSAC if hasattr(module, "EauDeSAC") else module.SAC
-    args = module.Args(width=1, precision="bf16")
+    args, rounded = module.Args(width=1, precision="bf16"), list[bool]()
     rough, fine = (kind(dataclasses.replace(args, precision=p), OBS, ACT, CPU) for p in ("bf16", "fp32"))
     batch = module.Batch(*(tensor.float() for tensor in make_batch(module, 0)))
+    for owner, name in ((module, "critic_values"), (module.Actor, "forward")):
+        function = getattr(owner, name)
+
+        def noted(*what: Any, function: Any = function) -> Any:
+            rounded.append(torch.is_autocast_enabled("cpu"))
+            return function(*what)
+
+        monkeypatch.setattr(owner, name, noted)
     rough.update(batch)
+    assert rounded == [True] * 5, "targets, critics, the critics that the actor follows, and the actor twice"
     fine.update(batch)
+    assert rounded[5:] == [False] * 5
     assert rough.latest.tolist() != fine.latest.tolist()
     assert rough.latest.tolist() == pytest.approx(fine.latest.tolist(), rel=0.05, abs=0.05)
     assert all(p.dtype == torch.float32 for p in all_parameters(rough))
@@ -311,6 +321,20 @@ def test_acting(module: ModuleType) -> None:
     assert actions.std(0) == pytest.approx(np.exp(log_std[0]), rel=0.1)
     other.act(obs, explore=True)
     assert np.array_equal(np.arctanh(other.act(same, explore=False).astype(np.float64)), actions)
+
+
+def test_seeds_and_uses_of_randomness_are_independent(eaudesac: ModuleType, sac: ModuleType) -> None:
+    """Two seeds explore, act and prune differently; acting and pruning do not share their random numbers."""
+    obs = np.zeros((1, OBS), np.float32)
+    for module in (eaudesac, sac):
+        agents = [make_agent(module, seed=seed) for seed in (1, 2)]
+        for agent in agents:
+            agent.actor.load_state_dict(agents[0].actor.state_dict())
+        for explore in (True, False):
+            one, two = (agent.act(obs, explore) for agent in agents)
+            assert not np.isclose(one, two).any()
+    one, two = (make_agent(eaudesac, seed=seed) for seed in (1, 2))
+    assert len({g.random() for g in (one.rng, one.exponents, two.rng, two.exponents)}) == 4
 
 
 # Choosing and pruning
@@ -447,9 +471,8 @@ def test_sparsity_is_exact_after_every_update(eaudesac: ModuleType) -> None:
             for k, sparsity in enumerate(agent.sparsity):
                 pruned = zeros([w[2 * k] for w in agent.weights[:3]])
                 assert pruned == pytest.approx(sparsity * (OBS + ACT + 256 + 1) * 256, abs=3)
-            assert agent.actor_sparsity == agent.sparsity[0]
             shapes = [(256, OBS), (256, 256), (2 * ACT, 256)]
-            assert [int((w != 0).sum()) for w in agent.weights[3:]] == erk_kept(shapes, agent.actor_sparsity)
+            assert [int((w != 0).sum()) for w in agent.weights[3:]] == erk_kept(shapes, agent.sparsity[0])
     assert chosen == sorted(chosen) and chosen[-1] > 0.1
 
 
@@ -457,6 +480,41 @@ def test_the_actor_stays_dense_unless_asked(eaudesac: ModuleType) -> None:
     agent = make_agent(eaudesac, num_networks=3, max_sparsity_step=0.5, prune_every=2)
     agent.learn(Fixed(eaudesac), 12)
     assert agent.sparsity[1] > 0 and zeros(agent.weights[3:]) == 0
+
+
+@pytest.mark.parametrize("scope", ["erk", "uniform", "global"])
+def test_every_network_is_pruned_by_the_scope_asked_for(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, scope: str
+) -> None:
+    eau_de, prune, asked = hasattr(module, "EauDeSAC"), module.prune, list[tuple[int, str]]()
+
+    def noted(weights: list[Tensor], masks: list[Tensor], sparsity: float, scope: str, *progress: float) -> None:
+        asked.append((weights[0].numel(), scope))
+        prune(weights, masks, sparsity, scope, *progress)
+
+    monkeypatch.setattr(module, "prune", noted)
+    flags = {"num_networks": 2, "prune_actor": True} if eau_de else {"sparsity": 0.5}
+    agent = make_agent(module, scope=scope, total_timesteps=288, prune_every=4, **flags)
+    agent.learn(Fixed(module), 24)
+    assert {*asked} == {(256 * (OBS + ACT), scope), (256 * OBS, scope)}, "critics and actor"
+
+
+def test_what_a_checkpoint_brings_back(module: ModuleType) -> None:
+    """An agent that was restored reports, acts and goes on as the one that was saved."""
+    flags = {"num_networks": 3, "max_sparsity_step": 0.1} if hasattr(module, "EauDeSAC") else {"sparsity": 0.5}
+    saved, other = (make_agent(module, total_timesteps=276, prune_every=4, **flags) for _ in range(2))
+    obs = np.ones((3, OBS), np.float32)
+    saved.act(obs, explore=True)
+    saved.learn(Fixed(module), 11)
+    for name, tensor in other.tensors().items():
+        tensor.detach().copy_(saved.tensors()[name])
+    other.restore(json.loads(json.dumps(saved.state())))
+    assert saved.report()["sparsity/prunable"] > 0
+    for _ in range(2):
+        assert other.report() == saved.report()
+        assert np.array_equal(other.act(obs, explore=False), saved.act(obs, explore=False))
+        for agent in (saved, other):
+            agent.learn(Fixed(module), 5)
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -758,6 +816,54 @@ def test_evaluation_has_seeds_of_its_own(module: ModuleType, monkeypatch: pytest
     assert result == {"eval/episodic_return": 2.5, "eval/episodes": 2}
 
 
+def test_the_film_is_of_the_first_episode_that_is_scored(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = list[Any]()
+
+    class Noted(module.MujocoEnvs):  # type: ignore[misc, name-defined]
+        def __init__(self, *what: Any, **options: Any) -> None:
+            super().__init__(*what, **options)
+            made.append(self)
+
+        def picture(self) -> np.ndarray:
+            return np.zeros((16, 16, 3), np.uint8)
+
+    monkeypatch.setattr(module, "MujocoEnvs", Noted)
+    torch.manual_seed(0)
+    module.evaluate_actor(module.Actor(3, 1, 16), "Pendulum-v1", 2, 5, tmp_path / "film.mp4")
+    scored, film = (envs.played()[:, 0] for envs in made)
+    assert len(film) == 200 and torch.equal(film, scored) and not torch.equal(film, made[0].played()[:, 1])
+
+
+@pytest.mark.parametrize("steps", [[200, 400], [200, 400, 450]])
+def test_evaluations_and_records_of_a_run(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
+) -> None:
+    """Each epoch's end has one of each; so has the run's, wherever it falls, with the sparsity of what is saved."""
+    monkeypatch.setattr(module.signal, "signal", lambda *_: None)  # those of this process stay
+    flags = {"env_id": "Pendulum-v1", "total_timesteps": steps[-1], "learning_starts": 300, "batch_size": 4, "width": 1}
+    flags |= {"prune_every": 30, "max_sparsity_step": 0.2} if hasattr(module, "EauDeSAC") else {"prune_every": 7}
+    flags |= {} if hasattr(module, "EauDeSAC") else {"prune_end": 0.99}
+    module.main(module.Args(**flags, epoch_steps=200, eval_episodes=1, run_dir=str(tmp_path / "run")))
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    sparsities = {r["step"]: r["sparsity/prunable"] for r in records if "sparsity/prunable" in r}
+    assert [r["step"] for r in records if "eval/episodic_return" in r] == steps
+    assert [*sparsities] == steps and sorted({*sparsities.values()}) == [*sparsities.values()], "it grows to the end"
+    assert json.loads((tmp_path / "run" / "final.json").read_text())["sparsity/prunable"] == sparsities[steps[-1]]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.signal, "signal", lambda *_: None)
+    flags = {"env_id": "Pendulum-v1", "total_timesteps": 40, "learning_starts": 25, "batch_size": 4, "width": 1}
+    with pytest.raises(module.Exit) as end:
+        module.main(module.Args(**flags, learning_rate=1e30, eval_episodes=0, run_dir=str(tmp_path / "run")))
+    status, line = end.value.args
+    assert status == 1 and "the losses became" in line and "at step 26" in line and "none yet" in line
+
+
 def test_the_warm_up_is_random_and_as_long_as_asked(
     module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -784,6 +890,19 @@ def test_what_cannot_be_played_is_refused_in_one_line(module: ModuleType, env_id
         module.make_env(env_id)
     status, line = end.value.args
     assert status == 2 and f"--env-id {env_id}" in line and words in line and "\n" not in line
+
+
+@pytest.mark.parametrize("space", ["matrix", "empty", "whole"])
+def test_actions_that_are_no_vector_of_fractions_are_refused(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, space: str
+) -> None:
+    env = gym.make("Pendulum-v1")
+    shape, dtype = {"matrix": ((2, 3), np.float32), "empty": ((0,), np.float32), "whole": ((2,), np.int64)}[space]
+    env.action_space = gym.spaces.Box(-1, 1, shape, dtype)  # type: ignore[arg-type]
+    monkeypatch.setattr(gym, "make", lambda *_, **__: env)
+    with pytest.raises(module.Exit) as end:
+        module.make_env("Pendulum-v1")
+    assert end.value.args[0] == 2 and "bounded continuous actions" in end.value.args[1]
 
 
 # Learning
