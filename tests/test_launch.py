@@ -452,9 +452,9 @@ LISTS: dict[str, tuple[str, object, str]] = {
     "cql_pruners": ("CQL 90", set(),
         "dataset local/hopper/medium-v0 local/hopper/medium-expert-v0, seed 1 2 3, total-timesteps 1000000, "
         "precision fp32, pruner none snip grasp random magnitude, sparsity 0.5 0.7 0.9 0.95 0.99"),
-    "eaudesac_mujoco": ("SAC 75 EAUSAC 50", TASKS,
+    "eaudesac_mujoco": ("SAC 100 EAUSAC 50", TASKS,
         "total-timesteps 1000000, precision fp32, width 1, learning-starts 5000, learning-rate 1e-3, "
-        "reward-scale 1, target-entropy -1, weight-decay 0, sparsity 0 0.95 0.99, prune-actor"),
+        "reward-scale 1, target-entropy -1, weight-decay 0, sparsity 0 0.8 0.95 0.99, prune-actor"),
 }  # fmt: skip
 
 
