@@ -843,8 +843,8 @@ def test_evaluations_and_records_of_a_run(
     """Each epoch's end has one of each; so has the run's, wherever it falls, with the sparsity of what is saved."""
     monkeypatch.setattr(module.signal, "signal", lambda *_: None)  # those of this process stay
     flags = {"env_id": "Pendulum-v1", "total_timesteps": steps[-1], "learning_starts": 300, "batch_size": 4, "width": 1}
-    flags |= {"prune_every": 30, "max_sparsity_step": 0.2} if hasattr(module, "EauDeSAC") else {"prune_every": 7}
-    flags |= {} if hasattr(module, "EauDeSAC") else {"prune_end": 0.99}
+    eau_de, schedule = {"prune_every": 30, "max_sparsity_step": 0.2}, {"prune_every": 7, "prune_end": 0.99}
+    flags |= eau_de if hasattr(module, "EauDeSAC") else schedule
     module.main(module.Args(**flags, epoch_steps=200, eval_episodes=1, run_dir=str(tmp_path / "run")))
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     sparsities = {r["step"]: r["sparsity/prunable"] for r in records if "sparsity/prunable" in r}
