@@ -32,6 +32,7 @@ import ast
 import difflib
 import fcntl
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -47,7 +48,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "cleanrl_sparse"
@@ -66,6 +67,27 @@ TINY = {
     "offline": {"dataset": ["tests/data/hopper-random.hdf5"], "env-id": ["Hopper-v5"], "total-timesteps": ["60"],
                 "batch-size": ["32"], "epoch-steps": ["20"], "eval-episodes": ["2"]},
 }  # fmt: skip
+
+
+class Output(io.FileIO):
+    """Standard output or error, whose reader may go away (| head, a closed terminal): then it is silent."""
+
+    def write(self, data: Any) -> int:
+        """Write what somebody can read."""
+        with suppress(OSError):
+            super().write(data)
+        return len(data)
+
+
+def outlive_readers() -> None:
+    """Let no output end a launch: not a broken pipe, not a terminal that is gone, not a stream that was closed."""
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        stream = io.BufferedWriter(Output(fd, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))
 
 
 def refuse(line: str) -> NoReturn:
@@ -315,8 +337,8 @@ def begin(run: TrainingRun, slot: int, environment: dict[str, str]) -> Child | N
     words = ["--resume", str(run.path)] if (run.path / "args.json").exists() else run.command()
     with open(run.path / ".log", "ab") as log:  # a session of its own: the terminal's Ctrl-C comes through us, once
         process = subprocess.Popen([sys.executable, SCRIPTS / run.script, *words], stdin=subprocess.DEVNULL, stdout=log,
-                                   stderr=log, env=os.environ | environment, pass_fds=[lock],
-                                   start_new_session=True)  # fmt: skip
+                                   stderr=log, env=os.environ | environment | {"RUN_LOCK": str(run.path)},
+                                   pass_fds=[lock], start_new_session=True)  # fmt: skip
     os.ftruncate(lock, 0)
     os.write(lock, f"{socket.gethostname()} {process.pid} {environment.get('CUDA_VISIBLE_DEVICES', '')}\n".encode())
     return Child(run, process, lock, slot)
@@ -369,9 +391,9 @@ def work(runs: list[TrainingRun], room: list[dict[str, str]]) -> Outcome:
                 print(f"[{done}/{len(runs)} done, {len(outcome.failed)} failed] {verb} {run.folder}", flush=True)
         if len(stops) > told:
             told = len(stops)
-            print(f"stopping {len(children)} runs; each writes a checkpoint", flush=True)
             for child in children:
                 child.process.send_signal(signal.SIGTERM)
+            print(f"stopping {len(children)} runs; each writes a checkpoint", flush=True)
         for child in [c for c in children if c.process.poll() is not None]:
             children.remove(child)
             status, run = child.process.returncode, child.run
@@ -642,8 +664,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if DRY:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # DRY=1 ... | head
+    outlive_readers()
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

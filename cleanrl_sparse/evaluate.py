@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import difflib
 import hashlib
+import io
 import json
 import math
 import os
@@ -26,6 +27,7 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -201,7 +203,11 @@ class AtariEnvs:
 # >>> shared: mujoco-env
 def make_env(env_id: str, **options: Any) -> gym.Env:
     """Return Gymnasium's environment (Hopper is Hopper-v5); Exit if there is none such or its spaces do not fit."""
-    import mujoco  # not before require_pictures()
+    try:
+        import mujoco  # not before require_pictures()
+    except Exception as error:  # of many kinds, as the drawing libraries see fit
+        text = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot be imported with it"
+        raise Exit(2, f"{text} ({' '.join(str(error).split())})") from None
 
     mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
     name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
@@ -457,7 +463,7 @@ def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: 
     envs, scores = AtariEnvs(rom, episodes, seed), dict[int, float]()
     if video:  # the same game in colour: its seed and actions are the first environment's
         colour = AtariEnvs(rom, 1, seed, grayscale=False, img_height=210, img_width=160, stack_num=1)
-        writer = imageio_ffmpeg.write_frames(str(video), (160, 210), fps=15, macro_block_size=2)
+        writer = imageio_ffmpeg.write_frames(str(video.absolute()), (160, 210), fps=15, macro_block_size=2)
         writer.send(None)
     while len(scores) < episodes:
         obs = torch.from_numpy(envs.obs).to(device).to(torch.float32, memory_format=torch.channels_last).div_(255)
@@ -499,7 +505,7 @@ def evaluate_actor(actor: Actor, env_id: str, episodes: int, seed: int, video: P
     if video:  # the same episode once more: its seed and actions are the first environment's
         film = MujocoEnvs(env_id, 1, seed, render_mode="rgb_array")
         (height, width), fps = film.picture().shape[:2], film.envs[0].metadata["render_fps"]
-        writer = imageio_ffmpeg.write_frames(str(video), (width, height), fps=fps, macro_block_size=2)
+        writer = imageio_ffmpeg.write_frames(str(video.absolute()), (width, height), fps=fps, macro_block_size=2)
         writer.send(None)
     while len(scores) < episodes:
         actions = actor(torch.from_numpy(envs.obs).to(weight.device, weight.dtype))[0].tanh().cpu().numpy()
@@ -521,6 +527,27 @@ def keep_freed_memory() -> None:
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             mallopt(option, value)
+
+
+class Output(io.FileIO):
+    """Standard output or error, whose reader may go away (| head, a closed terminal): then it is silent."""
+
+    def write(self, data: Any) -> int:
+        """Write what somebody can read."""
+        with suppress(OSError):
+            super().write(data)
+        return len(data)
+
+
+def outlive_readers() -> None:
+    """Let no output end a run: not a broken pipe, not a terminal that is gone, not a stream that was closed."""
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        stream = io.BufferedWriter(Output(fd, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))
 
 
 def command_line(main: Callable[[Args], None]) -> None:
@@ -604,4 +631,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     command_line(main)

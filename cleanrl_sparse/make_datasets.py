@@ -29,8 +29,10 @@ import ctypes
 import difflib
 import fcntl
 import hashlib
+import io
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -39,6 +41,7 @@ import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -95,7 +98,11 @@ class Args:
 # >>> shared: mujoco-env
 def make_env(env_id: str, **options: Any) -> gym.Env:
     """Return Gymnasium's environment (Hopper is Hopper-v5); Exit if there is none such or its spaces do not fit."""
-    import mujoco  # not before require_pictures()
+    try:
+        import mujoco  # not before require_pictures()
+    except Exception as error:  # of many kinds, as the drawing libraries see fit
+        text = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot be imported with it"
+        raise Exit(2, f"{text} ({' '.join(str(error).split())})") from None
 
     mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
     name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
@@ -399,6 +406,27 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
+class Output(io.FileIO):
+    """Standard output or error, whose reader may go away (| head, a closed terminal): then it is silent."""
+
+    def write(self, data: Any) -> int:
+        """Write what somebody can read."""
+        with suppress(OSError):
+            super().write(data)
+        return len(data)
+
+
+def outlive_readers() -> None:
+    """Let no output end a run: not a broken pipe, not a terminal that is gone, not a stream that was closed."""
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        stream = io.BufferedWriter(Output(fd, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))
+
+
 def command_line(main: Callable[[Args], None]) -> None:
     """Run main; a fault ends it with one line and an exit status."""
     keep_freed_memory()
@@ -446,4 +474,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     command_line(main)

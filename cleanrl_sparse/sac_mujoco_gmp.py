@@ -35,12 +35,15 @@ from __future__ import annotations
 
 import ctypes
 import difflib
+import fcntl
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -49,6 +52,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -159,7 +163,11 @@ class Args:
 # >>> shared: mujoco-env
 def make_env(env_id: str, **options: Any) -> gym.Env:
     """Return Gymnasium's environment (Hopper is Hopper-v5); Exit if there is none such or its spaces do not fit."""
-    import mujoco  # not before require_pictures()
+    try:
+        import mujoco  # not before require_pictures()
+    except Exception as error:  # of many kinds, as the drawing libraries see fit
+        text = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot be imported with it"
+        raise Exit(2, f"{text} ({' '.join(str(error).split())})") from None
 
     mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
     name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
@@ -673,7 +681,7 @@ def evaluate_actor(actor: Actor, env_id: str, episodes: int, seed: int, video: P
     if video:  # the same episode once more: its seed and actions are the first environment's
         film = MujocoEnvs(env_id, 1, seed, render_mode="rgb_array")
         (height, width), fps = film.picture().shape[:2], film.envs[0].metadata["render_fps"]
-        writer = imageio_ffmpeg.write_frames(str(video), (width, height), fps=fps, macro_block_size=2)
+        writer = imageio_ffmpeg.write_frames(str(video.absolute()), (width, height), fps=fps, macro_block_size=2)
         writer.send(None)
     while len(scores) < episodes:
         actions = actor(torch.from_numpy(envs.obs).to(weight.device, weight.dtype))[0].tanh().cpu().numpy()
@@ -718,8 +726,13 @@ class Run:
     """
 
     def __init__(self, args: Args, title: str, device: torch.device, disk_needed: float) -> None:
-        default = Path("runs", f"{title}__{Path(__file__).stem}__{args.seed}__{int(time.time())}")
-        self.args, self.path = args, Path(args.resume or args.run_dir or default)
+        self.args, self.path = args, Path(args.resume or args.run_dir)
+        while not (args.resume or args.run_dir):
+            self.path = Path("runs", f"{title}__{Path(__file__).stem}__{args.seed}__{int(time.time())}")
+            with suppress(FileExistsError):  # of a run that began in the same second
+                self.path.mkdir(parents=True)
+                break
+            time.sleep(0.1)
         self.folder = self.path / "checkpoint"
         if not args.resume:
             free = shutil.disk_usage(next(p for p in self.path.absolute().parents if p.exists())).free
@@ -729,20 +742,46 @@ class Run:
             require(free > disk_needed, f"--run-dir {self.path}: too little disk is free for checkpoints")
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
+                self.begin()
                 flags = {"script": Path(__file__).name} | asdict(args)
                 write_file(self.path / "args.json", json.dumps(flags, indent=1).encode())
             except OSError as error:
                 raise Exit(2, f"--run-dir {self.path} cannot be made ({error})") from None
+        else:
+            self.begin()
         self.folder.mkdir(exist_ok=True)
         if not (self.path / "versions.json").exists():
             head = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
             commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
             where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform()
             names = ("torch", "numpy", "gymnasium", "ale-py", "mujoco", "minari", "h5py", "tyro")
-            packages = {d.name: d.version for d in distributions() if d.name in names}
+            packages = {name: found.version for name in names for found in [*distributions(name=name)][:1]}
             versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version, "device": where,
                         "threads": torch.get_num_threads(), "packages": packages}
             write_file(self.path / "versions.json", json.dumps(versions, indent=1).encode())
+
+    def begin(self) -> None:
+        """Take the folder for this process alone, and begin at W&B; Exit, leaving nothing new, if one refuses."""
+        lock = self.path / ".lock"
+        self.lock = open(lock, "a")  # a process that is killed leaves it free
+        ours = os.environ.get("RUN_LOCK") != str(self.path)  # else benchmark/launch.py has locked it for us
+        try:
+            if ours:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Exit(2, f"{self.path}: another process is at work on this run") from None
+        if not self.args.track:
+            return
+        import wandb
+
+        name, flags = self.path.resolve().name, asdict(self.args)
+        own: dict[str, Any] = {"id": re.sub(r"[^\w.-]", "-", name), "name": name, "dir": self.path, "resume": "allow"}
+        try:
+            self.wandb = wandb.init(project=self.args.wandb_project, config=flags, **own)
+        except wandb.Error as error:
+            if ours and not self.args.resume:
+                shutil.rmtree(self.path)
+            raise Exit(2, f"--track, --wandb-project: {error} (WANDB_MODE=offline needs no account)") from None
 
     def load(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
         """Return state and tensors of the newest whole checkpoint, None before the first; cut the records back to it.
@@ -770,15 +809,6 @@ class Run:
         self.metrics.seek(0, os.SEEK_END)
         self.board = SummaryWriter(str(self.path), purge_step=facts["step"] + 1)
         self.start, self.saved_at, self.saved = time.time() - facts["seconds"], time.monotonic(), facts["step"]
-        if self.args.track:
-            import wandb
-
-            project, name, flags = self.args.wandb_project, self.path.resolve().name, asdict(self.args)
-            own: dict[str, Any] = {"id": name, "name": name, "dir": self.path, "resume": "allow"}
-            try:
-                self.wandb = wandb.init(project=project, config=flags, **own)
-            except wandb.Error as error:
-                raise Exit(2, f"--track: {error} (WANDB_MODE=offline needs no account)") from None
         return facts["state"], tensors
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -816,7 +846,13 @@ class Run:
         result = dict[str, float]()
         if self.args.eval_episodes:
             print(f"evaluating over {self.args.eval_episodes} episodes")
-            result = judge(video)
+            try:
+                result = judge(video)
+            except OSError as error:
+                if not video:
+                    raise
+                print(f"{video}: no film could be made ({error}); evaluating without", file=sys.stderr)
+                result = judge(None)
             self.log(step, result)
         self.board.close()
         report = {f"sparsity/{key}": value for key, value in sparsity_report(network).items()} | result
@@ -868,6 +904,27 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
+class Output(io.FileIO):
+    """Standard output or error, whose reader may go away (| head, a closed terminal): then it is silent."""
+
+    def write(self, data: Any) -> int:
+        """Write what somebody can read."""
+        with suppress(OSError):
+            super().write(data)
+        return len(data)
+
+
+def outlive_readers() -> None:
+    """Let no output end a run: not a broken pipe, not a terminal that is gone, not a stream that was closed."""
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        stream = io.BufferedWriter(Output(fd, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))
+
+
 def command_line(main: Callable[[Args], None]) -> None:
     """Run main; a fault ends it with one line and an exit status."""
     keep_freed_memory()
@@ -897,14 +954,18 @@ def main(args: Args) -> None:
         """Stop with a checkpoint where the loop next looks; at once before its first and after its last step."""
         stops.append(signum)
         if training:
-            os.write(2, b"\nstopping with a checkpoint\n")
+            line = "\nstopping with a checkpoint\n"
         else:
             hint = f"go on with --resume {run.path}" if run else "no run was begun"
-            os.write(2, f"{Path(__file__).name}: stopped at step {step}; {hint}\n".encode())
+            line = f"{Path(__file__).name}: stopped at step {step}; {hint}\n"
+        with suppress(OSError):  # whether anybody reads it decides nothing
+            os.write(2, line.encode())
+        if not training:
             os._exit(75)  # an exception could come up in the middle of anything
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
     # <<< shared: start
     # >>> shared: mujoco-start
     returns, recent = list[float](), list[float]()  # of the episodes of this epoch, of the latest
@@ -993,4 +1054,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     command_line(main)
