@@ -873,7 +873,8 @@ class Run:
         except wandb.Error as error:
             if ours and not self.args.resume:
                 shutil.rmtree(self.path)
-            raise Exit(2, f"--track, --wandb-project: {error} (WANDB_MODE=offline needs no account)") from None
+            hint = f"WANDB_MODE=offline needs no account; --wandb-project is {self.args.wandb_project}"
+            raise Exit(2, f"--track: {error} ({hint})") from None
 
     def load(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
         """Return state and tensors of the newest whole checkpoint, None before the first; cut the records back to it.

@@ -428,12 +428,13 @@ def write_d4rl(path: Path, with_next: bool = True, **changes: Any) -> Path:
     return path
 
 
-def write_minari(name: str, **settings: Any) -> Path:
+def write_minari(name: str, wrappers: tuple[Any, ...] = (), bound: float = 1.0, **settings: Any) -> Path:
     """Write the episodes as a local Minari dataset, of an environment with settings; return its folder."""
     buffers = [EpisodeBuffer(id=i, **episode) for i, episode in enumerate(episodes())]
     spaces = {"observation_space": gym.spaces.Box(-np.inf, np.inf, (11,), np.float32),
-              "action_space": gym.spaces.Box(-1, 1, (3,), np.float32)}  # fmt: skip
+              "action_space": gym.spaces.Box(-bound, bound, (3,), np.float32)}  # fmt: skip
     env = gym.make("Hopper-v5", disable_env_checker=True, **settings).spec
+    env.additional_wrappers = wrappers
     minari.create_dataset_from_buffers(name, buffers, env=env, **spaces)
     return Path(minari.storage.get_dataset_path(name))
 
@@ -629,6 +630,17 @@ def test_settings_of_the_recorded_environment_are_said_to_be_left_out(
     settings = {"healthy_reward": 0.5, "max_episode_steps": 50}
     wanted = f"--dataset local/hopper/odd-v0: recorded with {settings}; evaluations will be without\n"
     assert capsys.readouterr().err == wanted
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_was_recorded_behind_wrappers_or_with_other_actions_is_refused(cql: ModuleType, datasets: Path) -> None:
+    env = gym.wrappers.NormalizeObservation(gym.make("Pendulum-v1"))
+    write_minari("local/hopper/wrapped-v0", wrappers=env.spec.additional_wrappers)
+    with pytest.raises(cql.Exit, match="NormalizeObservation, which evaluations would not have"):
+        cql.read_dataset("local/hopper/wrapped-v0")
+    write_minari("local/hopper/scaled-v0", bound=2.0)
+    with pytest.raises(cql.Exit, match="its actions are of Box"):
+        cql.read_dataset("local/hopper/scaled-v0")
 
 
 @pytest.mark.slow

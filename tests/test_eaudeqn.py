@@ -441,6 +441,27 @@ def test_optimiser_state_at_a_target_update(small: ModuleType, reset: bool) -> N
     assert all(float(state["step"]) == (1 if reset else 3) for state in agent.optimizer.state.values())
 
 
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_network_that_is_lost_is_replaced(small: ModuleType, lost: float) -> None:
+    """Without a finite loss it neither acts nor wins; it comes back as a copy, with new moments of Adam."""
+    agent = agent_of(small, num_networks=3, reset_optimizer=False)
+    agent.update(next(batches(small)))
+    with torch.no_grad():
+        for p in agent.online[1].parameters():
+            p.fill_(lost)
+            agent.optimizer.state[p]["exp_avg"].fill_(lost)
+    agent.accumulated_loss[1] = lost
+    agent.losses = agent.accumulated_loss.tolist()
+    for behaviour in ("inverse-loss", "uniform", "argmin"):
+        agent.args.behaviour = behaviour
+        agent.act(next(batches(small)).obs.numpy(), 0.0)
+    agent.update_target(100)
+    assert agent.selected != 2
+    assert all(p.isfinite().all() for network in agent.online for p in network.parameters())
+    agent.update(next(batches(small)))
+    assert all(map(math.isfinite, agent.accumulated_loss.tolist()))
+
+
 def test_candidates_go_their_own_ways(small: ModuleType) -> None:
     """After a target update the networks share nothing: one changes, and neither the others nor the target do."""
     agent = agent_of(small, num_networks=3, max_sparsity_step=0.5, max_exponent=9.0)
@@ -516,6 +537,8 @@ def test_greedy_for_each_observation(tiny: ModuleType) -> None:
         ("inverse-loss", [0.0, 0.0, 0.0, 0.0], [1, 1, 1, 1]),
         ("inverse-loss", [1e-6, 3e-6, 7e-6, 0.0], [4, 2, 1, 8]),  # the 1e-6 that is added: 2, 4, 8 and 1
         ("uniform", [1.0, 2.0, 4.0, 0.0], [1, 1, 1, 1]),
+        ("inverse-loss", [1.0, math.nan, 3.0, math.inf], [3, 0, 1, 0]),  # who is lost does not act
+        ("uniform", [1.0, math.nan, 4.0, math.inf], [1, 0, 1, 0]),
         ("argmin", [3.0, 2.0, 1.0, 1.0], [0, 0, 1, 0]),
         ("argmin", [0.0, 0.0, 0.0, 0.0], [1, 0, 0, 0]),
     ],

@@ -239,6 +239,19 @@ def test_a_launcher_that_is_stopped_stops_its_runs_and_goes_on_later(place: Plac
     assert place.starts() == ["start start end"] * 2 + ["start end"]
 
 
+def test_a_launcher_whose_output_nobody_reads_stops_its_runs(place: Place) -> None:
+    """As at `2>&1 | tee log`, where tee dies of the same Ctrl-C."""
+    place.add("a", "--env-id", "Pong", "--seed", "1", "2", "--ticks", "600")
+    launcher = place.begin("launch", "g", "--workers", "2")
+    place.wait_for(2)
+    assert launcher.stdout and launcher.stderr
+    launcher.stdout.close()
+    launcher.stderr.close()
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(60) == 75
+    assert place.launch("status", "g")[1].splitlines()[1].split() == ["a", "0", "0", "0", "2", "0", "0"]
+
+
 def test_cores_and_gpus_are_shared(place: Place) -> None:
     """Two GPUs, two runs each; the threads are the cores over the runs at a time."""
     script = place.folder / "cleanrl_sparse" / "stand_in.py"

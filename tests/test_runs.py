@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import inspect
@@ -19,6 +20,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -723,9 +725,10 @@ def test_the_evaluation_survives_a_signal(script: str, home: Path) -> None:
         pytest.skip("its evaluation is that of the MuJoCo scripts, and as short as Hopper's first episodes")
     game = "Pong" if script in ATARI else "HalfCheetah-v5"
     flags = f"{TINY[script]} --env-id {game} --eval-episodes 3 --capture-video"
+    whole_dir = home / "12:30"  # which ffmpeg would take for a protocol
 
     def whole() -> None:
-        succeed(script, flags, "--run-dir whole", cwd=home)
+        succeed(script, flags, "--run-dir 12:30", cwd=home)
 
     def cut() -> None:
         process = Process(script, flags, "--run-dir cut", cwd=home)
@@ -735,21 +738,21 @@ def test_the_evaluation_survives_a_signal(script: str, home: Path) -> None:
         succeed(script, "--resume cut", cwd=home)
 
     both(whole, cut)
-    assert_same_run(home / "cut", home / "whole")
-    final, last = json.loads((home / "whole" / "final.json").read_text()), records(home / "whole")[-1]
+    assert_same_run(home / "cut", whole_dir)
+    final, last = json.loads((whole_dir / "final.json").read_text()), records(whole_dir)[-1]
     score = last["eval/episodic_return"]
     assert last["eval/episodes"] == 3
     if script in ATARI:
         assert -21 <= score <= 21 and last["eval/human_normalized"] == pytest.approx((score + 20.7) / (14.6 + 20.7))
     else:
-        evaluated = [record["step"] for record in records(home / "whole") if "eval/episodic_return" in record]
+        evaluated = [record["step"] for record in records(whole_dir) if "eval/episodic_return" in record]
         assert evaluated == [100, 200, 300], "at the end of each epoch"
         assert -1000 < score < 1000 and "eval/human_normalized" not in last
     assert flatten(final).items() >= {key: last[key] for key in last if key.startswith("eval/")}.items()
 
     import imageio_ffmpeg
 
-    video = home / "whole" / "evaluation.mp4"
+    video = whole_dir / "evaluation.mp4"
     frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(video))
     assert 500 < frames < 27_000 if script in ATARI else frames == 1000  # no game of Pong is lost in less
     assert seconds == pytest.approx(frames / (15 if script in ATARI else 20), abs=1)
@@ -1288,6 +1291,110 @@ def test_one_file_alone_trains(script: str, tmp_path: Path) -> None:
         assert match and int(before) <= int(match[1]) <= time.time()
         assert_learned(folder)
         assert json.loads((folder / "versions.json").read_text())["commit"] is None
+
+
+@pytest.mark.shared
+def test_what_weights_and_biases_refuses_leaves_no_folder(script: str, tmp_path: Path) -> None:
+    flags = f"{TINY[script]} --track --run-dir k=v,x:1"
+    places = {"cwd": tmp_path, "HOME": str(tmp_path), "WANDB_MODE": "offline"}
+    output = run(script, flags, "--wandb-project team/project", **places)  # type: ignore[arg-type]
+    assert output.status == 2 and "Traceback" not in output.stderr, output
+    assert "--wandb-project is team/project" in output.complaints()[-1]
+    assert not (tmp_path / "k=v,x:1").exists(), "so that the corrected command is accepted"
+    succeed(script, flags, **places)  # type: ignore[arg-type]
+
+
+# Nobody reads, somebody else writes
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP], ids=["SIGINT", "SIGHUP"])
+def test_a_run_outlives_the_readers_of_its_output(script: str, tmp_path: Path, signum: int) -> None:
+    """As at `| head` and `2>&1 | tee log` when tee dies of the same Ctrl-C: the signal alone stops it, resumably."""
+    flags = f"{SMALL[script]} --total-timesteps 10000000 --checkpoint-minutes 10 --run-dir run".split()
+    read, write = os.pipe()
+    process = subprocess.Popen([sys.executable, str(FOLDER / f"{script}.py"), *flags], cwd=tmp_path, stdout=write,
+                               stderr=write, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    os.close(write)
+    os.close(read)
+    wait_until((tmp_path / "run" / "metrics.jsonl").exists)
+    wait_until(lambda: len(records(tmp_path / "run")) > 2 or process.poll() is not None)
+    assert process.poll() is None, "it goes on in silence"
+    process.send_signal(signum)
+    assert process.wait(TIMEOUT) == 75
+    assert len(saved_steps(tmp_path / "run")) == 1
+
+
+@pytest.mark.shared
+def test_a_run_needs_no_output_at_all(script: str, tmp_path: Path) -> None:
+    command = shlex.join([sys.executable, str(FOLDER / f"{script}.py"), *TINY[script].split(), "--run-dir", "run"])
+    closed = subprocess.run(["bash", "-c", f"{command} >&- 2>&-"], cwd=tmp_path, check=False, timeout=TIMEOUT)
+    assert closed.returncode == 0
+    assert_learned(tmp_path / "run")
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(script: str, killed: Path, tmp_path: Path) -> None:
+    shutil.copytree(killed, tmp_path / "run")
+    with open(tmp_path / "run" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = contents(tmp_path / "run")
+        output = run(script, "--resume run", cwd=tmp_path)
+        assert output.status == 2
+        assert output.complaints() == [f"{script}.py: run: another process is at work on this run"]
+        assert contents(tmp_path / "run") == before
+
+
+def new_run(module: ModuleType, **flags: Any) -> Any:
+    """Return the folder of a run that begins."""
+    return module.Run(module.Args(**flags), "Game", torch.device("cpu"), 0)
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
+    script: str, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    moments = itertools.chain([1000.2, 1000.7, 1000.9], itertools.repeat(1001.0))
+    monkeypatch.setattr(module.time, "time", lambda: next(moments))
+    first, second = new_run(module), new_run(module)
+    assert [run.path.name for run in (first, second)] == [f"Game__{script}__1__{n}" for n in (1000, 1001)]
+
+
+def test_the_versions_are_those_of_what_is_imported(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two copies of a package Python imports the first on its path."""
+    (tmp_path / "tyro-0.0.1.dist-info").mkdir()
+    (tmp_path / "tyro-0.0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: tyro\nVersion: 0.0.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = new_run(module, run_dir=str(tmp_path / "run"))
+    assert json.loads((run.path / "versions.json").read_text())["packages"]["tyro"] == "0.0.1"
+
+
+def test_a_film_that_fails_does_not_keep_a_run_from_its_end(
+    script: str, module: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run(module, run_dir=str(tmp_path / "run"), capture_video=True)
+    run.load()
+    films = list[Path | None]()
+
+    def judge(video: Path | None) -> dict[str, float]:
+        films.append(video)
+        if video:
+            raise OSError("ffmpeg is ill")
+        return {"eval/episodic_return": 3.0}
+
+    run.finish(7, torch.nn.Linear(2, 2), judge, lambda: None)
+    assert films == [tmp_path / "run" / "evaluation.mp4", None]
+    assert flatten(json.loads((tmp_path / "run" / "final.json").read_text()))["eval/episodic_return"] == 3.0
+    assert "no film could be made (ffmpeg is ill)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", MUJOCO | OFFLINE)
+def test_a_way_of_drawing_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
+    output = run(name, TINY[name], "--run-dir run", cwd=tmp_path, MUJOCO_GL="nonsense")
+    assert output.status == 2
+    (line,) = output.complaints()
+    assert line.startswith(f"{name}.py: MUJOCO_GL=nonsense: mujoco cannot be imported with it")
 
 
 @pytest.mark.shared
