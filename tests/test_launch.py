@@ -457,6 +457,8 @@ LISTS: dict[str, tuple[str, object, str]] = {
     "gmp_figure28": ("DQN 600", GAMES, f"{WIDE}, learning-rate 1e-5 3e-5 6.25e-5 1.25e-4"),
     "gmp_figure29": ("DQN 600", GAMES, f"{WIDE}, batch-size 16 32 64 128"),
     "gmp_figure30": ("DQN 150", GAMES, f"{WIDE}, n-step 3"),
+    "atari_first_epochs": ("DQN 5 RAINBOW 2", {"Breakout", "Enduro", "KungFuMaster", "MsPacman", "Qbert"},
+        "seed 1, network cnn, sparsity 0, total-timesteps 1000000"),
     "eaudedqn_online": ("DQN 300 EAU 150", EAU_GAMES, f"feature-size 32 512 2048, network cnn, {PAIR}"),
     "eaudedqn_num_networks": ("EAU 200", EAU_GAMES, "num-networks 2 3 5 8"),
     "eaudedqn_max_exponent": ("EAU 200", EAU_GAMES, "max-exponent 1 2 3 5"),
