@@ -354,7 +354,7 @@ def test_a_run_leaves_every_file(script: str, straight: Straight, num_envs: int)
         analyses = {f"gradient_covariance-{now:09d}.npy" for now in (900, 1800)}
         assert names >= analyses and np.load(folder / max(analyses)).shape == (32, 32)
         names -= analyses
-    wanted = {"args.json", "versions.json", "metrics.jsonl", "checkpoint", "model.safetensors", "final.json"}
+    wanted = {".lock", "args.json", "versions.json", "metrics.jsonl", "checkpoint", "model.safetensors", "final.json"}
     assert names - events == wanted | ({"dataset.sha256"} if script in OFFLINE else set())
 
     args = json.loads((folder / "args.json").read_text())
