@@ -75,7 +75,7 @@ class Output(io.FileIO):
     def write(self, data: Any) -> int:
         """Write what somebody can read."""
         with suppress(OSError):
-            super().write(data)
+            return super().write(data) or len(data)
         return len(data)
 
 

@@ -773,8 +773,12 @@ class Run:
         try:
             self.wandb = wandb.init(project=self.args.wandb_project, config=flags, **own)
         except wandb.Error as error:
-            if ours and not self.args.resume:
-                shutil.rmtree(self.path)
+            if not self.args.resume:  # so that the corrected command is accepted
+                shutil.rmtree(self.path / "wandb", ignore_errors=True)
+                if ours:
+                    lock.unlink()
+                with suppress(OSError):  # what was there before stays
+                    self.path.rmdir()
             hint = f"WANDB_MODE=offline needs no account; --wandb-project is {self.args.wandb_project}"
             raise Exit(2, f"--track: {error} ({hint})") from None
 
@@ -905,7 +909,7 @@ class Output(io.FileIO):
     def write(self, data: Any) -> int:
         """Write what somebody can read."""
         with suppress(OSError):
-            super().write(data)
+            return super().write(data) or len(data)
         return len(data)
 
 
