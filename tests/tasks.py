@@ -14,30 +14,31 @@ CPU = torch.device("cpu")
 
 
 def filled_replay(
-    module: ModuleType, kind: type, size: int, steps: int, capacity: int | None = None, device: torch.device = CPU,
-    **flags: Any,
+    module: ModuleType, size: int, steps: int, device: torch.device = CPU, **flags: Any
 ) -> Any:
-    """Return a replay of random frames [size, size], where three steps in ten end an episode, by itself or cut."""
+    """Return a replay of random frames [size, size]; three steps in ten end an episode, by itself or cut."""
     rng = np.random.default_rng(0)
-    flags = {"gamma": 0.9, "n_step": 3, **flags}
-    replay = kind(capacity or steps, 1, device, 0, frame_shape=(size, size), episode_cap=1, **flags)
-    frames = rng.integers(0, 256, (1, size, size), dtype=np.uint8)
-    replay.see(frames)
+    args = module.Args(buffer_size=steps, **flags)
+    kind = getattr(module, "PrioritisedReplay", module.FrameReplay)
+    kind = type("Short", (kind,), {"EPISODE": 1})
+    replay = kind(args, device, rng.integers(0, 256, (1, size, size), dtype=np.uint8))
     for _ in range(steps):
         ended = rng.random(1) < 0.3
         terminated = ended & (rng.random(1) < 0.5)
         last, frames = rng.integers(0, 256, (2, 1, size, size), dtype=np.uint8)
-        replay.add(rng.integers(0, 4, 1), module.Steps(last, rng.normal(size=1) * 9, terminated, ended, []), frames)
+        step = (rng.normal(size=1) * 9, terminated, ended & ~terminated, last)
+        replay.add(rng.integers(0, 4, 1), step, frames)
     return replay
 
 
 class Small(nn.Module):
     """A network of two convolutions and two matrices on obs [B, 4, 12, 12]."""
 
-    def __init__(self, num_actions: int, network: str, feature_size: int, width: int) -> None:
+    def __init__(self, num_actions: int, args: Any) -> None:
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(4, 8, 3, stride=2), nn.Conv2d(8, 8, 3)  # 12 -> 5 -> 3
-        self.dense, self.output = nn.Linear(72, feature_size), nn.Linear(feature_size, num_actions)
+        self.dense = nn.Linear(72, args.feature_size)
+        self.output = nn.Linear(args.feature_size, num_actions)
 
     def forward(self, obs: Tensor) -> Tensor:
         x = F.relu(self.conv2(F.relu(self.conv1(obs))))
@@ -47,7 +48,7 @@ class Small(nn.Module):
 class Tiny(nn.Module):
     """A network of 30 weights on obs [B, 4, 1, 1], for what needs many calls."""
 
-    def __init__(self, num_actions: int, network: str, feature_size: int, width: int) -> None:
+    def __init__(self, num_actions: int, args: Any) -> None:
         super().__init__()
         self.dense, self.output = nn.Linear(4, 6), nn.Linear(6, num_actions)
 
@@ -74,10 +75,11 @@ def constant(network: nn.Module, values: list[float]) -> None:
 class CatchNetwork(nn.Module):
     """A small network on obs [B, 4, 42, 42]; the first convolution's windows are Catch's cells."""
 
-    def __init__(self, num_actions: int, network: str, feature_size: int, width: int) -> None:
+    def __init__(self, num_actions: int, args: Any) -> None:
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(4, 16, 6, stride=6), nn.Conv2d(16, 16, 3)  # 42 -> 7 -> 5
-        self.dense, self.output = nn.Linear(400, feature_size), nn.Linear(feature_size, num_actions)
+        self.dense = nn.Linear(400, args.feature_size)
+        self.output = nn.Linear(args.feature_size, num_actions)
         for p in self.parameters():
             if p.ndim == 1:
                 nn.init.zeros_(p)
@@ -90,13 +92,14 @@ class CatchNetwork(nn.Module):
 
 
 class Catch:
-    """A ball falls through 7x7 cells of 6x6 pixels in six steps; the paddle below it moves left, stays or moves right.
+    """A ball falls through 7x7 cells of 6x6 pixels in six steps; the paddle below moves left, stays or moves right.
 
-    The reward is 1 for a catch, -1 for a miss, and either ends the episode.
+    The reward is 1 for a catch, -1 for a miss, and either ends the episode. It looks like AtariEnvs.
     """
 
-    def __init__(self, module: ModuleType, seed: int) -> None:
-        self.module, self.rng = module, np.random.default_rng(seed)
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.episodes: list[tuple[float, int]] = []
         self.begin()
 
     def begin(self) -> None:
@@ -110,7 +113,7 @@ class Catch:
         cells[self.row, self.ball] = 255
         self.obs = np.concatenate([self.obs[:, 1:], cells.repeat(6, 0).repeat(6, 1)[None, None]], 1)
 
-    def step(self, action: int) -> Any:
+    def step(self, action: int) -> tuple[np.ndarray, ...]:
         self.paddle = min(max(self.paddle + action - 1, 0), 6)
         self.row += 1
         self.draw()
@@ -118,30 +121,35 @@ class Catch:
         reward = float(ended and (1 if self.ball == self.paddle else -1))
         if ended:
             self.begin()
-        episodes = [(reward, 6)] if ended else []
-        return self.module.Steps(last_frames, np.array([reward]), np.array([ended]), np.array([ended]), episodes)
+        self.episodes = [(reward, 6)] if ended else []
+        return np.array([reward]), np.array([ended]), np.array([False]), last_frames
 
 
-CATCH_FLAGS = {"feature_size": 512, "learning_rate": 2e-4, "prune_every": 50, "total_timesteps": 24_000,
-               "learning_starts": 1_000}  # fmt: skip
+CATCH_FLAGS: dict[str, Any] = {
+    "feature_size": 512,
+    "learning_rate": 2e-4,
+    "prune_every": 50,
+    "total_timesteps": 24_000,
+    "buffer_size": 24_000,
+    "learning_starts": 1_000,
+}
 
 
-def catch_return(module: ModuleType, agent: Any, replay: Any) -> float:
+def catch_return(module: ModuleType, agent: Any) -> float:
     """Train an agent with a pruning schedule on Catch for 24,000 steps; return the mean of its last 200 returns."""
-    env, returns, threads = Catch(module, 1), list[float](), torch.get_num_threads()
+    env, returns, threads = Catch(1), list[float](), torch.get_num_threads()
+    kind = getattr(module, "PrioritisedReplay", module.FrameReplay)
+    replay = kind(agent.args, CPU, env.obs[:, -1])
     torch.set_num_threads(1)  # tensors are small
-    replay.see(env.obs[:, -1])
     try:
         for step in range(1, 24_001):
             actions = agent.act(env.obs, max(0.01, min(1.0, 1 - 0.99 * (step - 1_000) / 2_400)))
-            steps = env.step(int(actions[0]))
-            replay.add(actions, steps, env.obs[:, -1])
-            returns += [score for score, _ in steps.episodes]
-            if step > 1_000 and step % 4 == 0:
-                agent.learn(replay, 1)
+            replay.add(actions, env.step(int(actions[0])), env.obs[:, -1])
+            returns += [score for score, _ in env.episodes]
+            agent.learn(replay, step)
             if step > 1_004 and step % 80 == 0:
                 agent.update_target()
     finally:
         torch.set_num_threads(threads)
-    print("\nreturns", *(f"{np.mean(returns[i:i + 400]):.2f}" for i in range(0, 4000, 400)))
+    print("\nreturns", *(f"{np.mean(returns[i : i + 400]):.2f}" for i in range(0, 4000, 400)))
     return float(np.mean(returns[-200:]))
