@@ -1,37 +1,38 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "mujoco>=3.3", "imageio>=2.14", "tyro>=0.9",
-#                 "safetensors>=0.5", "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18"]
+# dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "mujoco>=3.3", "imageio>=2.14",
+#                 "tyro>=0.9", "safetensors>=0.5", "tensorboard>=2.18", "tqdm>=4.66", "wandb>=0.18"]
 # ///
 """Eau De Q-Network on MuJoCo: SAC whose critics prune themselves as they learn.
 
-Paper: Vincent, Faust, Tripathi, Peters, D'Eramo, "Eau De Q-Network: Adaptive Distillation of Neural Networks in Deep
-Reinforcement Learning", 2025, arXiv 2503.01437 (its variant EauDeSAC). The agent is SAC (Haarnoja et al. 2018).
+Paper: Vincent, Faust, Tripathi, Peters, D'Eramo, "Eau De Q-Network: Adaptive Distillation of
+Neural Networks in Deep Reinforcement Learning", 2025, arXiv 2503.01437 (its variant EauDeSAC).
+The agent is SAC (Haarnoja et al. 2018).
 
-K pairs of critics learn from the same batches towards one pair of target critics. Every 1,000 gradient steps the pair
-with the smallest loss is chosen: pair 1 becomes its copy, the others become copies pruned further, each by its own
-random amount. Nobody sets when pruning starts, how fast it goes or where it ends.
+K pairs of critics learn from the same batches towards one pair of target critics. Every 1,000
+gradient steps the pair with the smallest loss is chosen: pair 1 becomes its copy, the others become
+copies pruned further, each by its own random amount. Nobody sets when pruning starts, how fast it
+goes or where it ends.
 
-    python sac_mujoco_eaudeqn.py --env-id Hopper-v5                     # the paper's setting: 1M steps
-    python sac_mujoco_eaudeqn.py --env-id Ant-v5 --prune-actor          # the policy becomes sparse too
+    python sac_mujoco_eaudeqn.py --env-id Hopper-v5                      # the paper's run: 1M steps
+    python sac_mujoco_eaudeqn.py --env-id Ant-v5 --prune-actor           # a sparse policy too
+    python sac_mujoco_eaudeqn.py --num-networks 1 --max-exponent 0       # plain SAC
     python sac_mujoco_eaudeqn.py --resume runs/Hopper-v5__sac_mujoco_eaudeqn__1__1790000000
-    python sac_mujoco_eaudeqn.py --num-networks 1 --max-exponent 0      # plain SAC, same code
 
-Differences from the paper, and guesses ([I] inferred, [D] our decision; no training code was released, and nearly
-nothing about this variant; the base is slimSAC, the same group's code of the same weeks):
- 1. [D] The candidates are twin pairs. The actor and, by Polyak averaging, the target follow pair 1, the copy of the
-    chosen one; the target carries its mask. --target-every of the Atari variant is --prune-every, in gradient steps.
- 2. [I] A pair's loss is the sum of its critics' mean squared TD errors, averaged exponentially at rate tau
-    (--loss-aggregation sum: summed), from zero after each choice.
- 3. [I] Next sparsity of pair k at gradient step t: min(1 - (1 - s) * ((H - t - T) / (H - t)) ** n_k, s +
-    max_sparsity_step) with n_k ~ U(0, max_exponent), n_1 = 0. H: the run's gradient steps, T: --prune-every.
- 4. [D] Each critic's layers share its sparsity by the Erdos-Renyi rule (--scope erk); biases are never pruned.
- 5. [D] --prune-actor prunes the actor to the sparsity of the target's critics, at the same moments; off by default.
- 6. [D] Adam's moments follow the weights of the chosen pair, as the target does not jump at a choice;
-    --reset-optimizer zeroes them, as on Atari.
- 7. [D] Glorot-uniform weights and zero biases, as in sac_mujoco_gmp.py; slimSAC has Flax's LeCun-normal weights.
- 8. [D] Saved: the actor, and of the critics the pair with the smallest loss.
- 9. [D] Evaluations are of 10 episodes with always the same seeds; slimSAC's of one.
+Differences from the paper, and guesses ([I] inferred, [D] our decision; it came without code, and
+nearly nothing is known of this variant; the base is slimSAC, the same group's code):
+ 1. [D] The candidates are pairs. The actor and, by Polyak averaging, the targets follow pair 1; the
+    targets carry its masks.
+ 2. [I] A pair's loss is the sum of its critics' mean squared TD errors, averaged exponentially at
+    rate tau from zero after each choice (--loss-aggregation sum: summed).
+ 3. [I] The formula of next_sparsity(), in gradient steps.
+ 4. [D] The Erdos-Renyi rule spreads each critic's sparsity over its layers; no biases.
+ 5. [D] --prune-actor prunes the actor to the sparsity of the targets, at the same moments.
+ 6. [D] Adam's moments are copied with the weights, as the targets do not jump at a choice.
+ 7. [D] Glorot-uniform weights, as in sac_mujoco_gmp.py; slimSAC has Flax's LeCun-normal ones.
+ 8. [D] Saved: the actor and the pair of critics with the smallest loss.
+ 9. [D] A pair whose loss is not finite is replaced at the next choice; pair 1's ends the run.
+10. [D] Evaluations are of 10 episodes, always the same; slimSAC's are of one.
 
 Figures: benchmark/eaudesac_mujoco.sh. More: docs/sac_mujoco_eaudeqn.md.
 """
@@ -43,1051 +44,889 @@ import difflib
 import fcntl
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
 import platform
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, make_dataclass
 from importlib.metadata import distributions
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, get_type_hints
 
 import gymnasium as gym
-import imageio_ffmpeg
 import numpy as np
 import torch
 import tyro
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-
-# >>> shared: basics
-class Exit(Exception):
-    """Exit(status, line) ends the program: status 2 bad input, 1 a fault while running, 75 stopped and resumable."""
-
-
-def require(accepted: bool, line: str) -> None:
-    """Refuse bad input, with a line that names the flag or file and what is accepted."""
-    if not accepted:
-        raise Exit(2, line)
-
-# <<< shared: basics
+# >>> shared: run-flags
+# Types of flags: the smallest and the largest value, and what --help and messages say of them.
+ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
+Count = Annotated[int, (1, math.inf, "at least 1"), tyro.conf.arg(metavar="INT >= 1")]
+Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), tyro.conf.arg(metavar="INT >= 0")]
+Amount = Annotated[float, (0, LARGEST, "at least 0 and finite"), tyro.conf.arg(metavar="X >= 0")]
+Rate = Annotated[float, (ABOVE_0, LARGEST, "above 0 and finite"), tyro.conf.arg(metavar="X > 0")]
+Share = Annotated[float, (0, 1, "in [0, 1]"), tyro.conf.arg(metavar="X in [0, 1]")]
 
 
 @dataclass
-class Args:
-    """Flags; the defaults are the paper's setting. A "step" is an environment step."""
+class Running:
+    """Where and how it runs."""
 
-    # >>> shared: mujoco-flags
-    env_id: str = "Hopper-v5"  # Gymnasium environment with a vector of observations and bounded continuous actions
-    seed: int = 1  # seed of everything random, in [0, 2^32)
-    total_timesteps: int = 1_000_000  # length of the run in steps, over all environments (>= 1)
-    buffer_size: int = 1_000_000  # transitions in the replay (>= batch size)
-    batch_size: int = 256  # transitions per gradient step (>= 1)
-    gamma: float = 0.99  # discount, in [0, 1]
-    tau: float = 0.005  # share of the critics that goes into the targets at each gradient step, in (0, 1]
-    replay_ratio: float = 1.0  # gradient steps per step (> 0)
-    epoch_steps: int = 10_000  # steps per epoch (>= 1); each ends with an evaluation
-    num_envs: int = 1  # environments (>= 1), stepped one after another; periods count the steps of all
-    # <<< shared: mujoco-flags
-    # >>> shared: mujoco-run-flags
     device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
-    compile: bool = False  # capture sampling and update in a CUDA graph (CUDA only; not yet tried on a GPU)
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of hidden layers while learning; weights stay fp32
-    run_dir: str = ""  # folder for the run, new or empty; default: runs/{environment}__{script}__{seed}__{time}
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
+    compile: bool = False  # sampling and update as a CUDA graph (not yet tried on a GPU)
+    run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
     resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
-    checkpoint_minutes: float = 10.0  # minutes between checkpoints (>= 0)
-    eval_episodes: int = 10  # episodes of each evaluation, without noise, always the same seeds (>= 0; 0: none)
-    capture_video: bool = False  # write the first episode of the final evaluation to RUN_DIR/evaluation.mp4
+    checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
     wandb_project: str = "cleanrl-sparse"  # project there
-    # <<< shared: mujoco-run-flags
-    learning_starts: int = 5_000  # steps of uniformly random actions before the first gradient step (>= batch size)
-    learning_rate: float = 1e-3  # Adam's step size for actor, critics and temperature (> 0)
-    reward_scale: float = 1.0  # multiplies the rewards that are learned from (> 0)
-    target_entropy: float = -1.0  # entropy that the temperature aims at, per action dimension, in (-inf, inf)
-    width: int = 1  # 256 * width units in each of the two hidden layers (>= 1)
-    num_networks: int = 5  # K, the candidates, each a pair of critics (>= 1)
-    max_exponent: float = 3.0  # U_max: exponents are drawn from U(0, U_max) (>= 0); 0 never prunes
-    max_sparsity_step: float = 0.01  # S_max: most sparsity added at one choice, in [0, 1]
-    prune_every: int = 1000  # T, gradient steps between choices (>= 1)
-    loss_aggregation: Literal["ema", "sum"] = "ema"  # of a candidate's losses since the last choice; ema at rate tau
-    scope: Literal["erk", "uniform", "global"] = "erk"  # how a network's sparsity is spread over its layers
-    prune_actor: bool = False  # prune the actor too, to the sparsity of the target critics
+    # <<< shared: run-flags
+
+
+Real = Annotated[float, (-LARGEST, LARGEST, "finite"), tyro.conf.arg(metavar="X")]
+
+
+@dataclass
+class Training:
+    """The agent and its task."""
+
+    env_id: str = "Hopper-v5"  # Gymnasium environment with vectors of observations and actions
+    seed: Index = 1  # seed of everything random
+    total_timesteps: Count = 1_000_000  # steps of the run, over all environments
+    learning_starts: Count = 5_000  # steps of random actions before the first gradient step
+    buffer_size: Count = 1_000_000  # transitions in the replay
+    batch_size: Count = 256  # transitions per gradient step
+    learning_rate: Rate = 1e-3  # Adam's step size for actor, critics and temperature
+    gamma: Share = 0.99  # discount
+    tau: Share = 0.005  # share of the critics that goes into the targets at each gradient step
+    replay_ratio: Rate = 1.0  # gradient steps per step
+    reward_scale: Rate = 1.0  # multiplies the rewards that are learned from
+    target_entropy: Real = -1.0  # what the temperature aims at, per action dimension
+    width: Count = 1  # 256 * width units in each of the two hidden layers
+    epoch_steps: Count = 10_000  # steps per epoch; each ends with an evaluation
+    num_envs: Count = 1  # environments, stepped one after another; periods count all their steps
+    eval_episodes: Index = 10  # episodes of each evaluation, without noise; 0: no evaluations
+    eval_steps: Count = 1_000  # steps after which an episode of it is cut off
+
+
+@dataclass
+class Method:
+    """Eau De Q-Network; the defaults are the paper's for Atari, where it has them."""
+
+    num_networks: Count = 5  # K, the candidates, each a pair of critics
+    max_exponent: Amount = 3.0  # U_max: exponents are drawn from U(0, U_max); 0 never prunes
+    max_sparsity_step: Share = 0.01  # S_max: most sparsity added at one choice
+    prune_every: Count = 1_000  # T, gradient steps between choices
+    loss_aggregation: Literal["ema", "sum"] = "ema"  # of losses since the last choice
+    prune_actor: bool = False  # prune the actor too, to the sparsity of the targets
     reset_optimizer: bool = False  # zero the critics' Adam moments and step counts at each choice
 
+
+@dataclass
+class Args(Running, Training, Method):
+    """All flags."""
+
     def __post_init__(self) -> None:
-        """Refuse values out of range, naming the flag."""
-        # >>> shared: check
-        def check(names: str, accepted: Callable[[float], bool], text: str) -> None:
-            """Refuse the flags `names` whose value is not accepted."""
-            for name in names.split():
-                flag, value = name.replace("_", "-"), getattr(self, name)
-                require(accepted(value), f"--{flag} {value}: must be {text}")
-
-        check("total_timesteps batch_size epoch_steps", lambda x: x >= 1, "at least 1")
-        check("eval_episodes checkpoint_minutes", lambda x: x >= 0, "at least 0")
-        check("seed", lambda x: 0 <= x < 2**32, "in [0, 2^32)")
-        check("learning_rate", lambda x: 0 < x < math.inf, "above 0 and finite")
-        check("gamma", lambda x: 0 <= x <= 1, "in [0, 1]")
-        check("capture_video", lambda x: not x or self.eval_episodes > 0, "used with --eval-episodes above 0")
-        # <<< shared: check
-        # >>> shared: check-replay-flags
-        check("num_envs", lambda x: x >= 1, "at least 1")
-        check("replay_ratio", lambda x: 0 < x < math.inf, "above 0 and finite")
-        check("learning_starts buffer_size", lambda x: x >= self.batch_size, f"at least a batch, {self.batch_size}")
-        text = f"at least --num-envs {self.num_envs}"
-        check("learning_starts buffer_size", lambda x: x >= self.num_envs, text)
-        # <<< shared: check-replay-flags
-        # >>> shared: check-mujoco-flags
-        check("width", lambda x: x >= 1, "at least 1")
-        check("tau", lambda x: 0 < x <= 1, "in (0, 1]")
-        check("target_entropy", math.isfinite, "finite")
-        # <<< shared: check-mujoco-flags
-        check("reward_scale", lambda x: 0 < x < math.inf, "above 0 and finite")
-        check("num_networks prune_every", lambda x: x >= 1, "at least 1")
-        check("max_exponent", lambda x: 0 <= x < math.inf, "at least 0 and finite")
-        check("max_sparsity_step", lambda x: 0 <= x <= 1, "in [0, 1]")
+        """Refuse values that are not accepted, naming the flag."""
+        check_ranges(self)
+        least = max(self.batch_size, self.num_envs)
+        smallest = min(self.learning_starts, self.buffer_size)
+        require(smallest >= least, f"--learning-starts, --buffer-size: must be at least {least}")
+        require(self.tau > 0, "--tau: must be above 0")
 
 
-# >>> shared: mujoco-env
-def make_env(env_id: str, **options: Any) -> gym.Env:
-    """Return Gymnasium's environment (Hopper is Hopper-v5); Exit if there is none such or its spaces do not fit."""
-    try:
-        import mujoco  # not before require_pictures()
-    except Exception as error:  # of many kinds, as the drawing libraries see fit
-        text = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot be imported with it"
-        raise Exit(2, f"{text} ({' '.join(str(error).split())})") from None
-
-    mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
-    name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
-    known = [n for n in gym.registry if not n.startswith("ALE/") and "NoFrameskip" not in n]
-    near = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0.3)) or "none"
-    require(bool(name), f"--env-id {env_id}: no such environment; the nearest names are {near}")
-    try:
-        env = gym.make(name, disable_env_checker=True, **options)
-    except (gym.error.Error, ImportError) as error:
-        raise Exit(2, f"--env-id {env_id} cannot be made: {' '.join(str(error).split())}") from None
-    obs: Any = env.observation_space
-    actions: Any = env.action_space
-    fits = all(isinstance(s, gym.spaces.Box) and len(s.shape) == 1 and s.shape[0] > 0 for s in (obs, actions))
-    bounded = fits and actions.dtype.kind == "f" and bool(np.isfinite([actions.low, actions.high]).all())
-    require(bounded, f"--env-id {env_id}: needs a vector of observations and one of bounded continuous actions")
-    return env
-
-
-class MujocoSteps(NamedTuple):
-    """One step of N environments."""
-
-    last_obs: np.ndarray  # [N, O] float32, the observation before any reset
-    rewards: np.ndarray  # [N] float64
-    terminated: np.ndarray  # [N] bool
-    ended: np.ndarray  # [N] bool, terminated or truncated
-    episodes: list[tuple[float, int]]  # (undiscounted return, steps) of each episode that ended
-
-
-class MujocoEnvs:
-    """N copies of an environment with actions in [-1, 1], rescaled to its bounds; restorable at any step.
-
-    `obs` [N, O] float32 is what the agent sees now: after an ending, the next episode's first observation. Every
-    episode has a seed of its own, from (seed, environment, step). What an environment did follows from these seeds and
-    its actions: a checkpoint keeps them, restore() plays them again.
-    """
-
-    def __init__(self, env_id: str, num_envs: int, seed: int, **options: Any) -> None:
-        self.envs: list[Any] = [make_env(env_id, **options) for _ in range(num_envs)]
-        space = self.envs[0].action_space
-        self.middle, self.half = (space.high + space.low) / 2, (space.high - space.low) / 2  # [A] float32
-        self.title, self.num_actions = self.envs[0].spec.id, len(space.low)
-        self.seed, self.actions = seed, bytearray()  # every action so far, float32
-        self.began = [list[int]() for _ in range(num_envs)]  # the steps at which each environment's episodes began
-        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
-        self.obs = np.zeros((num_envs, *self.envs[0].observation_space.shape), np.float32)
-        for i in range(num_envs):
-            self.reset(i)
-
-    def __len__(self) -> int:
-        """Return the number of steps so far."""
-        return len(self.actions) // (4 * len(self.envs) * self.num_actions)
-
-    def reset(self, i: int) -> None:
-        """Start an episode of environment i."""
-        self.began[i].append(len(self))
-        seed = np.random.SeedSequence((self.seed, i, len(self))).generate_state(1)[0]
-        self.obs[i] = self.envs[i].reset(seed=int(seed))[0]
-        self.returns[i] = self.lengths[i] = 0
-
-    def step(self, actions: np.ndarray) -> MujocoSteps:
-        """Take a step with actions [N, A] in [-1, 1]; what ended is reset at once."""
-        n = len(self.envs)
-        self.actions += actions.astype(np.float32).tobytes()
-        last_obs, rewards, (terminated, ended) = np.zeros_like(self.obs), np.zeros(n), np.zeros((2, n), bool)
-        episodes = list[tuple[float, int]]()
-        for i in range(n):
-            last_obs[i], rewards[i], terminated[i], truncated, _ = self.envs[i].step(
-                self.middle + self.half * actions[i]
-            )
-            self.obs[i], ended[i] = last_obs[i], terminated[i] or truncated
-            self.returns[i] += rewards[i]
-            self.lengths[i] += 1
-            if ended[i]:
-                episodes.append((float(self.returns[i]), int(self.lengths[i])))
-                self.reset(i)
-        return MujocoSteps(last_obs, rewards, terminated, ended, episodes)
-
-    def picture(self) -> np.ndarray:
-        """Return an RGB picture [H, W, 3] uint8 of the first environment, made with render_mode="rgb_array"."""
-        return np.ascontiguousarray(self.envs[0].render())
-
-    def played(self) -> Tensor:
-        """Return all actions so far [steps, N, A]."""
-        flat = torch.frombuffer(self.actions, dtype=torch.float32) if self.actions else torch.empty(0)
-        return flat.view(len(self), len(self.envs), self.num_actions)
-
-    def past(self) -> dict[str, Any]:
-        """Return what restore() needs beside the actions, as JSON."""
-        return {"began": self.began, "digest": hashlib.sha256(self.obs.tobytes()).hexdigest()}
-
-    def restore(self, past: dict[str, Any], played: Tensor,
-                first: int) -> Iterator[tuple[int, np.ndarray, MujocoSteps]]:
-        """Play a past() again with the actions played [steps, N, A], from episodes that began before step `first`.
-
-        Yields (step, actions [N, A], MujocoSteps). Raises Exit if the episodes went otherwise than recorded.
-        """
-        actions = played.numpy()
-        begins = np.array([max(step for step in began if step < max(1, first)) for began in past["began"]])
-        self.actions = bytearray(actions[: begins.min()].tobytes())
-        for step in tqdm(range(begins.min(), len(actions)), "playing again", leave=False, disable=None):
-            for i in np.flatnonzero(begins == step):  # what it did until now is not in the record
-                self.reset(int(i))
-            yield step, actions[step], self.step(actions[step])
-        self.began = past["began"]
-        if hashlib.sha256(self.obs.tobytes()).hexdigest() != past["digest"]:
-            raise Exit(1, "the episodes went otherwise when played again; resume with the packages of versions.json")
-# <<< shared: mujoco-env
-
-
-# >>> shared: actor
+# >>> shared: sac-networks
 class Actor(nn.Sequential):
-    """A Gaussian of actions, squashed to [-1, 1] by tanh; hidden layers of `units`."""
+    """A Gaussian over actions, squashed to [-1, 1] by tanh."""
 
     output: nn.Linear
 
-    def __init__(self, obs_size: int, num_actions: int, units: int, layers: int = 2) -> None:
+    def __init__(self, obs_size: int, num_actions: int, units: int, layers: int) -> None:
         parts = OrderedDict[str, nn.Module]()
         for i in range(1, layers + 1):
-            parts |= {f"dense{i}": nn.Linear(units if i > 1 else obs_size, units), f"relu{i}": nn.ReLU(inplace=True)}
-        super().__init__(parts | {"output": nn.Linear(units, 2 * num_actions)})
+            parts[f"dense{i}"] = nn.Linear(obs_size if i == 1 else units, units)
+            parts[f"relu{i}"] = nn.ReLU(inplace=True)
+        parts["output"] = nn.Linear(units, 2 * num_actions)
+        super().__init__(parts)
         for p in self.parameters():
             nn.init.xavier_uniform_(p) if p.ndim > 1 else nn.init.zeros_(p)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Map obs [B, O] to mean and log standard deviation [B, A] each, the latter in [-20, 2]."""
-        x, output = obs, self.output
+        x = obs
         for layer in list(self)[:-1]:
             x = layer(x)
         with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for actions
-            mean, log_std = output(x.to(output.weight.dtype)).chunk(2, 1)
+            mean, log_std = self.output(x.to(self.output.weight.dtype)).chunk(2, 1)
             return mean, log_std.clamp(-20, 2)
 
     def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return actions [..., B, A] in [-1, 1] and their log-probabilities [..., B] from standard normal noise.
+        """Return actions [..., B, A] in [-1, 1] and their log-probabilities [..., B].
 
-        Noise is [..., B, A], obs [B, O].
-
-        With u = mean + std * noise, log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), and the latter is
-        2 * (log 2 - u - softplus(-2 * u)), which neither overflows nor loses digits at large |u|.
+        obs is [B, O], noise [..., B, A] standard normal. With u = mean + std * noise,
+        log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), of which the latter is
+        2 * (log 2 - u - softplus(-2 * u)): that neither overflows nor loses digits at large |u|.
         """
         mean, log_std = self(obs)
         u = mean + log_std.exp() * noise
+        actions = u.tanh()
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        return u.tanh(), (log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
-# <<< shared: actor
+        log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
+        return actions, (log_prob - log_slope).sum(-1)
 
 
-# >>> shared: critics
-def make_critics(count: int, inputs: int, units: int, layers: int = 2) -> list[Tensor]:
-    """Return Q-functions as stacked tensors, layer by layer: weights [count, in, out] and biases [count, 1, out]."""
-    critics, sizes = list[Tensor](), [inputs, *[units] * layers, 1]
-    for size_in, size_out in itertools.pairwise(sizes):
-        weights = torch.empty(count, size_in, size_out)
-        for weight in weights:
+def critic_stacks(count: int, inputs: int, units: int, layers: int) -> list[Tensor]:
+    """Return the tensors of `count` Q-functions, all of one layer together.
+
+    For each layer weights [count, in, out] and biases [count, 1, out].
+    """
+    sizes = [inputs, *[units] * layers, 1]
+    stacks = list[Tensor]()
+    for size_in, size_out in pairwise(sizes):
+        stacks.append(torch.empty(count, size_in, size_out))
+        for weight in stacks[-1]:
             nn.init.xavier_uniform_(weight)
-        critics += [weights, torch.zeros(count, 1, size_out)]
-    return critics
+        stacks.append(torch.zeros(count, 1, size_out))
+    return stacks
 
 
-def critic_values(critics: list[Tensor], obs: Tensor, actions: Tensor) -> Tensor:
-    """Return Q [count, B] of stacked critics for obs [B, O] and actions [B, A], by one batched product per layer."""
-    *hidden, weight, bias = critics
+def critic_values(stacks: list[Tensor], obs: Tensor, actions: Tensor) -> Tensor:
+    """Return Q [count, B] for obs [B, O] and actions [B, A], by one batched product per layer."""
+    *hidden, weight, bias = stacks
     x = torch.cat([obs, actions], 1).expand(len(weight), -1, -1)
     for w, b in zip(hidden[::2], hidden[1::2]):
         x = torch.relu_(torch.baddbmm(b, x, w))
-    with torch.autocast(x.device.type, enabled=False):  # bf16 would round away what actions differ in
-        return torch.linalg.vecdot(x.to(weight.dtype), weight.mT) + bias[:, :, 0]  # a product is 3 to 7 times as slow
+    with torch.autocast(x.device.type, enabled=False):  # bf16 would blur how the actions differ
+        x = torch.linalg.vecdot(x.to(weight.dtype), weight.mT)  # 3 to 7 times as fast as a product
+        return x + bias[:, :, 0]
 
 
-def one_critic(critics: list[Tensor], n: int) -> nn.Sequential:
-    """Return a copy of the n-th of stacked critics as a module on [B, O + A]."""
-    layers = OrderedDict[str, nn.Module]()
-    for i, (weight, bias) in enumerate(zip(critics[::2], critics[1::2]), 1):
-        name = f"dense{i}" if 2 * i < len(critics) else "output"
-        layers[name] = nn.Linear(*weight.shape[1:])
-        layers[name].load_state_dict({"weight": weight[n].T, "bias": bias[n, 0]})
-        layers |= {f"relu{i}": nn.ReLU()} if name != "output" else {}
-    return nn.Sequential(layers)
-# <<< shared: critics
+def critic_network(stacks: list[Tensor], n: int) -> nn.Sequential:
+    """Return the n-th critic as a network on [B, O + A], with masks; it shares the memory."""
+    parts = OrderedDict[str, nn.Module]()
+    for i, (weight, bias) in enumerate(zip(stacks[::2], stacks[1::2]), 1):
+        layer = nn.Linear(weight.shape[1], weight.shape[2], device="meta")
+        layer.weight = nn.Parameter(weight.detach()[n].T)
+        layer.bias = nn.Parameter(bias.detach()[n, 0])
+        last = 2 * i == len(stacks)
+        parts |= {"output": layer} if last else {f"dense{i}": layer, f"relu{i}": nn.ReLU()}
+    network = nn.Sequential(parts)
+    add_masks(network)
+    return network
 
 
-# >>> shared: transition-replay
-class Batch(NamedTuple):
-    """Transitions, and the random numbers of one update."""
-
-    obs: Tensor  # [B, O] float32
-    actions: Tensor  # [B, A] float32, in [-1, 1]
-    next_obs: Tensor  # [B, O] float32, of a truncated episode the true last observation
-    rewards: Tensor  # [B] float32
-    discounts: Tensor  # [B] float32, of the value of next_obs: gamma, 0 where the episode terminated
-    noise: Tensor  # [2, B, A] standard normal, for the actions at next_obs and at obs
-
-
-class Replay:
-    """Uniform replay of the last `capacity` transitions, as rows of one table: a ring of N rows per step."""
-
-    def __init__(self, capacity: int, envs: MujocoEnvs, device: torch.device, seed: int, gamma: float) -> None:
-        self.num_envs, obs_size = len(envs.obs), envs.obs.shape[1]
-        self.rows = -(-capacity // self.num_envs)  # steps that are kept
-        self.parts, self.gamma = [obs_size, envs.num_actions, obs_size, 1, 1], gamma
-        self.table = torch.zeros(self.rows * self.num_envs, sum(self.parts), device=device)
-        self.size = torch.zeros((), dtype=torch.long, device=device)  # transitions to draw from
-        self.step, self.nbytes = 0, self.table.nbytes  # steps stored
-        self.obs = envs.obs.copy()  # seen before the next action
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def __len__(self) -> int:
-        """Return the number of transitions that can be sampled."""
-        return min(self.step, self.rows) * self.num_envs
-
-    def add(self, actions: np.ndarray, steps: MujocoSteps, obs: np.ndarray) -> None:
-        """Store what N environments did (actions [N, A]), what came of it, and the obs [N, O] seen now."""
-        facts = [steps.rewards[:, None], self.gamma * ~steps.terminated[:, None]]
-        rows = np.concatenate([self.obs, actions, steps.last_obs, *facts], 1).astype(np.float32)
-        start = self.step % self.rows * self.num_envs
-        self.table[start : start + self.num_envs] = torch.from_numpy(rows)
-        self.step, self.obs = self.step + 1, obs.copy()
-        self.size.fill_(len(self))
-
-    def sample(self, batch_size: int) -> Batch:
-        """Draw transitions uniformly, with replacement, without waiting for the device."""
-        device = self.table.device
-        draw = torch.rand(batch_size, dtype=torch.float64, device=device, generator=self.generator)
-        noise = torch.randn(2, batch_size, self.parts[1], device=device, generator=self.generator)
-        obs, actions, next_obs, rewards, discounts = self.table[(draw * self.size).long()].split(self.parts, 1)
-        return Batch(obs, actions, next_obs, rewards[:, 0], discounts[:, 0], noise)
-# <<< shared: transition-replay
-
-
+# <<< shared: sac-networks
 # >>> shared: sparsity
-def largest(score: Tensor, kept: int) -> Tensor:
-    """Return a bool mask of the `kept` largest entries of score [n], ties broken by lower index."""
-    rank = score.numel() - kept
-    if score.device.type == "cpu":  # a partition is ten times faster than kthvalue or topk there
-        threshold = torch.from_numpy(np.partition(score.numpy(), rank)[rank : rank + 1])
-    else:  # kthvalue keeps one block of threads busy there
-        threshold = score.sort().values[rank : rank + 1]
-    above, ties = score > threshold, score == threshold
-    return above | (ties & (ties.cumsum(0) <= kept - above.sum()))
-
-
 def prunable(network: nn.Module) -> dict[str, Tensor]:
-    """Return the weights that pruning may remove: every tensor of two or more dimensions, no bias."""
-    return {name.removesuffix(".weight"): p for name, p in network.named_parameters() if p.ndim >= 2}
+    """Return what pruning may remove: every tensor of two or more dimensions, so no bias."""
+    return {k.removesuffix(".weight"): p for k, p in network.named_parameters() if p.ndim >= 2}
+
+
+def add_masks(network: nn.Module) -> None:
+    """Give each prunable weight a mask (1: kept) as a buffer: state_dict() has it too."""
+    for i, weight in enumerate(prunable(network).values()):
+        network.register_buffer(f"mask{i}", torch.ones_like(weight))
 
 
 def sparsity_report(network: nn.Module) -> dict[str, float]:
-    """Measure the share of zeros: in the prunable weights, in all parameters, per layer; and the parameters left."""
-    zeros = {name: int((w == 0).sum()) for name, w in prunable(network).items()}
-    size, total = sum(w.numel() for w in prunable(network).values()), sum(p.numel() for p in network.parameters())
-    pruned = sum(zeros.values())
-    report = {"prunable": pruned / size, "total": pruned / total, "active_params": float(total - pruned)}
-    return report | {f"layer/{name}": zeros[name] / w.numel() for name, w in prunable(network).items()}
+    """Return the shares of zeros, of all prunable weights and of each layer, and what is left."""
+    weights, total = prunable(network), sum(p.numel() for p in network.parameters())
+    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+    pruned, size = sum(zeros.values()), sum(weight.numel() for weight in weights.values())
+    report = {"prunable": pruned / size, "total": pruned / total, "active_params": total - pruned}
+    report |= {f"layer/{name}": zeros[name] / w.numel() for name, w in weights.items()}
+    return {f"sparsity/{key}": float(value) for key, value in report.items()}
+
+
 # <<< shared: sparsity
+# >>> shared: pruning
+def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]:
+    """Return a score of any sign for each prunable weight; the lowest are pruned first.
 
-
-# >>> shared: magnitude-masks
-def erk_densities(shapes: list[torch.Size], sparsity: float) -> list[float]:
-    """Return each tensor's density under the Erdos-Renyi-Kernel rule (Evci et al. 2020) for a total sparsity in [0, 1].
-
-    density_l = eps * sum(shape_l) / prod(shape_l), with eps such that the total holds; a tensor that would exceed 1 is
-    dense, and eps is solved again for the others.
+    Put another criterion here (docs/pruning_criterion.md); a random one draws from `rng`.
     """
-    sizes, sums = [math.prod(shape) for shape in shapes], [sum(shape) for shape in shapes]
-    free, dense = set(range(len(shapes))), set[int]()
-    while free:
-        eps = ((1 - sparsity) * sum(sizes) - sum(sizes[i] for i in dense)) / sum(sums[i] for i in free)
-        full = {i for i in free if eps * sums[i] >= sizes[i]}
-        if not full:
-            break
-        free, dense = free - full, dense | full
-    return [1.0 if i in dense else eps * sums[i] / sizes[i] for i in range(len(shapes))]
+    return [weight.abs() for weight in prunable(network).values()]
 
 
-def magnitude_masks(weights: list[Tensor], parents: list[Tensor], sparsity: float, scope: str,
-                    progress: float = 1.0) -> list[Tensor]:
-    """Return bool masks (True: kept) of the largest |weights| at a total sparsity in [0, 1]; counts are exact.
+def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
+    """Return the share of each prunable tensor to keep, for a total sparsity in [0, 1].
 
-    What a parent mask has pruned stays pruned, every tensor keeps at least one weight. `scope`: erk and uniform give
-    each tensor a sparsity of its own, global ranks all weights together. `progress`: the share of it to reach.
+    The Erdos-Renyi-Kernel rule (Evci et al. 2020): eps * sum(shape) / prod(shape), with eps such
+    that the total holds; a tensor that would exceed 1 is dense, and eps is solved again.
     """
-    scores = [torch.where(m, w.detach().abs(), -1.0).flatten() for w, m in zip(weights, parents, strict=True)]
-    sizes = [s.numel() for s in scores]
-    if scope == "global":
-        for s in scores:
-            s[s.argmax()] = math.inf
-        kept = max(len(scores), round(sum(sizes) * (1 - progress * sparsity)))
-        flat = list(largest(torch.cat(scores), kept).split(sizes))
-    else:
-        uniform = [1 - sparsity] * len(sizes)
-        densities = erk_densities([w.shape for w in weights], sparsity) if scope == "erk" else uniform
-        kept_shares = [1 - progress * (1 - d) if progress < 1 else d for d in densities]
-        flat = [largest(s, max(1, round(s.numel() * d))) for s, d in zip(scores, kept_shares, strict=True)]
-    return [f.view(w.shape) & m for f, w, m in zip(flat, weights, parents, strict=True)]
-# <<< shared: magnitude-masks
+    sizes = np.array([weight.numel() for weight in prunable(network).values()])
+    sums = np.array([sum(weight.shape) for weight in prunable(network).values()])
+    dense = np.zeros(len(sizes), bool)
+    for _ in sizes:  # each turn but the last finds another one
+        left = (1 - sparsity) * sizes.sum() - sizes[dense].sum()
+        eps = left / max(1, sums[~dense].sum())
+        dense |= eps * sums >= sizes
+    return np.where(dense, 1.0, eps * sums / sizes).tolist()
 
 
-# >>> shared: prune
-def prune(weights: list[Tensor], masks: list[Tensor], sparsity: float, scope: str, progress: float = 1.0) -> None:
-    """Take new masks of one network from its weights, at a total sparsity in [0, 1]; what is pruned stays pruned."""
-    new = magnitude_masks(weights, [mask.bool() for mask in masks], sparsity, scope, progress)
-    for mask, kept in zip(masks, new):
-        mask.copy_(kept)
-# <<< shared: prune
+@torch.no_grad()
+def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
+    """Lower the masks to these densities and zero what they remove.
 
-
-# >>> shared: adam
-def adam(groups: list[dict[str, Any]], args: Args) -> torch.optim.Adam:
-    """Return Adam, its moments made now and not in the first step, since a checkpoint restores into them."""
-    optimizer = torch.optim.Adam(groups, lr=args.learning_rate, fused=True, capturable=args.compile)
-    for p in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
-        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
-    return optimizer
-# <<< shared: adam
-
-
-# >>> shared: eau-de
-def next_sparsity(sparsity: float, exponent: float, step: int, horizon: int, period: int, max_step: float) -> float:
-    """Return a candidate's sparsity for steps step..step+period of a run of `horizon` steps.
-
-    min(1 - (1 - s) * ((H - t - T) / (H - t)) ** n, s + S_max): a constant n follows the polynomial schedule
-    1 - (1 - t / H) ** n, whatever s has been reached; 0 ** 0 is 1, so that n = 0 prunes nothing.
+    Counts are exact, ties go to the lower index, every tensor keeps at least one weight. What is
+    pruned stays pruned: it counts as -inf.
     """
-    base = min(1.0, max(0.0, (horizon - step - period) / (horizon - step)))
-    return min(1.0, sparsity + min((1 - sparsity) * (1 - base**exponent), max_step))  # exactly s where n = 0
+    scores, weights = pruning_scores(network, rng), prunable(network).values()
+    for weight, score, mask, density in zip(weights, scores, network.buffers(), densities):
+        flat = torch.where(mask > 0, score, -math.inf).flatten().cpu().numpy()
+        kept = max(1, round(len(flat) * density))
+        threshold = np.partition(flat, -kept)[-kept]  # far faster than a sort
+        keep = flat > threshold
+        keep[np.flatnonzero(flat == threshold)[: kept - keep.sum()]] = True
+        mask.mul_(torch.from_numpy(keep).view(mask.shape).to(mask.device))
+        weight.mul_(mask)
 
 
-def choose(losses: list[float]) -> int:
-    """Return the index of the smallest loss; NaN never wins, ties go to the lower index."""
-    return min(range(len(losses)), key=lambda k: (math.isnan(losses[k]), losses[k], k))
-# <<< shared: eau-de
+# <<< shared: pruning
 
 
-class EauDeSAC:
-    """The actor with its temperature, K pairs of critics with their masks and losses, the pair of target critics."""
+def next_sparsity(sparsity: float, exponent: float, step: int, horizon: int, args: Args) -> float:
+    """Return a candidate's sparsity from gradient step `step` to the next choice.
 
-    def __init__(self, args: Args, obs_size: int, num_actions: int, device: torch.device,
-                 dtype: torch.dtype = torch.float32) -> None:
-        self.args, self.device, self.dtype = args, device, dtype
-        self.target_entropy = args.target_entropy * num_actions
+    min(1 - (1 - s) * ((H - t - T) / (H - t)) ** n, s + S_max), H: the run's length, T: the period.
+    A constant n would follow the polynomial schedule 1 - (1 - t / H) ** n; n = 0 prunes nothing.
+    """
+    left = horizon - step
+    base = max(0.0, (left - args.prune_every) / left)
+    return min(1.0, sparsity + min((1 - sparsity) * (1 - base**exponent), args.max_sparsity_step))
+
+
+class EauDeSAC(nn.Module):
+    """The actor with its temperature, K pairs of critics, and the targets that follow pair 1."""
+
+    latest: Tensor  # [2K + 4], of the latest update: critics' losses, Q, actor's, alpha, its loss
+    accumulated_loss: Tensor  # [K], since the last choice
+
+    def __init__(self, args: Args, obs_size: int, num_actions: int, device: torch.device) -> None:
+        super().__init__()
+        self.args, self.num_actions, self.device, k = args, num_actions, device, args.num_networks
         torch.manual_seed(args.seed)
-        self.actor = Actor(obs_size, num_actions, 256 * args.width).to(device, dtype)
-        pair = make_critics(2, obs_size + num_actions, 256 * args.width)  # all K start as copies of one
-        self.critics = [p.repeat(args.num_networks, 1, 1).to(device, dtype).requires_grad_() for p in pair]
-        self.targets = [p.to(device, dtype) for p in pair]
-        self.log_alpha = torch.zeros((), device=device, dtype=dtype, requires_grad=True)
-        # The order of stacked critics is 1a, 1b, 2a, 2b, ...; pair 1 is what actor and targets follow.
-        self.followed = [p.detach()[:2] for p in self.critics]
-        self.weights = [*self.critics[::2], *prunable(self.actor).values()]
-        self.masks = [torch.ones_like(w) for w in self.weights]
-        self.target_masks = [mask[:2] for mask in self.masks[:3]]
-        self.sparsity = [0.0] * args.num_networks  # nominal: the exact counts round it, and every tensor keeps a weight
-        self.losses, self.selected, self.gradient_step = [0.0] * 6, 0, 0
-        self.accumulated_loss = torch.zeros(args.num_networks, device=device, dtype=dtype)
-        self.latest = torch.full((6,), math.nan, device=device, dtype=dtype)
-        steps = -(-args.total_timesteps // args.num_envs) * args.num_envs
-        self.updates = math.floor(steps * args.replay_ratio) - math.floor(args.learning_starts * args.replay_ratio)
-        self.critic_optimizer = adam([{"params": self.critics}], args)
-        self.actor_optimizer = adam([{"params": [*self.actor.parameters(), self.log_alpha]}], args)
-        # Acting and exponents have generators of their own, as the replay has.
-        self.rng, self.exponents = (np.random.default_rng((args.seed, i)) for i in range(2))
+        self.actor = Actor(obs_size, num_actions, 256 * args.width, layers=2).to(device)
+        add_masks(self.actor)
+        pair = critic_stacks(2, obs_size + num_actions, 256 * args.width, layers=2)
+        # All start as copies of one pair. The order is 1a, 1b, 2a, 2b, ...
+        self.stacks = [stack.repeat(k, 1, 1).to(device).requires_grad_() for stack in pair]
+        stacks = [stack.detach() for stack in self.stacks]
+        self.critics: Any = nn.ModuleList(critic_network(stacks, n) for n in range(2 * k))
+        self.followed = [stack[:2] for stack in stacks]  # pair 1, by the actor and the targets
+        copies = [nn.Parameter(stack.clone(), requires_grad=False) for stack in self.followed]
+        self.targets: Any = nn.ParameterList(copies)
+        self.log_alpha = nn.Parameter(torch.zeros((), device=device))
+        self.register_buffer("latest", torch.full((2 * k + 4,), math.nan, device=device))
+        self.register_buffer("accumulated_loss", torch.zeros(k, device=device))
+        # Weights of the critics, then three of the actor; the targets' are masked as pair 1's.
+        networks = [*self.critics, self.actor]
+        self.weights = [w for network in networks for w in prunable(network).values()]
+        self.masks = [mask for network in networks for mask in network.buffers()]
+        self.target_weights = [stack[n].T for n in range(2) for stack in self.targets[::2]]
+        adam: Any = {"lr": args.learning_rate, "fused": True, "capturable": args.compile}
+        self.critic_optimizer = torch.optim.Adam(self.stacks, **adam)
+        self.actor_optimizer = torch.optim.Adam([*self.actor.parameters(), self.log_alpha], **adam)
+        self.gradient_step, self.selected, self.sparsity = 0, 0, 0.0  # of the targets
+        self.candidate_sparsity = [0.0] * k  # nominal: the exact counts round it
+        steps = math.ceil(args.total_timesteps / args.num_envs) * args.num_envs
+        self.horizon = self.updates_by(steps)
+        uses = ("act", "exponent", "score")
+        self.rng = {use: np.random.default_rng((args.seed, i)) for i, use in enumerate(uses)}
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.warm = False  # kernels and libraries are loaded once update() has run
 
-    # >>> shared: sac-update
+    # >>> shared: sac-agent
+    def updates_by(self, step: int) -> int:
+        """Return the number of gradient steps that are due by a step."""
+        ratio = self.args.replay_ratio
+        return math.floor(step * ratio) - math.floor(self.args.learning_starts * ratio)
+
     @torch.no_grad()
     def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
-        """Return actions [N, A] in [-1, 1] for obs [N, O]: uniform ones to explore, else drawn from the policy."""
-        shape = (len(obs), self.actor.output.out_features // 2)
+        """Return actions [N, A] in [-1, 1] for obs [N, O]: random ones, or the policy's."""
+        rng, shape = self.rng["act"], (len(obs), self.num_actions)
         if explore:
-            return self.rng.uniform(-1, 1, shape).astype(np.float32)
-        noise = torch.from_numpy(self.rng.standard_normal(shape, np.float32))
-        mean, log_std = self.actor(torch.from_numpy(obs).to(self.device, self.dtype))
-        return (mean + log_std.exp() * noise.to(self.device, self.dtype)).tanh().cpu().numpy()
+            return rng.uniform(-1, 1, shape).astype(np.float32)
+        noise = torch.from_numpy(rng.standard_normal(shape, np.float32)).to(self.device)
+        actions, _ = self.actor.sample(torch.from_numpy(obs).to(self.device), noise)
+        return actions.cpu().numpy()
 
-    def sac_update(self, batch: Batch) -> Tensor:
-        """Take one gradient step; return the critics' losses [count]. Gradients are dense, masked is what comes out.
+    def update(
+        self, obs: Any, actions: Any, next_obs: Any, rewards: Any, terminated: Any, noise: Any
+    ) -> None:
+        """Take one gradient step on a batch; noise [2, B, A] is for actions at next_obs and obs.
 
-        Nothing here waits for the device.
+        Gradients are dense, what comes out is masked. Nothing waits for the device.
         """
-        obs, actions, next_obs, rewards, discounts, noise = (t.to(self.device, self.dtype) for t in batch)
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
-        alpha = self.log_alpha.detach().exp()
+        args, alpha = self.args, self.log_alpha.detach().exp()
+        autocast = torch.autocast(self.device.type, torch.bfloat16, args.precision == "bf16")
         with torch.no_grad(), autocast:
             next_actions, log_prob = self.actor.sample(next_obs, noise[0])
             next_q = critic_values(self.targets, next_obs, next_actions).amin(0)  # [B]
-            td_target = self.args.reward_scale * rewards + discounts * (next_q - alpha * log_prob)
+            next_v = next_q - alpha * log_prob
+            td_target = args.reward_scale * rewards + args.gamma * (1 - terminated) * next_v
         with autocast:
-            q = critic_values(self.critics, obs, actions)  # [count, B]
-        losses = (q - td_target).square().mean(1)  # [count]
+            q = critic_values(self.stacks, obs, actions)  # [critics, B]
+        losses = (q - td_target).square().mean(1)  # [critics]
         losses.sum().backward()
         self.critic_optimizer.step()
         self.critic_optimizer.zero_grad()
         with torch.no_grad():
-            torch._foreach_mul_(self.weights[:3], self.masks[:3])
+            torch._foreach_mul_(self.weights[:-3], self.masks[:-3])
         with autocast:
             new_actions, log_prob = self.actor.sample(obs, noise[1])
-            new_q = critic_values(self.followed, obs, new_actions).amin(0)  # [B]; no gradient of the critics' weights
+            new_q = critic_values(self.followed, obs, new_actions).amin(0)  # [B]
         actor_loss = (alpha * log_prob - new_q).mean()
-        alpha_loss = -self.log_alpha.exp() * (log_prob.detach().mean() + self.target_entropy)
+        entropy_gap = log_prob.detach().mean() + args.target_entropy * self.num_actions
+        alpha_loss = -self.log_alpha.exp() * entropy_gap
         (actor_loss + alpha_loss).backward()
         self.actor_optimizer.step()
         self.actor_optimizer.zero_grad()
         with torch.no_grad():
-            torch._foreach_mul_(self.weights[3:], self.masks[3:])
-            torch._foreach_lerp_(self.targets, self.followed, self.args.tau)
-            torch._foreach_mul_(self.targets[::2], self.target_masks)
-            self.latest.copy_(torch.stack([*losses.view(-1, 2).mean(0), q.mean(), actor_loss, alpha, alpha_loss]))
-        return losses.detach()
+            torch._foreach_mul_(self.weights[-3:], self.masks[-3:])
+            torch._foreach_lerp_(list(self.targets), self.followed, args.tau)
+            torch._foreach_mul_(self.target_weights, self.masks[: len(self.target_weights)])
+            self.latest.copy_(torch.stack([*losses, q.mean(), actor_loss, alpha, alpha_loss]))
 
-    def networks(self, pair: int) -> nn.ModuleDict:
-        """Return the actor and copies of a pair of critics."""
-        qf1, qf2 = (one_critic(self.critics, 2 * pair + i) for i in range(2))
-        return nn.ModuleDict({"actor": self.actor, "qf1": qf1, "qf2": qf2})
-
-    def sac_report(self, pair: int) -> dict[str, float]:
-        """Return what is logged: the latest update's means over all critics, the sparsity of what is saved now."""
+    def losses(self) -> dict[str, float]:
+        """Return the losses of the latest update that are logged, means over all pairs."""
         names = ("qf1_loss", "qf2_loss", "q_values", "actor_loss", "alpha", "alpha_loss")
-        record = {f"losses/{name}": x for name, x in zip(names, self.latest.tolist()) if math.isfinite(x)}
-        return record | {f"sparsity/{key}": value for key, value in sparsity_report(self.networks(pair)).items()}
-    # <<< shared: sac-update
+        latest = torch.cat([self.latest[:-4].view(-1, 2).mean(0), self.latest[-4:]]).tolist()
+        return {f"losses/{name}": x for name, x in zip(names, latest) if math.isfinite(x)}
 
-    # >>> shared: sac-tensors
-    def sac_tensors(self) -> dict[str, Tensor]:
-        """Return by name every tensor that the next step depends on."""
-        named = {"log_alpha": self.log_alpha, "latest": self.latest}
-        named |= {f"critic.{i}": p for i, p in enumerate(self.critics)}
-        named |= {f"target.{i}": p for i, p in enumerate(self.targets)}
-        named |= {f"mask.{i}": mask for i, mask in enumerate(self.masks)}
-        named |= {f"actor.{name}": p for name, p in self.actor.named_parameters()}
-        for use, optimizer in (("critic", self.critic_optimizer), ("actor", self.actor_optimizer)):
-            for i, moments in enumerate(optimizer.state.values()):
-                named |= {f"{use}_adam.{i}.{name}": tensor for name, tensor in moments.items()}
-        return named
-    # <<< shared: sac-tensors
-
-    def update(self, batch: Batch) -> None:
-        """Take one gradient step with all K pairs on one batch."""
-        losses = self.sac_update(batch).view(-1, 2).sum(1)  # [K]
-        ema = self.args.loss_aggregation == "ema"
-        self.accumulated_loss.mul_(1 - self.args.tau if ema else 1.0).add_(losses, alpha=self.args.tau if ema else 1.0)
-
+    # <<< shared: sac-agent
     # >>> shared: captured-update
     def captured_update(self, replay: Any) -> None:
-        """Sample and update once; with --compile by replaying a CUDA graph, which the second call captures."""
-        if self.args.compile and self.warm and not self.graph:
-            self.graph = torch.cuda.CUDAGraph()
-            self.graph.register_generator_state(replay.generator)
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.update(replay.sample(self.args.batch_size))
+        """Sample and update once; --compile makes a CUDA graph of that."""
         if self.graph:
             self.graph.replay()
         else:
-            self.update(replay.sample(self.args.batch_size))
-        self.gradient_step, self.warm = self.gradient_step + 1, True
-    # <<< shared: captured-update
+            self.update(*replay.sample(self.args.batch_size))
+        if self.args.compile and not self.graph:  # the update above has loaded the kernels
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.register_generator_state(replay.generator)
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.update(*replay.sample(self.args.batch_size))
 
-    def learn(self, replay: Replay, updates: int) -> None:
-        """Sample and update `updates` times, with a choice when it is due."""
-        for _ in range(updates):
+    # <<< shared: captured-update
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what state_dict() has beside networks, masks and temperature."""
+        adams = [self.critic_optimizer.state_dict(), self.actor_optimizer.state_dict()]
+        rng = {use: rng.bit_generator.state for use, rng in self.rng.items()}
+        counters = (self.gradient_step, self.selected, self.candidate_sparsity)
+        return {"adams": adams, "rng": rng, "counters": counters}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what get_extra_state() gave."""
+        self.gradient_step, self.selected, self.candidate_sparsity = state["counters"]
+        self.sparsity = self.candidate_sparsity[0]
+        self.critic_optimizer.load_state_dict(state["adams"][0])
+        self.actor_optimizer.load_state_dict(state["adams"][1])
+        for use, rng in self.rng.items():
+            rng.bit_generator.state = state["rng"][use]
+
+    def learn(self, replay: Replay, step: int) -> None:
+        """Sample and update as often as is due by `step`, with a choice when it is due."""
+        ema = self.args.loss_aggregation == "ema"
+        while self.gradient_step < self.updates_by(step):
             self.captured_update(replay)
-            if self.gradient_step % self.args.prune_every == 0 and self.gradient_step < self.updates:
+            self.gradient_step += 1
+            losses = self.latest[:-4].view(-1, 2).sum(1)  # [K]
+            self.accumulated_loss.mul_(1 - self.args.tau if ema else 1)
+            self.accumulated_loss.add_(losses, alpha=self.args.tau if ema else 1)
+            if (
+                self.gradient_step % self.args.prune_every == 0
+                and self.gradient_step < self.horizon
+            ):
                 self.choose_and_prune()
-        self.losses = self.latest.tolist() if updates > 0 else self.losses
+
+    def best(self) -> int:
+        """Return the index of the smallest loss; NaN never wins, ties go to the lower index."""
+        return int(self.accumulated_loss.nan_to_num(math.inf, math.inf).argmin())
 
     @torch.no_grad()
     def choose_and_prune(self) -> None:
-        """Make pair 1 a copy of the best pair and the others pruned copies; the target takes over its mask."""
-        args, best = self.args, choose(self.accumulated_loss.tolist())
-        moments = [m for state in self.critic_optimizer.state.values() for m in (state["exp_avg"], state["exp_avg_sq"])]
-        stacks = [*self.critics, *moments, *self.masks[:3]]
-        chosen = [stack[2 * best : 2 * best + 2].clone() for stack in stacks]
-        limits = (self.updates, args.prune_every, args.max_sparsity_step)
-        sparsity = self.sparsity[best]
+        """Make pair 1 a copy of the best pair and the others its pruned copies."""
+        args, best = self.args, self.best()
+        self.sparsity, self.selected = self.candidate_sparsity[best], best + 1
         for k in range(args.num_networks):
-            for stack, copy_ in zip(stacks, chosen):
-                stack[2 * k : 2 * k + 2] = copy_
-            exponent = self.exponents.uniform(0, args.max_exponent) if k > 0 else 0.0
-            self.sparsity[k] = next_sparsity(sparsity, exponent, self.gradient_step, *limits)
-            for n in (2 * k, 2 * k + 1) if self.sparsity[k] > sparsity else ():
-                prune([w[n] for w in self.weights[:3]], [m[n] for m in self.masks[:3]], self.sparsity[k], args.scope)
-        torch._foreach_mul_(self.targets[::2], self.target_masks)
-        if args.prune_actor:
-            prune(self.weights[3:], self.masks[3:], sparsity, args.scope)
-        torch._foreach_mul_(self.weights, self.masks)
-        if args.reset_optimizer:
-            for state in self.critic_optimizer.state.values():
+            exponent = self.rng["exponent"].uniform(0, args.max_exponent) if k > 0 else 0.0
+            limits = (self.gradient_step, self.horizon, args)
+            self.candidate_sparsity[k] = sparsity = next_sparsity(self.sparsity, exponent, *limits)
+            for n in range(2):
+                network, source = self.critics[2 * k + n], self.critics[n if k else 2 * best + n]
+                network.load_state_dict(source.state_dict())
+                if sparsity > self.sparsity:
+                    prune(network, erk_densities(network, sparsity), self.rng["score"])
+        for state in self.critic_optimizer.state.values():
+            for moment in (state["exp_avg"], state["exp_avg_sq"]):
+                pairs = moment.unflatten(0, (-1, 2))
+                pairs.copy_(pairs[best].clone())
+            if args.reset_optimizer:
                 torch._foreach_zero_(list(state.values()))
+        torch._foreach_mul_(self.target_weights, self.masks[: len(self.target_weights)])
+        if args.prune_actor:
+            prune(self.actor, erk_densities(self.actor, self.sparsity), self.rng["score"])
         self.accumulated_loss.zero_()
-        self.selected = best + 1
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return by name every tensor that the next step depends on."""
-        return {"accumulated_loss": self.accumulated_loss} | self.sac_tensors()
+    def lost(self) -> bool:
+        """Tell whether a loss that the actor depends on is not finite: pair 1's or its own."""
+        losses = torch.cat([self.latest[:2], self.latest[-3:]])
+        return self.gradient_step > 0 and not bool(losses.isfinite().all())
 
-    def state(self) -> dict[str, Any]:
-        """Return the rest of what the next step depends on, as JSON."""
-        names = ("gradient_step", "selected", "sparsity")
-        generators = [rng.bit_generator.state for rng in (self.rng, self.exponents)]
-        return {"numbers": {name: getattr(self, name) for name in names}, "rng": generators}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a state()."""
-        vars(self).update(state["numbers"])
-        self.rng.bit_generator.state, self.exponents.bit_generator.state = state["rng"]
-
-    def best(self) -> nn.ModuleDict:
-        """Return the networks to save: the actor and the pair of critics with the smallest loss."""
-        return self.networks(choose(self.accumulated_loss.tolist()))
+    def networks(self) -> nn.ModuleDict:
+        """Return the networks to save: the actor and the pair of the smallest loss."""
+        qf1, qf2 = self.critics[2 * self.best() : 2 * self.best() + 2]
+        return nn.ModuleDict({"actor": self.actor, "qf1": qf1, "qf2": qf2})
 
     def report(self) -> dict[str, float]:
-        """Return what is logged beside the episodes."""
-        record = {"sparsity/target": self.sparsity[0]} | self.sac_report(choose(self.accumulated_loss.tolist()))
-        record |= {f"sparsity/candidate_{k}": s for k, s in enumerate(self.sparsity, 1)}
+        """Return what is logged: of the latest update, and of the networks to save."""
+        record = self.losses() | sparsity_report(self.networks())
+        record |= {"sparsity/target": self.sparsity}
+        record |= {f"sparsity/candidate_{k}": s for k, s in enumerate(self.candidate_sparsity, 1)}
         return record | ({"sparsity/selected": self.selected} if self.selected else {})
 
 
-# >>> shared: mujoco-evaluation
-def require_pictures(flag: str, env_id: str) -> None:
-    """Exit unless episodes can be filmed here. To be called first of all: MuJoCo's import settles how it draws."""
-    if not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen
+def main(args: Args) -> None:
+    """Train, evaluate the policy, and leave the run's folder."""
+    device = find_device(args)
+    envs = MujocoEnvs(args.env_id, args.num_envs, args.seed)
+    agent = EauDeSAC(args, envs.obs.shape[1], envs.num_actions, device)
+    # >>> shared: mujoco-loop
+    replay = Replay(args, device, envs)
+    run = Run(args, envs.title)
+    step, returns, epoch_return = 0, list[float](), None  # returns: of this epoch's episodes
+    if saved := run.load():
+        step, returns, epoch_return = saved["progress"]
+        play_again(envs, replay, saved["episodes"], run)
+        agent.load_state_dict(saved["agent"])
+        replay.generator.set_state(saved["sampling"])
+    bar = progress_bar(args.total_timesteps, step, "step")
+
+    def passed(period: int) -> bool:
+        """Tell whether this step reaches or crosses a multiple of `period`."""
+        return step // period > previous // period
+
+    while step < args.total_timesteps:
+        previous, step = step, step + args.num_envs
+        ended = step >= args.total_timesteps
+        # Act, step and store.
+        obs = envs.obs
+        actions = agent.act(obs, explore=previous < args.learning_starts)
+        replay.add(obs, actions, *envs.step(actions)[:3])
+        for score, length in envs.episodes:
+            run.log(step, {"charts/episodic_return": score, "charts/episodic_length": length})
+            returns.append(score)
+            text = f"return {score:.1f}, sparsity {agent.sparsity:.3f}"
+            bar.set_postfix_str(text, refresh=False)
+        # Learn and prune; the targets follow at every gradient step.
+        agent.learn(replay, step)
+        if agent.lost():
+            kept = f"checkpoint {run.newest or 'none'} is kept"
+            require(False, f"step {step}: the losses are {agent.latest.tolist()}; {kept}", 1)
+        # Log.
+        bar.update(min(step, args.total_timesteps) - previous)
+        if ended or passed(args.epoch_steps) or passed(1000):
+            record = agent.report() | {
+                "charts/SPS": bar.format_dict["rate"] or 0.0,
+                "charts/learning_rate": args.learning_rate,
+                "charts/buffer_size": replay.count,
+                "memory/replay_bytes": replay.table.nbytes,
+                "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            }
+            if passed(args.epoch_steps):
+                epoch_return, returns = sum(returns) / len(returns) if returns else None, []
+                record |= {} if epoch_return is None else {"charts/epoch_return": epoch_return}
+                record |= {} if ended else evaluate(agent.actor, args)
+            run.log(step, record)
+        # Save.
+        if run.stops or ended or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
+            state = {"progress": (step, returns, epoch_return), "agent": agent.state_dict()}
+            episodes = [bytes(envs.actions), envs.began, torch.from_numpy(envs.obs)]
+            state |= {"episodes": episodes, "sampling": replay.generator.get_state()}
+            run.save(step, state)
+        require(not run.stops, f"stopped at step {step}; go on with --resume {run.path}", 75)
+
+    bar.close()
+    scores = evaluate(agent.actor, args, run)
+    run.finish(step, agent.networks(), scores, epoch_return=epoch_return)
+
+
+# <<< shared: mujoco-loop
+# >>> shared: mujoco-envs
+def make_env(env_id: str) -> gym.Env:
+    """Make Gymnasium's environment (Hopper: Hopper-v5); it must have vectors of real numbers."""
     try:
-        MujocoEnvs(env_id, 1, 0, render_mode="rgb_array").picture()
-    except Exit:
-        raise
+        import mujoco  # not at the top, as the environment variable may be wrong
     except Exception as error:  # of many kinds, as the drawing libraries see fit
-        hint = " (without a screen MuJoCo draws with EGL, or with OSMesa if MUJOCO_GL=osmesa)"
-        hint = "" if isinstance(error, gym.error.DependencyNotInstalled) else hint  # which says what to install
-        raise Exit(2, f"{flag}: {env_id} cannot be filmed here: {' '.join(str(error).split())}{hint}") from None
+        text = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot be imported with it"
+        require(False, f"{text} ({' '.join(str(error).split())})")
+    quiet = "deprecated"
+    mujoco.set_mju_user_warning(
+        lambda text: None if quiet in text else print(text, file=sys.stderr)
+    )
+    name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
+    near = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.3)) or "none"
+    require(name != "", f"--env-id {env_id}: no such environment; the nearest are: {near}")
+    try:
+        env = gym.make(name, disable_env_checker=True)
+    except (gym.error.Error, ImportError) as error:
+        require(False, f"--env-id {env_id} cannot be made: {' '.join(str(error).split())}")
+    obs: Any = env.observation_space
+    actions: Any = env.action_space
+    fits = all(isinstance(space, gym.spaces.Box) for space in (obs, actions))
+    fits = fits and all(len(x.shape) == 1 and x.shape[0] > 0 for x in (obs, actions))
+    fits = fits and actions.dtype.kind == "f" and actions.is_bounded()
+    text = "needs a vector of observations and one of bounded continuous actions"
+    require(fits, f"--env-id {env_id}: {text}")
+    return env
+
+
+class MujocoEnvs:
+    """N copies of an environment; actions in [-1, 1] are rescaled to its bounds.
+
+    `obs` [N, O] float32 is what the agent sees now: after an end, the next episode's start. Each
+    episode has a seed of its own, from (seed, environment, step). So all of it follows from seeds
+    and actions, which is how a run is restored.
+    """
+
+    def __init__(self, env_id: str, num_envs: int, seed: int) -> None:
+        self.envs: list[Any] = [make_env(env_id) for _ in range(num_envs)]
+        space = self.envs[0].action_space
+        self.middle, self.half = (space.high + space.low) / 2, (space.high - space.low) / 2
+        self.title, self.num_actions = self.envs[0].spec.id, len(space.low)
+        self.seed, self.steps, self.actions = seed, 0, bytearray()  # all actions, N to a step
+        self.began = [list[int]() for _ in range(num_envs)]  # the steps before which episodes began
+        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
+        self.obs = np.zeros((num_envs, *self.envs[0].observation_space.shape), np.float32)
+        for i in range(num_envs):
+            self.begin(i)
+
+    def begin(self, i: int) -> None:
+        """Begin an episode of environment i."""
+        self.began[i].append(self.steps)
+        seed = np.random.SeedSequence((self.seed, i, self.steps)).generate_state(1)[0]
+        self.obs[i], _ = self.envs[i].reset(seed=int(seed))
+        self.returns[i] = self.lengths[i] = 0
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Take a step with actions [N, A] in [-1, 1]; where an episode ends, the next begins.
+
+        Returns next_obs [N, O], before any new beginning, and rewards, terminated, ended [N].
+        `episodes` has the undiscounted return and the length of each episode that ended.
+        """
+        self.actions += actions.tobytes()
+        self.steps += 1
+        moves = self.middle + self.half * actions
+        results = [env.step(move) for env, move in zip(self.envs, moves)]
+        next_obs, rewards, terminated, truncated = map(np.array, list(zip(*results))[:4])
+        ended = terminated | truncated
+        self.returns += rewards
+        self.lengths += 1
+        self.episodes = list(zip(self.returns[ended].tolist(), self.lengths[ended].tolist()))
+        self.obs = next_obs.astype(np.float32)
+        for i in np.flatnonzero(ended).tolist():
+            self.begin(i)
+        return next_obs, rewards, terminated, ended
 
 
 @torch.no_grad()
-def evaluate_actor(actor: Actor, env_id: str, episodes: int, seed: int, video: Path | None = None) -> list[float]:
-    """Play episodes together by the mean action; return their returns. `video`: film the first there (mp4)."""
-    envs, scores, weight = MujocoEnvs(env_id, episodes, seed), dict[int, float](), actor.output.weight
-    if video:  # the same episode once more: its seed and actions are the first environment's
-        film = MujocoEnvs(env_id, 1, seed, render_mode="rgb_array")
-        (height, width), fps = film.picture().shape[:2], film.envs[0].metadata["render_fps"]
-        writer = imageio_ffmpeg.write_frames(str(video.absolute()), (width, height), fps=fps, macro_block_size=2)
-        writer.send(None)
-    while len(scores) < episodes:
-        actions = actor(torch.from_numpy(envs.obs).to(weight.device, weight.dtype))[0].tanh().cpu().numpy()
-        if video and 0 not in scores:
-            writer.send(film.picture())
-            film.step(actions[:1])
-        steps = envs.step(actions)
-        for i, (score, _) in zip(np.flatnonzero(steps.ended), steps.episodes):
-            scores.setdefault(int(i), score)
-    if video:
-        writer.close()
-    return [scores[i] for i in range(episodes)]
-# <<< shared: mujoco-evaluation
+def evaluate(actor: Actor, args: Args, run: Run | None = None) -> dict[str, float]:
+    """Play --eval-episodes together by the mean action; return what is logged of them.
+
+    Their seeds are always the same, and none of training's. With `run` a signal ends it.
+    """
+    n, device = args.eval_episodes, actor.output.weight.device
+    if n == 0:
+        return {}
+    envs, over, scores = MujocoEnvs(args.env_id, n, args.seed + 1_000_000), np.zeros(n), np.zeros(n)
+    while envs.steps < args.eval_steps and not over.all():
+        mean, _ = actor(torch.from_numpy(envs.obs).to(device))
+        _, rewards, _, ended = envs.step(mean.tanh().cpu().numpy())
+        scores += np.where(over, 0, rewards)
+        over = np.logical_or(over, ended)
+        if run:
+            require(not run.stops, f"stopped; go on with --resume {run.path}", 75)
+    return {"eval/episodic_return": float(scores.mean()), "eval/episodes": n}
 
 
-# >>> shared: mujoco-judge
-def judge(actor: Actor, args: Args, video: Path | None = None) -> dict[str, float]:
-    """Return what is logged of an evaluation, whose seeds are always the same and none of training's."""
-    scores = evaluate_actor(actor, args.env_id, args.eval_episodes, args.seed + 1_000_000, video)
-    return {"eval/episodic_return": float(np.mean(scores)), "eval/episodes": len(scores)}
-# <<< shared: mujoco-judge
+# <<< shared: mujoco-envs
+# >>> shared: mujoco-replay
+class Replay:
+    """Uniform replay of the last --buffer-size transitions: rows of a table on the device.
 
-
-# >>> shared: run-directory
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file that a crash leaves whole or absent."""
-    with open(temporary := path.with_name(f".{path.name}.tmp"), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-
-
-class Run:
-    """A run's folder: flags, versions, metrics.jsonl (the source of truth), TensorBoard events, checkpoints, the model.
-
-    checkpoint/STEP is the SHA-256 of the rest, a line of JSON (counters, random generators, the games' past) and the
-    tensors in safetensors' format. The last two are kept.
+    A ring of N rows per step of all N environments: obs, actions, next_obs, reward, terminated.
     """
 
-    def __init__(self, args: Args, title: str, device: torch.device, disk_needed: float) -> None:
-        self.args, self.path = args, Path(args.resume or args.run_dir)
-        while not (args.resume or args.run_dir):
-            self.path = Path("runs", f"{title}__{Path(__file__).stem}__{args.seed}__{int(time.time())}")
-            with suppress(FileExistsError):  # of a run that began in the same second
-                self.path.mkdir(parents=True)
-                break
-            time.sleep(0.1)
-        self.folder = self.path / "checkpoint"
-        if not args.resume:
-            free = shutil.disk_usage(next(p for p in self.path.absolute().parents if p.exists())).free
-            fresh = not self.path.exists() or (self.path.is_dir() and not any(self.path.glob("[!.]*")))
-            require(fresh, f"--run-dir {self.path} exists: give a new folder, or go on with --resume {self.path}")
-            print(f"{self.path}: checkpoints take up to {disk_needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free")
-            require(free > disk_needed, f"--run-dir {self.path}: too little disk is free for checkpoints")
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self.begin()
-                flags = {"script": Path(__file__).name} | asdict(args)
-                write_file(self.path / "args.json", json.dumps(flags, indent=1).encode())
-            except OSError as error:
-                raise Exit(2, f"--run-dir {self.path} cannot be made ({error})") from None
-        else:
-            self.begin()
-        self.folder.mkdir(exist_ok=True)
-        if not (self.path / "versions.json").exists():
-            head = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-            commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
-            where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform()
-            names = ("torch", "numpy", "gymnasium", "ale-py", "mujoco", "minari", "h5py", "tyro")
-            packages = {name: found.version for name in names for found in [*distributions(name=name)][:1]}
-            versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version, "device": where,
-                        "threads": torch.get_num_threads(), "packages": packages}
-            write_file(self.path / "versions.json", json.dumps(versions, indent=1).encode())
+    def __init__(self, args: Args, device: torch.device, envs: MujocoEnvs) -> None:
+        self.num_envs, obs_size = envs.obs.shape
+        self.rows = math.ceil(args.buffer_size / self.num_envs)  # steps that are kept
+        self.sizes = [obs_size, envs.num_actions, obs_size, 1, 1]
+        self.table = torch.zeros(self.rows * self.num_envs, sum(self.sizes), device=device)
+        self.filled = torch.zeros((), dtype=torch.long, device=device)  # count, on the device
+        self.step = self.count = 0
+        self.generator = torch.Generator(device).manual_seed(args.seed)
 
-    def begin(self) -> None:
-        """Take the folder for this process alone, and begin at W&B; Exit, leaving nothing new, if one refuses."""
-        lock = self.path / ".lock"
-        self.lock = open(lock, "a")  # a process that is killed leaves it free
-        ours = os.environ.get("RUN_LOCK") != str(self.path)  # else benchmark/launch.py has locked it for us
+    def add(self, obs: Any, actions: Any, next_obs: Any, rewards: Any, terminated: Any) -> None:
+        """Store one step of all environments: arrays of N rows."""
+        columns = [obs, actions, next_obs, rewards, terminated]
+        rows = torch.from_numpy(np.column_stack(columns).astype(np.float32))
+        start = self.step % self.rows * self.num_envs
+        self.table[start : start + self.num_envs] = rows
+        self.step += 1
+        self.count = min(self.step, self.rows) * self.num_envs
+        self.filled.fill_(self.count)
+
+    def sample(self, batch_size: int) -> tuple[Tensor, ...]:
+        """Draw transitions uniformly, with replacement, without waiting for the device.
+
+        Returns obs [B, O], actions [B, A], next_obs [B, O], rewards, terminated [B], and standard
+        normal noise [2, B, A], all float32.
+        """
+        random: Any = {"device": self.table.device, "generator": self.generator}
+        draw = torch.rand(batch_size, dtype=torch.float64, **random)
+        noise = torch.randn(2, batch_size, self.sizes[1], **random)
+        batch = self.table[(draw * self.filled).long()].split(self.sizes, 1)
+        return *batch[:3], batch[3][:, 0], batch[4][:, 0], noise
+
+
+def play_again(envs: MujocoEnvs, replay: Replay, episodes: list[Any], run: Run) -> None:
+    """Play a checkpoint's episodes again, from the last that began before all the replay holds."""
+    past, began, obs = episodes
+    actions = np.frombuffer(past, np.float32).reshape(-1, len(envs.envs), envs.num_actions)
+    first = max(0, len(actions) - replay.rows)
+    begins = np.array([max(step for step in steps if step <= first) for steps in began])
+    envs.steps = replay.step = int(begins.min())
+    envs.actions = bytearray(actions[: envs.steps].tobytes())
+    bar = progress_bar(len(actions), envs.steps, "step", "playing again")
+    for row in actions[envs.steps :]:
+        for i in np.flatnonzero(begins == envs.steps).tolist():
+            envs.begin(i)  # before, it played something else
+        seen = envs.obs
+        replay.add(seen, row, *envs.step(row)[:3])
+        bar.update()
+        require(not run.stops, f"stopped; go on with --resume {run.path}", 75)
+    bar.close()
+    envs.began = began
+    same = np.array_equal(envs.obs, obs.numpy())
+    require(same, "--resume: the episodes went another way; it takes the packages of versions.json")
+
+
+# <<< shared: mujoco-replay
+# >>> shared: run
+class Run:
+    """A run's folder: records (metrics.jsonl is the source of truth), checkpoints, the model."""
+
+    def __init__(self, args: Args, title: str) -> None:
+        name = f"{title}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 1000}"
+        self.args, self.path = args, Path(args.resume or args.run_dir or f"runs/{name}")
+        self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
+        fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
+        line = f"--run-dir {self.path}: exists; to go on with the run in it, --resume {self.path}"
+        require(fresh or args.resume != "", line)
+        if args.track:
+            import wandb
+
+            name = re.sub(r"[^\w.-]", "-", self.path.resolve().name)  # what W&B takes
+            own: Any = {"id": name, "resume": "allow", "project": args.wandb_project}
+            wandb.init(**own, config=vars(args), sync_tensorboard=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path / ".lock", "a")
         try:
-            if ours:
+            if os.environ.get("RUN_LOCK") != str(self.path):  # benchmark/launch.py has locked it
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Exit(2, f"{self.path}: another process is at work on this run") from None
-        if not self.args.track:
-            return
-        import wandb
+            require(False, f"{self.path}: another process is at work on this run")
+        if fresh:
+            git = ["sh", "-c", "git rev-parse HEAD"]  # where there is no git, nothing is said
+            head = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True).stdout
+            packages = {d.name: d.version for d in reversed([*distributions()])}
+            cpu = args.device == "cpu"
+            facts: dict[str, Any] = {"commit": head.decode().strip() or None}
+            facts["device"] = platform.platform() if cpu else torch.cuda.get_device_name()
+            facts |= {"python": sys.version, "packages": packages}
+            self.write("versions.json", json.dumps(facts, indent=1).encode())
+            flags = {"script": Path(__file__).name} | vars(args)
+            self.write("args.json", json.dumps(flags, indent=1).encode())
+        self.stops: list[int] = []  # signals; under nohup SIGHUP asks nothing
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda number, _: self.stops.append(number))
 
-        name, flags = self.path.resolve().name, asdict(self.args)
-        own: dict[str, Any] = {"id": re.sub(r"[^\w.-]", "-", name), "name": name, "dir": self.path, "resume": "allow"}
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file that a crash leaves whole or absent."""
         try:
-            self.wandb = wandb.init(project=self.args.wandb_project, config=flags, **own)
-        except wandb.Error as error:
-            if not self.args.resume:  # so that the corrected command is accepted
-                shutil.rmtree(self.path / "wandb", ignore_errors=True)
-                if ours:
-                    lock.unlink()
-                with suppress(OSError):  # what was there before stays
-                    self.path.rmdir()
-            hint = f"WANDB_MODE=offline needs no account; --wandb-project is {self.args.wandb_project}"
-            raise Exit(2, f"--track: {error} ({hint})") from None
+            with open(self.path / ".tmp", "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(self.path / ".tmp", self.path / name)
+        except OSError as error:
+            require(False, f"{self.path / name} cannot be written ({error})", 1)
 
-    def load(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-        """Return state and tensors of the newest whole checkpoint, None before the first; cut the records back to it.
-
-        A damaged checkpoint is named, and the one before it is used.
-        """
-        facts: dict[str, Any] = {"step": 0, "seconds": 0.0, "metrics": 0, "state": None}
-        found, damaged, tensors = sorted(self.folder.glob("[0-9]*"), reverse=True), list[Path](), dict[str, Tensor]()
-        for path in found:
-            digest, _, body = path.read_bytes().partition(b"\n")
-            if hashlib.sha256(body).hexdigest().encode() == digest:
-                line, _, data = body.partition(b"\n")
-                facts, tensors = json.loads(line), load(data)
+    def load(self) -> dict[str, Any]:
+        """Return the newest whole checkpoint, {} before the first; cut the records back to it."""
+        state, paths = dict[str, Any](), sorted(self.folder.iterdir(), reverse=True)
+        for path in paths:
+            data = path.read_bytes()
+            if path.name.endswith(hashlib.sha256(data).hexdigest()):
+                state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
+                self.newest = path.name
+                print(f"{self.path}: going on from step {state['step']}")
                 break
             print(f"{path} is damaged; looking for the checkpoint before it", file=sys.stderr)
-            damaged.append(path)
-        if found and damaged == found:
-            raise Exit(1, f"{self.folder}: no checkpoint is whole; nothing was changed")
-        self.metrics = open(self.path / "metrics.jsonl", "ab")
-        if self.metrics.tell() < facts["metrics"]:
-            raise Exit(1, f"{self.metrics.name} is shorter than when the checkpoint was written")
-        for path in damaged:
-            path.unlink()
-        self.metrics.truncate(facts["metrics"])
-        self.metrics.seek(0, os.SEEK_END)
-        self.board = SummaryWriter(str(self.path), purge_step=facts["step"] + 1)
-        self.start, self.saved_at, self.saved = time.time() - facts["seconds"], time.monotonic(), facts["step"]
-        return facts["state"], tensors
+        require(bool(state or not paths), f"{self.folder}: no checkpoint is whole", 1)
+        self.start = time.time() - state.get("seconds", 0.0)
+        self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
+        whole = self.metrics.tell() >= state.get("metrics", 0)
+        require(whole, f"{self.metrics.name} is shorter than when the checkpoint was written")
+        self.metrics.truncate(state.get("metrics", 0))
+        self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
+        return state
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append one record to metrics.jsonl and give it to TensorBoard and W&B."""
-        record = {"step": step, "seconds": round(time.time() - self.start, 3), **values}
+        """Append a record to metrics.jsonl, and give it to TensorBoard."""
+        record = {"step": step, "seconds": round(time.time() - self.start, 3)} | values
         self.metrics.write(json.dumps(record).encode() + b"\n")
-        self.metrics.flush()
         for key, value in values.items():
             self.board.add_scalar(key, value, step)
-        if self.args.track:
-            self.wandb.log(values, step=step)
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Write a checkpoint and delete all but the last two; Exit if it cannot be written."""
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint, named by its step and SHA-256; the one before it is kept."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
-        facts = {"step": step, "seconds": time.time() - self.start, "state": state, "metrics": self.metrics.tell()}
-        masks = {name: t.bool() for name, t in tensors.items() if name.startswith("mask")}
-        copies = {name: t.detach().cpu().contiguous() for name, t in (tensors | masks).items()}
-        body = json.dumps(facts).encode() + b"\n" + save(copies)
-        try:
-            write_file(self.folder / f"{step:012d}", hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-        except OSError as error:
-            raise Exit(1, f"{self.folder}: no checkpoint could be written ({error}); the last one is kept") from None
-        for path in sorted(self.folder.iterdir())[:-2]:  # .names, which interrupted writes leave, come first
-            path.unlink()
-        self.saved, self.saved_at = step, time.monotonic()
+        state |= {"step": step, "seconds": time.time() - self.start, "metrics": self.metrics.tell()}
+        torch.save(state, data := io.BytesIO())
+        name = f"{step:012d}-{hashlib.sha256(data.getbuffer()).hexdigest()}"
+        self.write(f"checkpoint/{name}", data.getvalue())
+        for path in self.folder.iterdir():
+            if path.name not in (name, self.newest):
+                path.unlink()
+        self.newest, self.saved_at = name, time.monotonic()
 
-    def finish(self, step: int, network: nn.Module, judge: Callable[[Path | None], dict[str, float]],
-               epoch_return: Callable[[], float | None]) -> None:
-        """Save the network, evaluate it by judge(file for the video), write final.json, tell the user what came out."""
-        weights = {name: p.detach().contiguous() + 0.0 for name, p in network.named_parameters()}  # no -0.0
-        write_file(self.path / "model.safetensors", save(weights))
-        video = self.path / "evaluation.mp4" if self.args.capture_video else None
-        result = dict[str, float]()
-        if self.args.eval_episodes:
-            print(f"evaluating over {self.args.eval_episodes} episodes")
-            try:
-                result = judge(video)
-            except OSError as error:
-                if not video:
-                    raise
-                print(f"{video}: no film could be made ({error}); evaluating without", file=sys.stderr)
-                result = judge(None)
-            self.log(step, result)
+    def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
+        """Save the network with its flags, write final.json, and tell what came out."""
+        flags = {"script": Path(__file__).name} | vars(self.args) | {"run_dir": "", "resume": ""}
+        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
+        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))  # without -0.0
+        if scores:
+            self.log(step, scores)
         self.board.close()
-        report = {f"sparsity/{key}": value for key, value in sparsity_report(network).items()} | result
-        seconds = time.time() - self.start
-        final = {"status": "finished", "step": step, "seconds": seconds, "epoch_return": epoch_return()}
-        write_file(self.path / "final.json", json.dumps(final | report, indent=1).encode())
-        for key, value in report.items():
-            print(f"{key:36} " + (f"{value:12,.0f}" if float(value).is_integer() else f"{value:12,.6g}"))
-        print(f"finished {step} steps in {seconds / 60:.1f} minutes; everything is in {self.path}")
-# <<< shared: run-directory
+        final = {"status": "finished", "step": step, "seconds": time.time() - self.start} | facts
+        text = json.dumps(final | scores | sparsity_report(network), indent=1)
+        self.write("final.json", text.encode())
+        for path in self.folder.iterdir():
+            path.unlink()
+        print(f"{text}\neverything is in {self.path}")
 
 
-# >>> shared: command-line
-def parse(argv: list[str]) -> Args:
-    """Return the flags of the command line; with --resume those of the run."""
-    args = tyro.cli(Args, args=argv, description=(__doc__ or "").partition("\n")[0])
-    if not any(flag.startswith("--resume") for flag in argv):
-        return args
-    others = [flag for flag in argv if flag.startswith("--") and not flag.startswith("--resume")]
-    require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
-    try:
-        flags = json.loads(Path(args.resume, "args.json").read_text())
-        require(flags.pop("script") == Path(__file__).name, f"--resume {args.resume}: the run of another script")
-        return Args(**flags | {"resume": args.resume or "."})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Exit(2, f"--resume {args.resume}: no run of this script is there ({error})") from None
+def require(accepted: bool, line: str, status: int = 2) -> None:
+    """End with a line unless `accepted`: 2 is bad input, 1 a fault, 75 stopped and resumable."""
+    if not accepted:
+        tqdm.write(f"{Path(__file__).name}: {line}", sys.stderr)
+        sys.exit(status)
+
+
+def check_ranges(args: Args) -> None:
+    """Refuse values outside their flag's range."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        for low, high, text in getattr(hint, "__metadata__", ())[:1]:
+            flag, value = name.replace("_", "-"), getattr(args, name)
+            require(low <= value <= high, f"--{flag} {value}: must be {text}")
 
 
 def find_device(args: Args) -> torch.device:
-    """Return the device of --device; Exit if this machine has none such or it cannot do what the flags ask."""
-    count = torch.cuda.device_count()
-    known = ["auto", "cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
-    require(args.device in known, f"--device {args.device}: this machine has {', '.join(known)}")
-    first = "cuda:0" if count else "cpu"
-    device = torch.device({"auto": first, "cuda": first}.get(args.device, args.device))
-    require(device.type == "cuda" or not args.compile, "--compile: only with --device cuda; it gains nothing on CPU")
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-# <<< shared: command-line
+    """Return the device of --device; fp32 means fp32 there."""
+    known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
+    name = {"auto": known[0], "cuda": "cuda:0"}.get(args.device, args.device)
+    require(name in known, f"--device {args.device}: this machine has {', '.join(known)}")
+    require(name != "cpu" or not args.compile, "--compile: only with --device cuda")
+    torch.backends.cudnn.allow_tf32 = False
+    if name != "cpu":
+        torch.cuda.set_device(name)
+    args.device = name  # a run is resumed where it began: generators differ between devices
+    return torch.device(name)
 
 
-# >>> shared: entry
-def keep_freed_memory() -> None:
-    """Let glibc reuse freed blocks; else every update faults its gradients' pages in anew, a fifth of its time."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            mallopt(option, value)
+def progress_bar(total: int, initial: int, unit: str, about: str = "") -> tqdm:
+    """Return a bar; where the output is no terminal, a plain line now and then."""
+    options: Any = {"unit": unit, "desc": about, "unit_scale": True, "dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        options |= {
+            "mininterval": 30,
+            "bar_format": "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n",
+        }
+    return tqdm(total=total, initial=initial, **options)
+
+
+def parse() -> Args:
+    """Return the flags of the command line; with --resume those of the run."""
+    groups = make_dataclass("Flags", [(c.__name__.lower(), c) for c in reversed(Args.__bases__)])
+    about, config = (__doc__ or "").partition("\n")[0], (tyro.conf.OmitArgPrefixes,)
+    parts = vars(tyro.cli(groups, description=about, config=config)).values()
+    args = Args(**{name: value for part in parts for name, value in vars(part).items()})
+    if not any(flag.startswith("--resume") for flag in sys.argv):
+        return args
+    others = [x for x in sys.argv[1:] if x.startswith("--") and not x.startswith("--resume")]
+    require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
+    try:
+        saved = json.loads(Path(args.resume, "args.json").read_text())
+        require(saved.pop("script") == Path(__file__).name, "--resume: the run of another script")
+        args = Args(**saved | {"resume": args.resume or "."})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        require(False, f"--resume {args.resume}: no run of this script is there ({error})")
+    finished = Path(args.resume, "final.json").exists()
+    require(not finished, f"{args.resume} is finished; nothing is left to do", 0)
+    return args
 
 
 class Output(io.FileIO):
-    """Standard output or error, whose reader may go away (| head, a closed terminal): then it is silent."""
+    """Standard output or error; what nobody reads any more is dropped, and ends no run."""
 
     def write(self, data: Any) -> int:
-        """Write what somebody can read."""
+        """Write what can be written."""
         with suppress(OSError):
             return super().write(data) or len(data)
         return len(data)
 
 
-def outlive_readers() -> None:
-    """Let no output end a run: not a broken pipe, not a terminal that is gone, not a stream that was closed."""
-    for fd, name in ((1, "stdout"), (2, "stderr")):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-        stream = io.BufferedWriter(Output(fd, "w", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))
-
-
-def command_line(main: Callable[[Args], None]) -> None:
+def command_line() -> None:
     """Run main; a fault ends it with one line and an exit status."""
-    keep_freed_memory()
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # glibc keeps freed memory:
+        mallopt(option, value)  # else every update faults its gradients' pages in anew
     try:
-        main(parse(sys.argv[1:]))
-    except (Exit, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise  # a fault of ours, which deserves its traceback
-        hint = "" if isinstance(error, OSError) else "these flags need more memory than there is: "
-        status, line = error.args if isinstance(error, Exit) else (1, f"{hint}{str(error).splitlines()[0]}")
-        print(f"{Path(__file__).name}: {line}", file=sys.stderr)
-        sys.exit(status)
-# <<< shared: entry
-
-
-def main(args: Args) -> None:
-    """Train, evaluate the policy, and leave the run folder."""
-    # >>> shared: start
-    if args.resume and Path(args.resume, "final.json").exists():
-        print(f"{args.resume} is finished; nothing is left to do")
-        return
-    device, total = find_device(args), args.total_timesteps
-    step, epoch_return = 0, None
-    run, stops, training = None, list[int](), False
-
-    def stop(signum: int, _: Any) -> None:
-        """Stop with a checkpoint where the loop next looks; at once before its first and after its last step."""
-        stops.append(signum)
-        if training:
-            line = "\nstopping with a checkpoint\n"
+        main(parse())
+    except Exception as error:
+        if "allocate" in str(error):
+            about = "these flags need more memory than there is: "
+        elif type(error).__module__.startswith("wandb"):
+            about = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
+        elif isinstance(error, OSError):
+            about = ""
         else:
-            hint = f"go on with --resume {run.path}" if run else "no run was begun"
-            line = f"{Path(__file__).name}: stopped at step {step}; {hint}\n"
-        with suppress(OSError):  # whether anybody reads it decides nothing
-            os.write(2, line.encode())
-        if not training:
-            os._exit(75)  # an exception could come up in the middle of anything
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, stop)
-    # <<< shared: start
-    # >>> shared: mujoco-start
-    returns, recent = list[float](), list[float]()  # of the episodes of this epoch, of the latest
-    if total <= args.learning_starts:
-        print(f"nothing will be learned: --total-timesteps {total} is within --learning-starts {args.learning_starts}")
-    if args.capture_video:
-        require_pictures("--capture-video", args.env_id)
-    envs = MujocoEnvs(args.env_id, args.num_envs, args.seed)
-    # <<< shared: mujoco-start
-    agent = EauDeSAC(args, envs.obs.shape[1], envs.num_actions, device)
-    # >>> shared: mujoco-go-on
-    replay, tensors = Replay(args.buffer_size, envs, device, args.seed, args.gamma), agent.tensors()
-    actions_size = 4 * envs.num_actions * total
-    run = Run(args, envs.title, device, 3 * (actions_size + sum(t.nbytes for t in tensors.values())))
-    state, saved = run.load()
-    if state:
-        step, epoch_return, returns = state["counters"]
-        print(f"{run.path}: going on from step {step}; the episodes are played again")
-        agent.restore(state["agent"])
-        sampling = torch.tensor(state["sampling"], dtype=torch.uint8)
-        same = len(sampling) == len(replay.generator.get_state())
-        require(same, f"--resume {run.path}: its replay was on another kind of device, which it needs again")
-        replay.generator.set_state(sampling)
-        first = step // args.num_envs - replay.rows
-        for row, actions, steps in envs.restore(state["episodes"], saved["actions"], first):
-            replay.step = row
-            replay.add(actions, steps, envs.obs)
-        for name, tensor in tensors.items():
-            tensor.detach().copy_(saved[name])
-    # <<< shared: mujoco-go-on
-    # >>> shared: bar
-    tty, shown = sys.stderr.isatty(), (step, time.monotonic())
-    shape = "{percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt} {remaining} left {desc}"
-    bar = tqdm(total=total, initial=step, unit="step", unit_scale=True, dynamic_ncols=True,
-               mininterval=0.5 if tty else 30, bar_format="{bar:10}" + shape if tty else shape + "\n")
-    # <<< shared: bar
-
-    # >>> shared: mujoco-loop
-    training = True
-    while step < total:
-        now = step + args.num_envs
-        # Act and step.
-        actions = agent.act(envs.obs, explore=step < args.learning_starts)
-        steps = envs.step(actions)
-        # Store.
-        replay.add(actions, steps, envs.obs)
-        for score, length in steps.episodes:
-            run.log(now, {"charts/episodic_return": score, "charts/episodic_length": length})
-            returns, recent = [*returns, score], [*recent, score][-10:]
-        # Learn and prune; the target moves with every update.
-        updates = math.floor(now * args.replay_ratio) - math.floor(max(step, args.learning_starts) * args.replay_ratio)
-        agent.learn(replay, updates)
-        if not all(map(math.isfinite, agent.losses)):
-            bar.close()
-            last = f"step {run.saved} in {run.folder}" if run.saved else "none yet"
-            raise Exit(1, f"the losses became {agent.losses} at step {now}; last checkpoint: {last}")
-        # Log.
-        bar.set_description_str(f"return {np.mean(recent or 0):.1f} sparsity {agent.sparsity[0]:.3f}", False)
-        bar.update(min(now, total) - step)
-        epoch_ends = now // args.epoch_steps > step // args.epoch_steps
-        if epoch_ends or now >= total or now // 1000 > step // 1000:
-            speed = (now - shown[0]) / (time.monotonic() - shown[1])
-            record = {"charts/SPS": speed, "charts/learning_rate": args.learning_rate,
-                      "charts/buffer_size": len(replay), "memory/replay_bytes": replay.nbytes,
-                      "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-            if epoch_ends:
-                epoch_return, returns = sum(returns) / len(returns) if returns else None, []
-                record |= {} if epoch_return is None else {"charts/epoch_return": epoch_return}
-                record |= judge(agent.actor, args) if args.eval_episodes and now < total else {}
-            run.log(now, record | agent.report())
-            shown = (now, time.monotonic())
-        step = now
-        # Save.
-        if stops or step >= total or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
-            state = {"counters": (step, epoch_return, returns), "agent": agent.state(), "episodes": envs.past(),
-                     "sampling": replay.generator.get_state().tolist()}
-            run.save(step, tensors | {"actions": envs.played()}, state)
-            if stops:
-                bar.close()
-                raise Exit(75, f"stopped at step {step}; go on with --resume {run.path}")
-
-    training = False
-    bar.close()
-    run.finish(step, agent.best(), lambda video: judge(agent.actor, args, video), lambda: epoch_return)
-    # <<< shared: mujoco-loop
+            raise  # a fault of ours, which deserves its traceback
+        require(False, about + str(error).splitlines()[0], 1)
 
 
 if __name__ == "__main__":
-    outlive_readers()
-    command_line(main)
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass  # what stands for a stream that was closed
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        stream = io.BufferedWriter(Output(fd, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))
+    command_line()
+# <<< shared: run
