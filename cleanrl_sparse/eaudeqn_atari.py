@@ -311,7 +311,7 @@ class EauDeQN(nn.Module):
         """Take one gradient step with all networks on a batch. Nothing waits for the device."""
         with torch.no_grad(), self.autocast:
             next_q = self.target(next_obs).max(1).values
-            td_target = rewards + self.args.gamma * (1 - terminated) * next_q  # [B]
+            td_target = rewards + self.args.gamma * next_q * (1 - terminated)  # [B]
         with self.autocast:  # a loop: vmap and grouped convolutions were slower (see the docs)
             q = [network(obs).gather(1, actions[:, None]) for network in self.online]
         q_taken = torch.cat(q, 1).T  # [K, B]
@@ -354,8 +354,9 @@ class EauDeQN(nn.Module):
             if self.sparsity[k] > sparsity:
                 prune(network, erk_densities(network, self.sparsity[k]), self.rng["score"])
             if args.reset_optimizer or not math.isfinite(self.losses[k]):
-                for p in network.parameters():
-                    torch._foreach_zero_(list(self.optimizer.state[p].values()))
+                states = [self.optimizer.state[p] for p in network.parameters()]
+                for tensor in (tensor for state in states for tensor in state.values()):
+                    tensor.zero_()
         self.accumulated_loss.zero_()
         self.losses, self.selected = np.zeros(len(self.online)), best + 1
 
