@@ -215,7 +215,7 @@ def critic_values(stacks: list[Tensor], obs: Tensor, actions: Tensor) -> Tensor:
 
 
 def critic_network(stacks: list[Tensor], n: int) -> nn.Sequential:
-    """Return the n-th critic as a network on [B, O + A], with masks; it shares the memory."""
+    """Return the n-th critic as a network on [B, O + A] that shares the memory of its tensors."""
     parts = OrderedDict[str, nn.Module]()
     for i, (weight, bias) in enumerate(zip(stacks[::2], stacks[1::2]), 1):
         layer = nn.Linear(weight.shape[1], weight.shape[2], device="meta")
@@ -223,9 +223,7 @@ def critic_network(stacks: list[Tensor], n: int) -> nn.Sequential:
         layer.bias = nn.Parameter(bias.detach()[n, 0])
         last = 2 * i == len(stacks)
         parts |= {"output": layer} if last else {f"dense{i}": layer, f"relu{i}": nn.ReLU()}
-    network = nn.Sequential(parts)
-    add_masks(network)
-    return network
+    return nn.Sequential(parts)
 
 
 # <<< shared: sac-networks
@@ -320,7 +318,6 @@ class EauDeSAC(nn.Module):
         self.args, self.num_actions, self.device, k = args, num_actions, device, args.num_networks
         torch.manual_seed(args.seed)
         self.actor = Actor(obs_size, num_actions, 256 * args.width, layers=2).to(device)
-        add_masks(self.actor)
         pair = critic_stacks(2, obs_size + num_actions, 256 * args.width, layers=2)
         # All start as copies of one pair. The order is 1a, 1b, 2a, 2b, ...
         self.stacks = [stack.repeat(k, 1, 1).to(device).requires_grad_() for stack in pair]
@@ -334,6 +331,8 @@ class EauDeSAC(nn.Module):
         self.register_buffer("accumulated_loss", torch.zeros(k, device=device))
         # Weights of the critics, then three of the actor; the targets' are masked as pair 1's.
         networks = [*self.critics, self.actor]
+        for network in networks:
+            add_masks(network)
         self.weights = [w for network in networks for w in prunable(network).values()]
         self.masks = [mask for network in networks for mask in network.buffers()]
         self.target_weights = [stack[n].T for n in range(2) for stack in self.targets[::2]]
