@@ -112,7 +112,7 @@ class Reference:
         optimizer.step()
 
     def update(self, batch: Any, masks: list[Tensor]) -> list[float]:
-        """Return each critic's loss before its step. `masks`: three of each network, the actor last."""
+        """Return each critic's loss before its step. `masks`: three of each, the actor last."""
         obs, actions, next_obs, rewards, terminated, noise = batch
         discounts = self.args.gamma * (1 - terminated)
         alpha = self.log_alpha.exp().detach()
