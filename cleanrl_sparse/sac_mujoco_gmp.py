@@ -210,12 +210,12 @@ def critic_values(stacks: list[Tensor], obs: Tensor, actions: Tensor) -> Tensor:
 
 
 def critic_network(stacks: list[Tensor], n: int) -> nn.Sequential:
-    """Return the n-th critic as a network on [B, O + A] that shares the memory of its tensors."""
+    """Return the n-th critic as a network on [B, O + A]; it shares the detached stacks' memory."""
     parts = OrderedDict[str, nn.Module]()
     for i, (weight, bias) in enumerate(zip(stacks[::2], stacks[1::2]), 1):
         layer = nn.Linear(weight.shape[1], weight.shape[2], device="meta")
-        layer.weight = nn.Parameter(weight.detach()[n].T)
-        layer.bias = nn.Parameter(bias.detach()[n, 0])
+        layer.weight = nn.Parameter(weight[n].T)
+        layer.bias = nn.Parameter(bias[n, 0])
         last = 2 * i == len(stacks)
         parts |= {"output": layer} if last else {f"dense{i}": layer, f"relu{i}": nn.ReLU()}
     return nn.Sequential(parts)
@@ -545,10 +545,7 @@ def make_env(env_id: str) -> gym.Env:
     except Exception as error:  # of many kinds, as the drawing libraries see fit
         text = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot be imported with it"
         require(False, f"{text} ({' '.join(str(error).split())})")
-    quiet = "deprecated"
-    mujoco.set_mju_user_warning(
-        lambda text: None if quiet in text else print(text, file=sys.stderr)
-    )
+    mujoco.set_mju_user_warning(lambda x: "deprecated" in x or sys.stderr.write(f"{x}\n"))
     name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
     near = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.3)) or "none"
     require(name != "", f"--env-id {env_id}: no such environment; the nearest are: {near}")
