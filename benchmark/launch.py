@@ -58,19 +58,44 @@ STOPPED = 75  # exit status of a run that was asked to stop and left a checkpoin
 STATES = ("waiting", "queued", "running", "stopped", "failed", "done")
 # SMOKE=1: what makes a run tiny, by the part of the script's name that tells its family.
 TINY = {
-    "atari rainbow": {"env-id": ["Breakout"], "total-timesteps": ["2000"], "learning-starts": ["1900"],
-                      "buffer-size": ["2000"], "batch-size": ["8", "16"], "epoch-steps": ["1000"],
-                      "target-every": ["50"], "prune-every": ["5"], "analysis-every": ["2000"],
-                      "eval-episodes": ["0"], "width": ["1", "2"]},
-    "mujoco": {"env-id": ["Hopper-v5"], "total-timesteps": ["1200"], "learning-starts": ["1000"], "batch-size": ["32"],
-               "epoch-steps": ["400"], "prune-every": ["20"], "eval-episodes": ["2"], "width": ["1"]},
-    "offline": {"dataset": ["tests/data/hopper-random.hdf5"], "env-id": ["Hopper-v5"], "total-timesteps": ["60"],
-                "batch-size": ["32"], "epoch-steps": ["20"], "eval-episodes": ["2"]},
-}  # fmt: skip
+    "atari rainbow": {
+        "env-id": ["Breakout"],
+        "total-timesteps": ["2000"],
+        "learning-starts": ["1900"],
+        "buffer-size": ["2000"],
+        "batch-size": ["8", "16"],
+        "epoch-steps": ["1000"],
+        "target-every": ["50"],
+        "prune-every": ["5"],
+        "analysis-every": ["2000"],
+        "eval-episodes": ["0"],
+        "width": ["1", "2"],
+    },
+    "mujoco": {
+        "env-id": ["Hopper-v5"],
+        "total-timesteps": ["1200"],
+        "learning-starts": ["1000"],
+        "batch-size": ["32"],
+        "epoch-steps": ["400"],
+        "prune-every": ["20"],
+        "eval-episodes": ["2"],
+        "width": ["1"],
+    },
+    "offline": {
+        "dataset": ["tests/data/hopper-random.hdf5"],
+        "env-id": ["Hopper-v5"],
+        "total-timesteps": ["60"],
+        "batch-size": ["32"],
+        "epoch-steps": ["20"],
+        "eval-episodes": ["2"],
+    },
+}
 
 
 class Output(io.FileIO):
-    """Standard output or error, whose reader may go away (| head, a closed terminal): then it is silent."""
+    """Standard output or error, whose reader may go away (| head, a closed terminal): then it is
+    silent.
+    """
 
     def write(self, data: Any) -> int:
         """Write what somebody can read."""
@@ -80,7 +105,9 @@ class Output(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """Let no output end a launch: not a broken pipe, not a terminal that is gone, not a stream that was closed."""
+    """Let no output end a launch: not a broken pipe, not a terminal that is gone, not a stream that
+    was closed.
+    """
     for fd, name in ((1, "stdout"), (2, "stderr")):
         try:
             os.fstat(fd)
@@ -137,8 +164,15 @@ class TrainingRun:
 
     def command(self) -> list[str]:
         """Return what begins the run, after the script's name."""
-        values = {name: str(RUNS / value[1:]) if value[:1] == "@" else value for name, value in self.flags.items()}
-        return [*(w for name, value in values.items() for w in (f"--{name}", value) if w), "--run-dir", str(self.path)]
+        values = {
+            name: str(RUNS / value[1:]) if value[:1] == "@" else value
+            for name, value in self.flags.items()
+        }
+        return [
+            *(w for name, value in values.items() for w in (f"--{name}", value) if w),
+            "--run-dir",
+            str(self.path),
+        ]
 
     def last_line(self) -> str:
         """Return the last line that the run printed."""
@@ -150,9 +184,14 @@ class TrainingRun:
             total = json.loads((self.path / "args.json").read_text())["total_timesteps"]
             with open(self.path / "metrics.jsonl", "rb") as file:
                 start = file.seek(max(0, os.path.getsize(file.name) - 65536))
-                lines = file.read().split(b"\n")[start > 0 : -1]  # the first and the last may be cut
+                lines = file.read().split(b"\n")[
+                    start > 0 : -1
+                ]  # the first and the last may be cut
             records = [json.loads(line) for line in lines]
-            step, speed = records[-1]["step"], [r["charts/SPS"] for r in records if "charts/SPS" in r][-1]
+            step, speed = (
+                records[-1]["step"],
+                [r["charts/SPS"] for r in records if "charts/SPS" in r][-1],
+            )
         except (OSError, LookupError, ValueError):
             return "just begun"
         hours, minutes = divmod(round((total - step) / max(speed, 1e-9) / 60), 60)
@@ -170,7 +209,9 @@ def last_line(path: Path) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, so that launchers do not write the same manifest or submit the same runs at a time."""
+    """Hold a lock file, so that launchers do not write the same manifest or submit the same runs at
+    a time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -180,7 +221,10 @@ def locked(path: Path) -> Iterator[None]:
 def read(grid: str) -> list[TrainingRun]:
     """Return the runs of a grid's manifest; a run that two curves share comes twice."""
     try:
-        return [TrainingRun(**json.loads(line)) for line in (RUNS / f"{grid}.jsonl").read_text().splitlines()]
+        return [
+            TrainingRun(**json.loads(line))
+            for line in (RUNS / f"{grid}.jsonl").read_text().splitlines()
+        ]
     except FileNotFoundError:
         known = ", ".join(sorted(p.stem for p in RUNS.glob("*.jsonl"))) or "none"
         refuse(f"{RUNS / grid}.jsonl is not there; grids in {RUNS}: {known}")
@@ -194,18 +238,30 @@ def unique(runs: list[TrainingRun]) -> list[TrainingRun]:
 
 
 def defaults(script: str) -> dict[str, object]:
-    """Return the flags of a script, without dashes, and their defaults, from its text: importing it imports torch."""
+    """Return the flags of a script, without dashes, and their defaults.
+
+    They are read from its text, from Args and what it inherits: to import it would import torch.
+    """
     if not (SCRIPTS / script).is_file():
-        refuse(f"{script}: not in cleanrl_sparse/, which has {', '.join(sorted(p.name for p in SCRIPTS.glob('*.py')))}")
-    classes = [n for n in ast.parse((SCRIPTS / script).read_text()).body if isinstance(n, ast.ClassDef)]
-    fields = [f for c in classes if c.name == "Args" for f in c.body if isinstance(f, ast.AnnAssign)]
-    fields = [f for f in fields if not ast.unparse(f.annotation).startswith("ClassVar")]
-    found = {f.target.id.replace("_", "-"): f.value for f in fields if isinstance(f.target, ast.Name) and f.value}
-    return {name: ast.literal_eval(value) for name, value in found.items() if name not in ("run-dir", "resume")}
+        known = ", ".join(sorted(path.name for path in SCRIPTS.glob("*.py")))
+        refuse(f"{script}: not in cleanrl_sparse/, which has {known}")
+    body = ast.parse((SCRIPTS / script).read_text()).body
+    classes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+    bases = [ast.unparse(base) for base in classes["Args"].bases]
+    owners = [classes[name] for name in ("Args", *bases) if name in classes]
+    found = {}
+    for node in (node for owner in owners for node in owner.body):
+        if not isinstance(node, ast.AnnAssign) or node.value is None:
+            continue
+        if "ClassVar" not in ast.unparse(node.annotation):
+            found[ast.unparse(node.target).replace("_", "-")] = ast.literal_eval(node.value)
+    return {name: value for name, value in found.items() if name not in ("run-dir", "resume")}
 
 
 def identity(script: str, flags: dict[str, str], known: dict[str, object]) -> str:
-    """Return the id of a run: the same however numbers are written and whether defaults are given or not."""
+    """Return the id of a run: the same however numbers are written and whether defaults are given
+    or not.
+    """
 
     def normal(value: object) -> object:
         try:
@@ -213,8 +269,12 @@ def identity(script: str, flags: dict[str, str], known: dict[str, object]) -> st
         except ValueError:
             return value
 
-    values = {name.removeprefix("no-") if value == "" else name: (name in known) if value == "" else normal(value)
-              for name, value in flags.items()}  # fmt: skip
+    values = {
+        name.removeprefix("no-") if value == "" else name: (name in known)
+        if value == ""
+        else normal(value)
+        for name, value in flags.items()
+    }
     other = {name: value for name, value in values.items() if value != normal(known[name])}
     return hashlib.sha256(json.dumps([script, sorted(other.items())]).encode()).hexdigest()[:12]
 
@@ -233,7 +293,10 @@ def values_of(words: list[str], script: str, known: dict[str, object]) -> dict[s
                 refuse(f"{word}: given twice")
             lists[name] = []
         elif not lists or word in lists[name]:
-            refuse(f"{word}: " + (f"twice in --{name}" if lists else "expected --flag VALUE ... after the script"))
+            refuse(
+                f"{word}: "
+                + (f"twice in --{name}" if lists else "expected --flag VALUE ... after the script")
+            )
         else:
             lists[name].append(word)
     for name, values in lists.items():
@@ -243,17 +306,24 @@ def values_of(words: list[str], script: str, known: dict[str, object]) -> dict[s
 
 
 def add(grid: str, curve: str, script: str, words: list[str]) -> None:
-    """Write a curve into the manifest: a run for every combination of the flags' values, in place of what it had.
+    """Write a curve into the manifest: a run for every combination of the flags' values, in place
+    of what it had.
 
-    Words are --flag VALUE ...; a flag without a value is a switch. The value @CURVE is the folder of that curve's run
-    with the same environment, seed and other flags.
+    Words are --flag VALUE ...; a flag without a value is a switch. The value @CURVE is the folder
+    of that curve's run with the same environment, seed and other flags.
     """
     known = defaults(script)
-    lists = values_of(words, script, known) | values_of(shlex.split(os.environ.get("FLAGS", "")), script, known)
+    lists = values_of(words, script, known) | values_of(
+        shlex.split(os.environ.get("FLAGS", "")), script, known
+    )
     if SMOKE:
-        tiny = next((flags for part, flags in TINY.items() if any(p in script for p in part.split())), {})
+        tiny = next(
+            (flags for part, flags in TINY.items() if any(p in script for p in part.split())), {}
+        )
         few = {name: values[:2] for name, values in lists.items()}
-        lists = few | {n: values[: len(few.get(n, [""]))] for n, values in tiny.items() if n in known}
+        lists = few | {
+            n: values[: len(few.get(n, [""]))] for n, values in tiny.items() if n in known
+        }
     manifest, runs = RUNS / f"{grid}.jsonl", list[TrainingRun]()
     others = read(grid) if manifest.exists() and not DRY else []
     for values in itertools.product(*(values or [""] for values in lists.values())):
@@ -262,13 +332,26 @@ def add(grid: str, curve: str, script: str, words: list[str]) -> None:
             if value.startswith("@"):
                 flags[name] = value if DRY else f"@{find(others, value[1:], flags, grid)}"
         key, data = identity(script, flags, known), Path(flags.get("dataset", ""))
-        title = (data.stem if data.suffix == ".hdf5" else str(data)).strip("/.") or flags.get("env-id", "default")
+        title = (data.stem if data.suffix == ".hdf5" else str(data)).strip("/.") or flags.get(
+            "env-id", "default"
+        )
         folder = f"{title.replace('/', '-')}__{Path(script).stem}__{flags.get('seed', '1')}__{key}"
         runs.append(TrainingRun(key, curve, script, flags, folder))
     if DRY:
-        for flag, value in {(n, v) for run in runs for n, v in run.flags.items() if v.startswith("@")}:
-            print(f"launch.py: DRY=1: --{flag} {value} will be the folder of a run of that curve", file=sys.stderr)
-        print("".join(shlex.join(["python", f"cleanrl_sparse/{script}", *r.command()]) + "\n" for r in runs), end="")
+        for flag, value in {
+            (n, v) for run in runs for n, v in run.flags.items() if v.startswith("@")
+        }:
+            print(
+                f"launch.py: DRY=1: --{flag} {value} will be the folder of a run of that curve",
+                file=sys.stderr,
+            )
+        print(
+            "".join(
+                shlex.join(["python", f"cleanrl_sparse/{script}", *r.command()]) + "\n"
+                for r in runs
+            ),
+            end="",
+        )
         return
     replace(grid, curve, runs)
     print(f"{grid}: {curve}: {len(runs)} run{'s' * (len(runs) != 1)}")
@@ -279,36 +362,57 @@ def replace(grid: str, curve: str, runs: list[TrainingRun]) -> None:
     manifest, temporary = RUNS / f"{grid}.jsonl", RUNS / f".{grid}.jsonl"
     try:
         with locked(RUNS / f".{grid}.lock"):
-            others = [run for run in (read(grid) if manifest.exists() else []) if run.curve != curve]
-            temporary.write_text("".join(json.dumps(asdict(run)) + "\n" for run in [*others, *runs]))
+            others = [
+                run for run in (read(grid) if manifest.exists() else []) if run.curve != curve
+            ]
+            temporary.write_text(
+                "".join(json.dumps(asdict(run)) + "\n" for run in [*others, *runs])
+            )
             temporary.replace(manifest)
     except OSError as error:
         refuse(f"{manifest} cannot be written ({error.strerror})")
 
 
 def find(runs: list[TrainingRun], curve: str, flags: dict[str, str], grid: str) -> str:
-    """Return the folder of the one run of a curve that has the same values of all flags that both have."""
+    """Return the folder of the one run of a curve that has the same values of all flags that both
+    have.
+    """
     mine = [run for run in runs if run.curve == curve]
-    same = [run for run in mine if all(run.flags[name] == flags[name] for name in run.flags.keys() & flags.keys())]
+    same = [
+        run
+        for run in mine
+        if all(run.flags[name] == flags[name] for name in run.flags.keys() & flags.keys())
+    ]
     if len(same) != 1:
-        refuse(f"@{curve}: {grid} must have one run of that curve with the same flags, it has {len(same)}")
+        refuse(
+            f"@{curve}: {grid} must have one run of that curve with the same flags, it has {len(same)}"
+        )
     return same[0].folder
 
 
 def gpus() -> list[str]:
-    """Return the GPUs of this machine as CUDA_VISIBLE_DEVICES names them; none without NVIDIA's tools."""
+    """Return the GPUs of this machine as CUDA_VISIBLE_DEVICES names them; none without NVIDIA's
+    tools.
+    """
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in given.split(",") if name not in ("", "-1")]
     if not shutil.which("nvidia-smi"):
         return []
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    listing = subprocess.run(
+        ["nvidia-smi", "-L"], capture_output=True, text=True, check=False
+    ).stdout
     return [str(i) for i in range(sum(line.startswith("GPU ") for line in listing.splitlines()))]
 
 
 def slots(number: int, threads: str) -> list[dict[str, str]]:
-    """Return what the environment of so many runs at a time has beside ours; the GPUs take turns."""
+    """Return what the environment of so many runs at a time has beside ours; the GPUs take
+    turns.
+    """
     devices = gpus()
-    chosen = [{"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else {} for i in range(number)]
+    chosen = [
+        {"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else {}
+        for i in range(number)
+    ]
     return [{"OMP_NUM_THREADS": threads} | slot for slot in chosen]
 
 
@@ -335,43 +439,68 @@ def begin(run: TrainingRun, slot: int, environment: dict[str, str]) -> Child | N
         os.close(lock)
         return None
     words = ["--resume", str(run.path)] if (run.path / "args.json").exists() else run.command()
-    with open(run.path / ".log", "ab") as log:  # a session of its own: the terminal's Ctrl-C comes through us, once
-        process = subprocess.Popen([sys.executable, SCRIPTS / run.script, *words], stdin=subprocess.DEVNULL, stdout=log,
-                                   stderr=log, env=os.environ | environment | {"RUN_LOCK": str(run.path)},
-                                   pass_fds=[lock], start_new_session=True)  # fmt: skip
+    with open(
+        run.path / ".log", "ab"
+    ) as log:  # a session of its own: the terminal's Ctrl-C comes through us, once
+        process = subprocess.Popen(
+            [sys.executable, SCRIPTS / run.script, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=os.environ | environment | {"RUN_LOCK": str(run.path)},
+            pass_fds=[lock],
+            start_new_session=True,
+        )
     os.ftruncate(lock, 0)
-    os.write(lock, f"{socket.gethostname()} {process.pid} {environment.get('CUDA_VISIBLE_DEVICES', '')}\n".encode())
+    os.write(
+        lock,
+        f"{socket.gethostname()} {process.pid} {environment.get('CUDA_VISIBLE_DEVICES', '')}\n".encode(),
+    )
     return Child(run, process, lock, slot)
 
 
 @dataclass
 class Outcome:
-    """What became of runs that are not done: lines about those that failed or broke off, and how many were stopped."""
+    """What became of runs that are not done: lines about those that failed or broke off, and how
+    many were stopped.
+    """
 
     failed: dict[str, str] = field(default_factory=dict)  # by the run's id
-    broken: list[str] = field(default_factory=list)  # killed, or cancelled: no fault of the run's own
+    broken: list[str] = field(
+        default_factory=list
+    )  # killed, or cancelled: no fault of the run's own
     stopped: int = 0
 
 
 def work(runs: list[TrainingRun], room: list[dict[str, str]]) -> Outcome:
     """Run what is neither done nor failed, as many at a time as there is room.
 
-    Room has a slot for each run at a time, see slots(). Runs that another launcher has begun are waited for, and those
-    that failed may be retried in the meantime.
+    Room has a slot for each run at a time, see slots(). Runs that another launcher has begun are
+    waited for, and those that failed may be retried in the meantime.
     """
     stops: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: stops.append(number))
-    pending, children, outcome = [run for run in runs if run.state != "done"], list[Child](), Outcome()
+    pending, children, outcome = (
+        [run for run in runs if run.state != "done"],
+        list[Child](),
+        Outcome(),
+    )
     done, told, taken = len(runs) - len(pending), 0, list[str]()
     while children or (pending and not stops):
         for run in [run for run in runs if run.id in outcome.failed and run.state != "failed"]:
             pending.append(run)
             del outcome.failed[run.id]
         free = [i for i in range(len(room)) if i not in {child.slot for child in children}]
-        before, taken = len(taken), [gpu for run in pending if (gpu := run.gpu_here) is not None] if free else taken
+        before, taken = (
+            len(taken),
+            [gpu for run in pending if (gpu := run.gpu_here) is not None] if free else taken,
+        )
         if len(taken) > before:
-            print(f"{len(taken)} runs of other launchers are under way here and take their room", flush=True)
+            print(
+                f"{len(taken)} runs of other launchers are under way here and take their room",
+                flush=True,
+            )
         for gpu in taken[: len(free)]:
             same = [i for i in free if room[i].get("CUDA_VISIBLE_DEVICES") == gpu]
             free.remove((same or free)[-1])
@@ -388,7 +517,10 @@ def work(runs: list[TrainingRun], room: list[dict[str, str]]) -> Outcome:
                 pending.remove(run)
                 free.pop(0)
                 verb = "go on with" if state == "stopped" else "begin"
-                print(f"[{done}/{len(runs)} done, {len(outcome.failed)} failed] {verb} {run.folder}", flush=True)
+                print(
+                    f"[{done}/{len(runs)} done, {len(outcome.failed)} failed] {verb} {run.folder}",
+                    flush=True,
+                )
         if len(stops) > told:
             told = len(stops)
             for child in children:
@@ -399,12 +531,18 @@ def work(runs: list[TrainingRun], room: list[dict[str, str]]) -> Outcome:
             status, run = child.process.returncode, child.run
             if status == 0 and (run.path / "final.json").exists():
                 done += 1
-            elif status == STOPPED or (stops and status == -signal.SIGTERM):  # the latter while it was starting
+            elif status == STOPPED or (
+                stops and status == -signal.SIGTERM
+            ):  # the latter while it was starting
                 outcome.stopped += 1
             elif status < 0:
-                outcome.broken.append(f"{run.folder} was killed by signal {-status}: {run.last_line()}")
+                outcome.broken.append(
+                    f"{run.folder} was killed by signal {-status}: {run.last_line()}"
+                )
             else:
-                outcome.failed[run.id] = f"{run.folder} ended with status {status}: {run.last_line()}"
+                outcome.failed[run.id] = (
+                    f"{run.folder} ended with status {status}: {run.last_line()}"
+                )
                 (run.path / ".failed").write_text(f"{status}\n")
                 print(f"launch.py: {outcome.failed[run.id]}", file=sys.stderr, flush=True)
             os.close(child.lock)
@@ -433,7 +571,9 @@ def report(grid: str, runs: list[TrainingRun], outcome: Outcome) -> int:
         print(f"launch.py: {hint}", file=sys.stderr)
     if outcome.failed:
         hint = f"after mending it: python benchmark/launch.py retry {grid}, and launch again"
-        print(f"launch.py: {len(outcome.failed)} of {len(runs)} runs failed; {hint}", file=sys.stderr)
+        print(
+            f"launch.py: {len(outcome.failed)} of {len(runs)} runs failed; {hint}", file=sys.stderr
+        )
         return 1
     if unfinished:
         return STOPPED
@@ -444,13 +584,22 @@ def report(grid: str, runs: list[TrainingRun], outcome: Outcome) -> int:
 def slurm(*command: str, text: str | None = None, may_fail: bool = False) -> str:
     """Return what a command of Slurm's prints; end with its error, unless it may fail."""
     # Within a job, the settings of that job are not meant for those that are submitted from it.
-    environment = {name: v for name, v in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
+    environment = {
+        name: v
+        for name, v in os.environ.items()
+        if not name.startswith("SLURM_") or name == "SLURM_CONF"
+    }
     try:
-        result = subprocess.run(command, input=text, capture_output=True, text=True, check=False, env=environment)
+        result = subprocess.run(
+            command, input=text, capture_output=True, text=True, check=False, env=environment
+        )
     except FileNotFoundError:
         refuse(f"{command[0]}, a program of Slurm's, is not installed here")
     if result.returncode and not may_fail:
-        said = "; ".join((result.stderr or result.stdout).split("\n")).strip("; ") or f"status {result.returncode}"
+        said = (
+            "; ".join((result.stderr or result.stdout).split("\n")).strip("; ")
+            or f"status {result.returncode}"
+        )
         refuse(f"{command[0]}: {said.removeprefix(f'{command[0]}: ')}")
     return result.stdout
 
@@ -458,7 +607,8 @@ def slurm(*command: str, text: str | None = None, may_fail: bool = False) -> str
 def queued() -> set[str]:
     """Return the ids of the runs, of all grids in RUNS, that wait or run under Slurm.
 
-    A job array is named after the file of its tasks, so that nothing needs to be remembered between submissions.
+    A job array is named after the file of its tasks, so that nothing needs to be remembered between
+    submissions.
     """
     ids = set[str]()
     if not [*(RUNS / ".slurm").glob("*.tasks")]:
@@ -472,14 +622,22 @@ def queued() -> set[str]:
 
 
 def submit(runs: list[TrainingRun], args: argparse.Namespace) -> int:
-    """Submit what is neither done nor failed nor queued as job arrays, wait for the end; return the exit status."""
+    """Submit what is neither done nor failed nor queued as job arrays, wait for the end; return the
+    exit status.
+    """
     config = slurm("scontrol", "show", "config")
-    limit = int(next(line.split("=")[1] for line in config.splitlines() if line.startswith("MaxArraySize")))
+    limit = int(
+        next(line.split("=")[1] for line in config.splitlines() if line.startswith("MaxArraySize"))
+    )
     with locked(RUNS / ".slurm" / "lock"):
         alive = queued()
-        waiting = [run for run in runs if run.id not in alive and run.state in ("waiting", "stopped")]
+        waiting = [
+            run for run in runs if run.id not in alive and run.state in ("waiting", "stopped")
+        ]
         later = set[str]()
-        packs = [waiting[i : i + args.runs_per_job] for i in range(0, len(waiting), args.runs_per_job)]
+        packs = [
+            waiting[i : i + args.runs_per_job] for i in range(0, len(waiting), args.runs_per_job)
+        ]
         tasks = [" ".join(run.id for run in pack) for pack in packs]
         for start in range(0, len(tasks), limit):
             try:
@@ -493,27 +651,46 @@ def submit(runs: list[TrainingRun], args: argparse.Namespace) -> int:
     alive, seen, lost = {run.id for run in runs} - later, set[str](), set[str]()
     while True:
         states = {run.id: run.state for run in runs}
-        unfinished = {key for key, state in states.items() if key not in later and state not in ("done", "failed")}
+        unfinished = {
+            key
+            for key, state in states.items()
+            if key not in later and state not in ("done", "failed")
+        }
         # A task may end between two looks, and another launcher may be running it here.
         lost = {key for key in unfinished if states[key] != "running"} - alive - seen
         if not unfinished - lost:
             break
-        counts = Counter("queued" if key in alive and s in ("waiting", "stopped") else s for key, s in states.items())
-        print(", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]), flush=True)
+        counts = Counter(
+            "queued" if key in alive and s in ("waiting", "stopped") else s
+            for key, s in states.items()
+        )
+        print(
+            ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]), flush=True
+        )
         time.sleep(args.poll_seconds)
         with suppress(SystemExit):  # squeue did not answer, and has said so
             alive, seen = queued(), alive
-    failed = {run.id: f"{run.folder} failed: {run.last_line()}" for run in runs if states[run.id] == "failed"}
+    failed = {
+        run.id: f"{run.folder} failed: {run.last_line()}"
+        for run in runs
+        if states[run.id] == "failed"
+    }
     logs = {key: last_line(log) for key, log in task_logs(args.grid).items() if key in lost}
     said = {run.id: run.last_line() or logs.get(run.id, "") for run in runs if run.id in lost}
     broken = [f"{run.folder} left the queue: {said[run.id]}" for run in runs if run.id in lost]
-    return report(args.grid, runs, Outcome(failed, broken, sum(states[key] not in ("done", "failed") for key in later)))
+    return report(
+        args.grid,
+        runs,
+        Outcome(failed, broken, sum(states[key] not in ("done", "failed") for key in later)),
+    )
 
 
 def task_logs(grid: str) -> dict[str, Path]:
     """Return for each run the log of the latest task that it belonged to."""
     logs = dict[str, Path]()
-    for file in sorted((RUNS / ".slurm").glob(f"{grid}-*.tasks"), key=lambda file: file.stat().st_mtime):
+    for file in sorted(
+        (RUNS / ".slurm").glob(f"{grid}-*.tasks"), key=lambda file: file.stat().st_mtime
+    ):
         for i, line in enumerate(file.read_text().splitlines()):
             logs |= dict.fromkeys(line.split(), file.with_name(f"{file.stem}-{i}.log"))
     return logs
@@ -522,20 +699,39 @@ def task_logs(grid: str) -> dict[str, Path]:
 def submit_array(tasks: list[str], known: list[TrainingRun], args: argparse.Namespace) -> None:
     """Submit one job array, a task for each line of run ids; `known` has these runs.
 
-    What they are is written down for the tasks, as the manifest may be another one by the time they begin.
+    What they are is written down for the tasks, as the manifest may be another one by the time they
+    begin.
     """
     text = "".join(f"{line}\n" for line in tasks)
     name = f"{args.grid}-{hashlib.sha256(f'{RUNS.resolve()}{text}'.encode()).hexdigest()[:8]}"
     file = (RUNS / ".slurm" / f"{name}.tasks").absolute()
     runs = min(args.runs_per_job, len(tasks[0].split()))
-    options = [f"--job-name={name}", f"--array=0-{len(tasks) - 1}", f"--output={file.with_suffix('')}-%a.log",
-               "--open-mode=append", "--requeue", f"--signal=TERM@{args.seconds_to_stop}", f"--time={args.time}",
-               "--ntasks=1", f"--cpus-per-task={runs * args.cpus_per_run}", f"--mem={runs * args.gib_per_run}G",
-               *([f"--gpus={args.gpus_per_job}"] if args.gpus_per_job else []),
-               *([f"--partition={args.partition}"] if args.partition else []),
-               *([f"--account={args.account}"] if args.account else []), *shlex.split(args.sbatch)]  # fmt: skip
-    command = [sys.executable, str(Path(__file__).resolve()), "work", args.grid, "--tasks", str(file)]
-    # As a step, since a batch script itself gets no signal when its job is preempted with a time of grace.
+    options = [
+        f"--job-name={name}",
+        f"--array=0-{len(tasks) - 1}",
+        f"--output={file.with_suffix('')}-%a.log",
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=TERM@{args.seconds_to_stop}",
+        f"--time={args.time}",
+        "--ntasks=1",
+        f"--cpus-per-task={runs * args.cpus_per_run}",
+        f"--mem={runs * args.gib_per_run}G",
+        *([f"--gpus={args.gpus_per_job}"] if args.gpus_per_job else []),
+        *([f"--partition={args.partition}"] if args.partition else []),
+        *([f"--account={args.account}"] if args.account else []),
+        *shlex.split(args.sbatch),
+    ]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "work",
+        args.grid,
+        "--tasks",
+        str(file),
+    ]
+    # As a step, since a batch script itself gets no signal when its job is preempted with a time of
+    # grace.
     step = f"srun --ntasks=1 --cpus-per-task={runs * args.cpus_per_run} --mpi=none --export=ALL"
     command += ["--threads", str(args.cpus_per_run)]
     # RUNS is the folder of a tiny grid already.
@@ -543,19 +739,24 @@ def submit_array(tasks: list[str], known: list[TrainingRun], args: argparse.Name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     ids = {*text.split()}
-    file.with_suffix(".jsonl").write_text("".join(json.dumps(asdict(run)) + "\n" for run in known if run.id in ids))
+    file.with_suffix(".jsonl").write_text(
+        "".join(json.dumps(asdict(run)) + "\n" for run in known if run.id in ids)
+    )
     job = slurm("sbatch", "--parsable", *options, text=script).strip()
     print(f"job array {job}: {len(tasks)} tasks of up to {runs} runs", flush=True)
 
 
 def task(args: argparse.Namespace) -> int:
-    """Do one task of a job array, its runs side by side; where they were stopped, ask Slurm to queue it again."""
+    """Do one task of a job array, its runs side by side; where they were stopped, ask Slurm to
+    queue it again.
+    """
     ids = Path(args.tasks).read_text().splitlines()[int(os.environ["SLURM_ARRAY_TASK_ID"])].split()
     runs = [run for run in read(f".slurm/{Path(args.tasks).stem}") if run.id in ids]
     outcome = work(runs, slots(len(runs), str(args.threads)))
     status = report(args.grid, runs, outcome)
     job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    # Near the time limit or in the time of grace the task is still running. Otherwise Slurm queues it again by itself,
+    # Near the time limit or in the time of grace the task is still running. Otherwise Slurm queues
+    # it again by itself,
     # or it was cancelled, and to queue it again would bring it back to life.
     ask = ("squeue", "--noheader", f"--jobs={job}", "--format=%T")
     if outcome.stopped and slurm(*ask, may_fail=True).strip() == "RUNNING":
@@ -566,7 +767,9 @@ def task(args: argparse.Namespace) -> int:
 def show(runs: list[TrainingRun], alive: set[str]) -> None:
     """Print a table of states by curve, then the runs that are under way and those that failed."""
     states = {run.id: run.state for run in runs}
-    states |= {key: "queued" for key in alive & states.keys() if states[key] in ("waiting", "stopped")}
+    states |= {
+        key: "queued" for key in alive & states.keys() if states[key] in ("waiting", "stopped")
+    }
     curves = list(dict.fromkeys(run.curve for run in runs))
     width = max(len(curve) for curve in ("all", *curves))
     print(f"{'':{width}}" + "".join(f"{state:>9}" for state in STATES))
@@ -588,9 +791,15 @@ def positive(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; add is told apart before, as its flags are those of a script."""
-    top = argparse.ArgumentParser(prog="launch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    commands = top.add_subparsers(dest="command", required=True, metavar="add | launch | status | retry | remove")
+    """Return the parser of the command line; add is told apart before, as its flags are those of a
+    script.
+    """
+    top = argparse.ArgumentParser(
+        prog="launch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="add | launch | status | retry | remove"
+    )
     commands.add_parser("add", usage="launch.py add GRID CURVE SCRIPT --flag VALUE ...")
     for name in ("launch", "status", "retry", "remove", "work"):
         one = commands.add_parser(name)
@@ -601,24 +810,45 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument("--tasks")
             one.add_argument("--threads", type=int)
         if name == "launch":
-            one.add_argument("--backend", choices=("local", "slurm"), default="local", help="default: local")
+            one.add_argument(
+                "--backend", choices=("local", "slurm"), default="local", help="default: local"
+            )
             here, there = one.add_argument_group("local"), one.add_argument_group("slurm")
             for group, flag, default, text in (
-                (here, "--workers", None, "runs at a time; default: one per core, or --runs-per-gpu on each GPU"),
+                (
+                    here,
+                    "--workers",
+                    None,
+                    "runs at a time; default: one per core, or --runs-per-gpu on each GPU",
+                ),
                 (here, "--runs-per-gpu", 1, "runs that share a GPU; default: 1"),
                 (there, "--runs-per-job", 1, "runs that share a task of a job array; default: 1"),
                 (there, "--cpus-per-run", 1, "cores of each run; default: 1"),
                 (there, "--gib-per-run", 10, "memory of each run in GiB; default: 10"),
                 (there, "--gpus-per-job", None, "GPUs of a task; default: none"),
-                (there, "--seconds-to-stop", 300, "time before the limit at which runs are told to stop; default: 300"),
+                (
+                    there,
+                    "--seconds-to-stop",
+                    300,
+                    "time before the limit at which runs are told to stop; default: 300",
+                ),
                 (there, "--poll-seconds", 30, "time between two looks at the queue; default: 30"),
             ):
                 group.add_argument(flag, type=positive, default=default, metavar="N", help=text)
-            there.add_argument("--time", default="24:00:00", help="limit of a task; default: 24:00:00")
+            there.add_argument(
+                "--time", default="24:00:00", help="limit of a task; default: 24:00:00"
+            )
             there.add_argument("--partition")
             there.add_argument("--account")
-            there.add_argument("--sbatch", default="", metavar="OPTIONS", help="more options of sbatch, in one string")
-            flags = {a.option_strings[0]: str(g.title) for g in (here, there) for a in g._group_actions}
+            there.add_argument(
+                "--sbatch",
+                default="",
+                metavar="OPTIONS",
+                help="more options of sbatch, in one string",
+            )
+            flags = {
+                a.option_strings[0]: str(g.title) for g in (here, there) for a in g._group_actions
+            }
             one.set_defaults(of_backend=flags)
     return top
 
@@ -649,11 +879,16 @@ def main(argv: list[str]) -> int:
         try:
             alive = queued()
         except SystemExit:  # it has said why
-            print("launch.py: what is queued under Slurm is not known, and shown as waiting", file=sys.stderr)
+            print(
+                "launch.py: what is queued under Slurm is not known, and shown as waiting",
+                file=sys.stderr,
+            )
         show(runs, alive)
     elif args.command == "remove":
         if args.curve not in {run.curve for run in runs}:
-            refuse(f"{args.curve}: {args.grid} has the curves {', '.join(dict.fromkeys(run.curve for run in runs))}")
+            refuse(
+                f"{args.curve}: {args.grid} has the curves {', '.join(dict.fromkeys(run.curve for run in runs))}"
+            )
         replace(args.grid, args.curve, [])
     else:
         failed = [run for run in unique(runs) if run.state == "failed"]
@@ -668,5 +903,8 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
-        print("\nlaunch.py: Ctrl-C; jobs under Slurm go on (scancel ends them), launch again to wait", file=sys.stderr)
+        print(
+            "\nlaunch.py: Ctrl-C; jobs under Slurm go on (scancel ends them), launch again to wait",
+            file=sys.stderr,
+        )
         sys.exit(STOPPED)

@@ -4,12 +4,13 @@
     python benchmark/speed.py --scripts eaudeqn_atari --networks cnn --num-networks 1 --precisions fp32 --repeats 5
     python benchmark/speed.py --device cuda --num-envs 8 --compile
 
-Each row runs a script's own parts (act, environment, replay, update) in the order of its main loop, without logging
-and, for several environments, without letting them step while the networks learn: on Atari Breakout with 1 % of the
-actions random and a replay ratio of 0.25, on MuJoCo HalfCheetah with one update per step. `update` includes `sample`
-(of Rainbow: drawing and setting priorities), which is also timed alone. Rows are measured in turn, `--repeats`
-times over, and the median is shown, because machines drift. With K = 5 four of the networks are at 50 % sparsity; masks
-are applied at every update, also to a dense network.
+Each row runs a script's own parts (act, environment, replay, update) in the order of its main loop,
+without logging and, for several environments, without letting them step while the networks learn:
+on Atari Breakout with 1 % of the actions random and a replay ratio of 0.25, on MuJoCo HalfCheetah
+with one update per step. `update` includes `sample` (of Rainbow: drawing and setting priorities),
+which is also timed alone. Rows are measured in turn, `--repeats` times over, and the median is
+shown, because machines drift. With K = 5 four of the networks are at 50 % sparsity; masks are
+applied at every update, also to a dense network.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ import torch
 import tyro
 
 COLUMNS = ("act", "env", "store", "update", "sample")
-ATARI = {"eaudeqn_atari": "EauDeQN", "dqn_atari_gmp": "DQN", "rainbow_resnet_gmp": "Rainbow"}  # script: its agent
+ATARI = {
+    "eaudeqn_atari": "EauDeQN",
+    "dqn_atari_gmp": "DQN",
+    "rainbow_resnet_gmp": "Rainbow",
+}  # script: its agent
 MUJOCO = {"sac_mujoco_eaudeqn": "EauDeSAC", "sac_mujoco_gmp": "SAC"}
 
 
@@ -45,7 +50,8 @@ class Args:
     feature_size: int = 512  # units of the dense layer (Atari)
     width: int = 1  # multiplies the channels of the convolutions, or 256 units (MuJoCo)
     buffer_size: int = 20_000  # transitions that the replay has room for; it is not filled
-    updates: int = 60  # timed updates per row and repeat, on Atari with four times as many steps; MuJoCo: five times
+    # timed updates per row and repeat, on Atari with four times as many steps; MuJoCo: five times
+    updates: int = 60
     repeats: int = 3  # times that every row is measured
     device: str = "cpu"  # cpu or cuda
     compile: bool = False  # the update as a CUDA graph
@@ -56,12 +62,22 @@ class AtariRow:
 
     replay_ratio = 0.25
 
-    def __init__(self, script: ModuleType, args: Args, network: str, k: int, precision: str, num_envs: int) -> None:
+    def __init__(
+        self, script: ModuleType, args: Args, network: str, k: int, precision: str, num_envs: int
+    ) -> None:
         self.name = f"{script.__name__} | {network} | {k} | {precision} | {num_envs}"
         self.num_envs, self.device, self.updates = num_envs, torch.device(args.device), args.updates
         own = {"num_networks": k} if script.__name__ == "eaudeqn_atari" else {"analysis_every": 0}
-        flags = script.Args(network=network, precision=precision, num_envs=num_envs, buffer_size=args.buffer_size,
-                            feature_size=args.feature_size, width=args.width, compile=args.compile, **own)
+        flags = script.Args(
+            network=network,
+            precision=precision,
+            num_envs=num_envs,
+            buffer_size=args.buffer_size,
+            feature_size=args.feature_size,
+            width=args.width,
+            compile=args.compile,
+            **own,
+        )
         self.envs = script.AtariEnvs("breakout", num_envs, 1)
         agent = ATARI[script.__name__]
         self.agent = getattr(script, agent)(flags, self.envs.num_actions, self.device)
@@ -102,7 +118,9 @@ class AtariRow:
             self.store(actions, self.step(actions))
 
     def run(self, updates: int) -> dict[str, float]:
-        """Run the main loop for `updates` updates; return seconds per part and the number of steps."""
+        """Run the main loop for `updates` updates; return seconds per part and the number of
+        steps.
+        """
         spent, done, steps = dict.fromkeys(COLUMNS, 0.0), 0, 0
         while done < updates:
             t0 = self.clock()
@@ -129,6 +147,7 @@ class AtariRow:
 
     def table_row(self) -> str:
         """Return the row of medians."""
+
         def median(value: Any) -> float:
             """Return the median over the repeats of value(times)."""
             return statistics.median(value(t) for t in self.times)
@@ -145,12 +164,24 @@ class MujocoRow(AtariRow):
 
     replay_ratio = 1.0
 
-    def __init__(self, script: ModuleType, args: Args, k: int, precision: str, num_envs: int) -> None:
+    def __init__(
+        self, script: ModuleType, args: Args, k: int, precision: str, num_envs: int
+    ) -> None:
         self.name = f"{script.__name__} | {256 * args.width}-{256 * args.width} | {k} | {precision} | {num_envs}"
-        self.num_envs, self.device, self.updates = num_envs, torch.device(args.device), 5 * args.updates
+        self.num_envs, self.device, self.updates = (
+            num_envs,
+            torch.device(args.device),
+            5 * args.updates,
+        )
         own = {"num_networks": k} if script.__name__ == "sac_mujoco_eaudeqn" else {}
-        flags = script.Args(precision=precision, num_envs=num_envs, buffer_size=args.buffer_size, width=args.width,
-                            compile=args.compile, **own)
+        flags = script.Args(
+            precision=precision,
+            num_envs=num_envs,
+            buffer_size=args.buffer_size,
+            width=args.width,
+            compile=args.compile,
+            **own,
+        )
         self.envs = script.MujocoEnvs("HalfCheetah-v5", num_envs, 1)
         sizes = (self.envs.obs.shape[1], self.envs.num_actions)
         self.agent = getattr(script, MUJOCO[script.__name__])(flags, *sizes, self.device)
@@ -180,9 +211,13 @@ def main(args: Args) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "cleanrl_sparse"))
     scripts = [importlib.import_module(name) for name in args.scripts]
     scripts[0].keep_freed_memory()
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as in the scripts
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = (
+        False  # as in the scripts
+    )
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, F = {args.feature_size}\n")
+    print(
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, F = {args.feature_size}\n"
+    )
     rows = list[AtariRow]()
     for script in scripts:
         ks = args.num_networks if "eaudeqn" in script.__name__ else (1,)
@@ -190,7 +225,10 @@ def main(args: Args) -> None:
             if script.__name__ in MUJOCO:
                 rows.append(MujocoRow(script, args, k, precision, num_envs))
             else:
-                rows += [AtariRow(script, args, network, k, precision, num_envs) for network in args.networks]
+                rows += [
+                    AtariRow(script, args, network, k, precision, num_envs)
+                    for network in args.networks
+                ]
     for row in rows:
         row.fill(32)
         row.run(20)  # settles caches

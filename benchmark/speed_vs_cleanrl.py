@@ -3,11 +3,12 @@
     python benchmark/speed_vs_cleanrl.py --cleanrl ../cleanrl --cleanrl-python ../cleanrl/.venv/bin/python
     python benchmark/speed_vs_cleanrl.py --peers sac_continuous_action --repeats 3 ...
 
-CLEANRL is a checkout of github.com/vwxyzjn/cleanrl, CLEANRL_PYTHON an interpreter that can run these scripts. Their
-Atari network is given our SAME padding (7,744 instead of 3,136 features) from outside; all else is as it is there:
-batch 32, one update per 4 steps, Breakout; 1 % of DQN's actions are random. SAC: HalfCheetah-v5, 256-256 units, batch
-256, one update per step. Their speed follows from the optimiser steps per environment step (1/4; of SAC 3: critics,
-actor, temperature). All programs use the same number of threads, and nothing else should run.
+CLEANRL is a checkout of github.com/vwxyzjn/cleanrl, CLEANRL_PYTHON an interpreter that can run
+these scripts. Their Atari network is given our SAME padding (7,744 instead of 3,136 features) from
+outside; all else is as it is there: batch 32, one update per 4 steps, Breakout; 1 % of DQN's
+actions are random. SAC: HalfCheetah-v5, 256-256 units, batch 256, one update per step. Their speed
+follows from the optimiser steps per environment step (1/4; of SAC 3: critics, actor, temperature).
+All programs use the same number of threads, and nothing else should run.
 """
 
 from __future__ import annotations
@@ -61,7 +62,11 @@ class Args:
 
     cleanrl: Path  # checkout of CleanRL
     cleanrl_python: Path  # interpreter that can run it
-    peers: tuple[str, ...] = ("dqn_atari", "rainbow_atari", "sac_continuous_action")  # their scripts
+    peers: tuple[str, ...] = (
+        "dqn_atari",
+        "rainbow_atari",
+        "sac_continuous_action",
+    )  # their scripts
     repeats: int = 5  # times that each program runs
     threads: int = os.cpu_count() or 1  # threads of each
 
@@ -74,8 +79,16 @@ def peer(args: Args, name: str) -> float:
     starts = 300 if sac else 500  # SAC stays within the first episode, of 1,000 steps
     total = starts + int((warm_up + timed) / per_step) + 20
     env_id = "HalfCheetah-v5" if sac else "BreakoutNoFrameskip-v4"
-    flags = ["--env-id", env_id, "--buffer-size", "20000", "--learning-starts", str(starts),
-             "--total-timesteps", str(total)]
+    flags = [
+        "--env-id",
+        env_id,
+        "--buffer-size",
+        "20000",
+        "--learning-starts",
+        str(starts),
+        "--total-timesteps",
+        str(total),
+    ]
     flags += ["--start-e", "0.01", "--end-e", "0.01"] if name == "dqn_atari" else []
     script = args.cleanrl.resolve() / "cleanrl" / f"{name}.py"
     python, updates = str(args.cleanrl_python.absolute()), str(warm_up + timed)
@@ -85,17 +98,38 @@ def peer(args: Args, name: str) -> float:
     if result.returncode:
         sys.exit(f"CleanRL's script did not run: {result.stderr.splitlines()[-1]}")
     output = result.stdout
-    clock = json.loads(next(line for line in output.splitlines() if line.startswith("CLOCK")).removeprefix("CLOCK "))
+    clock = json.loads(
+        next(line for line in output.splitlines() if line.startswith("CLOCK")).removeprefix(
+            "CLOCK "
+        )
+    )
     return (len(clock) - 1 - warm_up) / per_step / (clock[-1] - clock[warm_up])
 
 
 def ours(args: Args, script: str, precision: str = "fp32", num_envs: int = 1, k: int = 1) -> float:
     """Return the steps per second of a script of ours."""
-    command = [sys.executable, str(Path(__file__).with_name("speed.py")), "--scripts", script, "--networks", "cnn",
-               "--num-networks", str(k), "--precisions", precision, "--num-envs", str(num_envs), "--repeats", "1",
-               "--updates", str(UPDATES)]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("speed.py")),
+        "--scripts",
+        script,
+        "--networks",
+        "cnn",
+        "--num-networks",
+        str(k),
+        "--precisions",
+        precision,
+        "--num-envs",
+        str(num_envs),
+        "--repeats",
+        "1",
+        "--updates",
+        str(UPDATES),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     return float(output.splitlines()[-1].split("|")[6])
 
 
@@ -104,16 +138,22 @@ def main(args: Args) -> None:
     groups: dict[str, dict[str, Callable[[], float]]] = {
         "dqn_atari": {
             "eaudeqn_atari.py, K = 1": lambda: ours(args, "eaudeqn_atari"),
-            "eaudeqn_atari.py, K = 1, bf16, 4 environments": lambda: ours(args, "eaudeqn_atari", "bf16", 4),
+            "eaudeqn_atari.py, K = 1, bf16, 4 environments": lambda: ours(
+                args, "eaudeqn_atari", "bf16", 4
+            ),
             "dqn_atari_gmp.py": lambda: ours(args, "dqn_atari_gmp"),
         },
-        "rainbow_atari": {"rainbow_resnet_gmp.py --network cnn": lambda: ours(args, "rainbow_resnet_gmp")},
+        "rainbow_atari": {
+            "rainbow_resnet_gmp.py --network cnn": lambda: ours(args, "rainbow_resnet_gmp")
+        },
         "sac_continuous_action": {
             "sac_mujoco_eaudeqn.py, K = 1": lambda: ours(args, "sac_mujoco_eaudeqn"),
             "sac_mujoco_eaudeqn.py, K = 1, bf16": lambda: ours(args, "sac_mujoco_eaudeqn", "bf16"),
             "sac_mujoco_gmp.py --width 1": lambda: ours(args, "sac_mujoco_gmp"),
             "sac_mujoco_eaudeqn.py, K = 5": lambda: ours(args, "sac_mujoco_eaudeqn", k=5),
-            "sac_mujoco_eaudeqn.py, K = 5, bf16": lambda: ours(args, "sac_mujoco_eaudeqn", "bf16", k=5),
+            "sac_mujoco_eaudeqn.py, K = 5, bf16": lambda: ours(
+                args, "sac_mujoco_eaudeqn", "bf16", k=5
+            ),
         },
     }
     programs: dict[str, Callable[[], float]] = {}
@@ -124,13 +164,18 @@ def main(args: Args) -> None:
     for repeat in range(args.repeats):
         for name, measure in programs.items():
             speeds[name].append(measure())
-            print(f"{time.strftime('%H:%M:%S')} run {repeat + 1}: {name}: {speeds[name][-1]:.0f} steps/s", flush=True)
+            print(
+                f"{time.strftime('%H:%M:%S')} run {repeat + 1}: {name}: {speeds[name][-1]:.0f} steps/s",
+                flush=True,
+            )
     print("\n| program | steps/s, median | lowest | highest | ratio |\n|---|---|---|---|---|")
     base = 1.0
     for name, values in speeds.items():
         median = statistics.median(values)
         base = median if name.startswith("CleanRL") else base
-        print(f"| {name} | {median:.0f} | {min(values):.0f} | {max(values):.0f} | {median / base:.2f} |")
+        print(
+            f"| {name} | {median:.0f} | {min(values):.0f} | {max(values):.0f} | {median / base:.2f} |"
+        )
 
 
 if __name__ == "__main__":

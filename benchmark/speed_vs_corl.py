@@ -2,10 +2,11 @@
 
     python benchmark/speed_vs_corl.py --corl ../CORL --repeats 5
 
-CORL is a checkout of github.com/tinkoff-ai/CORL. Each program has a process of its own. Its file is run as it is; what
-it imports for its environments, flags and logging is replaced by empty modules, since only its networks, its replay and
-its train() are used. Both have three hidden layers of 256 units, batch 256, 10 actions of each kind and Hopper's sizes,
-and draw from 100,000 random transitions. Threads: OMP_NUM_THREADS.
+CORL is a checkout of github.com/tinkoff-ai/CORL. Each program has a process of its own. Its file is
+run as it is; what it imports for its environments, flags and logging is replaced by empty modules,
+since only its networks, its replay and its train() are used. Both have three hidden layers of 256
+units, batch 256, 10 actions of each kind and Hopper's sizes, and draw from 100,000 random
+transitions. Threads: OMP_NUM_THREADS.
 """
 
 from __future__ import annotations
@@ -44,8 +45,13 @@ def random_data() -> script.Data:
     """Return random transitions."""
     rng = np.random.default_rng(0)
     obs, next_obs = rng.normal(size=(2, SIZE, OBS)).astype(np.float32)
-    actions, rewards = rng.uniform(-1, 1, (SIZE, ACT)).astype(np.float32), rng.normal(size=SIZE).astype(np.float32)
-    return script.Data(obs, actions, rewards, next_obs, rng.random(SIZE) < 0.01, rng.random(SIZE) < 0.02)
+    actions, rewards = (
+        rng.uniform(-1, 1, (SIZE, ACT)).astype(np.float32),
+        rng.normal(size=SIZE).astype(np.float32),
+    )
+    return script.Data(
+        obs, actions, rewards, next_obs, rng.random(SIZE) < 0.01, rng.random(SIZE) < 0.02
+    )
 
 
 def theirs(args: Args, data: script.Data) -> Callable[[], None]:
@@ -59,15 +65,36 @@ def theirs(args: Args, data: script.Data) -> Callable[[], None]:
     path = args.corl / "algorithms" / "offline" / "cql.py"
     exec(compile(path.read_text(), str(path), "exec"), module.__dict__)
     config = module.TrainConfig(device="cpu")
-    critics = [module.FullyConnectedQFunction(OBS, ACT, config.orthogonal_init, config.q_n_hidden_layers) for _ in "12"]
-    actor = module.TanhGaussianPolicy(OBS, ACT, 1.0, log_std_multiplier=1.0, orthogonal_init=config.orthogonal_init)
+    critics = [
+        module.FullyConnectedQFunction(OBS, ACT, config.orthogonal_init, config.q_n_hidden_layers)
+        for _ in "12"
+    ]
+    actor = module.TanhGaussianPolicy(
+        OBS, ACT, 1.0, log_std_multiplier=1.0, orthogonal_init=config.orthogonal_init
+    )
     adams = [torch.optim.Adam(critic.parameters(), config.qf_lr) for critic in critics]
     actor_adam = torch.optim.Adam(actor.parameters(), config.policy_lr)
-    agent = module.ContinuousCQL(critics[0], adams[0], critics[1], adams[1], actor, actor_adam, target_entropy=-ACT,
-                                 cql_alpha=config.cql_alpha, bc_steps=0)  # fmt: skip
+    agent = module.ContinuousCQL(
+        critics[0],
+        adams[0],
+        critics[1],
+        adams[1],
+        actor,
+        actor_adam,
+        target_entropy=-ACT,
+        cql_alpha=config.cql_alpha,
+        bc_steps=0,
+    )
     buffer = module.ReplayBuffer(OBS, ACT, SIZE, "cpu")
-    buffer.load_d4rl_dataset({"observations": data.obs, "actions": data.actions, "rewards": data.rewards,
-                              "next_observations": data.next_obs, "terminals": data.terminated})  # fmt: skip
+    buffer.load_d4rl_dataset(
+        {
+            "observations": data.obs,
+            "actions": data.actions,
+            "rewards": data.rewards,
+            "next_observations": data.next_obs,
+            "terminals": data.terminated,
+        }
+    )
     return lambda: agent.train(buffer.sample(config.batch_size))
 
 
@@ -103,15 +130,26 @@ def main(args: Args) -> None:
     speeds: dict[str, list[float]] = {name: [] for name in PROGRAMS}
     for _ in range(args.repeats):
         for name, values in speeds.items():
-            command = [sys.executable, __file__, "--corl", str(args.corl), "--updates", str(args.updates)]
-            result = subprocess.run([*command, "--only", name], capture_output=True, text=True, check=True)
+            command = [
+                sys.executable,
+                __file__,
+                "--corl",
+                str(args.corl),
+                "--updates",
+                str(args.updates),
+            ]
+            result = subprocess.run(
+                [*command, "--only", name], capture_output=True, text=True, check=True
+            )
             values.append(float(result.stdout.split()[-1]))
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| program | updates/s, median | lowest | highest | ratio |\n|---|---|---|---|---|")
     base = statistics.median(speeds["CORL cql.py"])
     for name, values in speeds.items():
         median = statistics.median(values)
-        print(f"| {name} | {median:.1f} | {min(values):.1f} | {max(values):.1f} | {median / base:.2f} |")
+        print(
+            f"| {name} | {median:.1f} | {min(values):.1f} | {max(values):.1f} | {median / base:.2f} |"
+        )
 
 
 if __name__ == "__main__":

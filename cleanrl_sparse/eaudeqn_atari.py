@@ -100,7 +100,7 @@ class Training:
     batch_size: Count = 32  # transitions per gradient step
     learning_rate: Rate = 6.25e-5  # Adam's step size
     adam_eps: Rate = 1.5e-4  # Adam's epsilon
-    gamma: Share = 0.99  # discount
+    gamma: Share = 0.99  # discount factor
     replay_ratio: Rate = 0.25  # gradient steps per step
     target_every: Count = 8_000  # steps between target updates
     epsilon_end: Share = 0.01  # final probability of a random action
@@ -132,7 +132,7 @@ class Args(Running, Training, Method):
         check_ranges(self)
         least = max(self.batch_size, self.num_envs)
         smallest = min(self.learning_starts, self.buffer_size)
-        require(smallest >= least, f"--learning-starts, --buffer-size: must be at least {least}")
+        require(smallest >= least, f"--learning-starts, --buffer-size {smallest}: at least {least}")
         require(self.target_every >= self.num_envs, "--target-every: must be at least --num-envs")
 
 
@@ -410,7 +410,7 @@ def main(args: Args) -> None:
         if args.num_envs == 1:
             agent.learn(replay, step)
         if not np.isfinite(agent.losses).any():
-            kept = f"checkpoint {run.newest or 'none'} is kept"
+            kept = f"checkpoint {run.newest[:12] or 'none'} is kept"
             require(False, f"step {step}: the losses are {agent.losses.tolist()}; {kept}", 1)
         # Prune and target.
         if agent.losses.any() and passed(args.target_every) and not ended:
@@ -419,7 +419,7 @@ def main(args: Args) -> None:
         bar.update(min(step, args.total_timesteps) - previous)
         if ended or passed(args.epoch_steps) or passed(max(args.target_every, 1000)):
             record = agent.report() | {
-                "charts/SPS": bar.format_dict["rate"] or 0.0,
+                "charts/SPS": (bar.n - bar.initial) / bar.format_dict["elapsed"],
                 "charts/epsilon": epsilon,
                 "charts/learning_rate": args.learning_rate,
                 "charts/buffer_size": replay.count,

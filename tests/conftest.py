@@ -12,23 +12,32 @@ from types import ModuleType
 import pytest
 
 # SCRIPTS_DIR lets the tests run on copies that were broken on purpose, to see that they notice.
-SCRIPTS = Path(os.environ.get("SCRIPTS_DIR") or Path(__file__).resolve().parent.parent / "cleanrl_sparse")
+SCRIPTS = Path(
+    os.environ.get("SCRIPTS_DIR") or Path(__file__).resolve().parent.parent / "cleanrl_sparse"
+)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is `shared` is text that all scripts have in common: the quick suite tries it through the first one only.
+    """What is `shared` is text that all scripts have in common: the quick suite tries it through
+    the first one only.
 
-    Of what test_runs.py does, some is slow too: all with the baselines, which have most in common with dqn_atari_gmp;
-    for the scripts that have most in common with another one, killing, three environments and training alone. Killing
-    and damaging is a suite of its own, `kill`; of the scripts that have most in common with another one, sac_mujoco_gmp
-    is killed there too.
+    Of what test_runs.py does, some is slow too: all with the baselines, which have most in common
+    with dqn_atari_gmp; for the scripts that have most in common with another one, killing, three
+    environments and training alone. Killing and damaging is a suite of its own, `kill`; of the
+    scripts that have most in common with another one, sac_mujoco_gmp is killed there too.
     """
     for item in items:
         runs = item.path.name == "test_runs.py"
         baselines = runs and "dqn_atari_baselines" in item.name
-        twin = runs and any(f"{name}_gmp" in item.name for name in ("dqn_atari", "sac_mujoco", "rainbow_resnet"))
-        costly = "broken_off" in getattr(item, "fixturenames", ()) or "_gmp-3" in item.name or "alone" in item.name
+        twin = runs and any(
+            f"{name}_gmp" in item.name for name in ("dqn_atari", "sac_mujoco", "rainbow_resnet")
+        )
+        costly = (
+            "broken_off" in getattr(item, "fixturenames", ())
+            or "_gmp-3" in item.name
+            or "alone" in item.name
+        )
         if "cql_offline_snip-3" in item.name:
             item.add_marker(pytest.mark.skip(reason="it has no environments to train in"))
         shared = item.get_closest_marker("shared") and "eaudeqn_atari" not in item.name

@@ -1,11 +1,13 @@
-"""A Slurm cluster of one machine for the tests: its own munged, slurmctld and slurmd on the loopback interface.
+"""A Slurm cluster of one machine for the tests: its own munged, slurmctld and slurmd on the
+loopback interface.
 
     with Cluster(folder) as cluster:
         subprocess.run(["sbatch", ...], env=cluster.environment)
 
-It reads no configuration of the machine's, and nothing of it is left, however the tests end: each daemon is in a PID
-namespace of its own, and ending that ends its jobs too. Partition `low` is preempted, with a time of grace and a
-requeue, by `high`; `down` takes jobs and starts none. There is no accounting.
+It reads no configuration of the machine's, and nothing of it is left, however the tests end: each
+daemon is in a PID namespace of its own, and ending that ends its jobs too. Partition `low` is
+preempted, with a time of grace and a requeue, by `high`; `down` takes jobs and starts none. There
+is no accounting.
 """
 
 from __future__ import annotations
@@ -21,16 +23,40 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo", "setpriv",
-            "unshare"]  # fmt: skip
-SEARCHED = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])  # not on all PATHs
+PROGRAMS = [
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "squeue",
+    "scancel",
+    "scontrol",
+    "sinfo",
+    "setpriv",
+    "unshare",
+]
+SEARCHED = os.pathsep.join(
+    [os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"]
+)  # not on all PATHs
 PATIENCE = 60.0  # seconds for a daemon to start or to end
-# A daemon's PID namespace ends with its caller, even if that is killed. Its first process must wait for what others
+# A daemon's PID namespace ends with its caller, even if that is killed. Its first process must wait
+# for what others
 # leave behind, which bash does.
-ALONE = ["setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--mount-proc", "--fork", "--kill-child"]
+ALONE = [
+    "setpriv",
+    "--pdeathsig",
+    "KILL",
+    "unshare",
+    "--pid",
+    "--mount-proc",
+    "--fork",
+    "--kill-child",
+]
 INIT = ["bash", "-c", '"$@" & wait $!', "init"]
 
-# The node may pretend to have more than the machine (config_overrides). A job that was requeued waits a second more
+# The node may pretend to have more than the machine (config_overrides). A job that was requeued
+# waits a second more
 # than cred_expire, of which 5 s is the least and 120 s the default.
 CONFIGURATION = """
 ClusterName=tests
@@ -71,13 +97,17 @@ def missing() -> list[str]:
     lacks = [program for program in PROGRAMS if not shutil.which(program, path=SEARCHED)]
     if os.geteuid():
         lacks.append("root")
-    elif "unshare" not in lacks and subprocess.run([*ALONE, "true"], capture_output=True).returncode:
+    elif (
+        "unshare" not in lacks and subprocess.run([*ALONE, "true"], capture_output=True).returncode
+    ):
         lacks.append("the right to make namespaces")
     return lacks
 
 
 def free_ports(number: int) -> list[int]:
-    """Return ports of the loopback interface that nothing listens on, below those that the kernel gives away itself."""
+    """Return ports of the loopback interface that nothing listens on, below those that the kernel
+    gives away itself.
+    """
     ports: list[int] = []
     while len(ports) < number:
         port = random.SystemRandom().randrange(10_000, 32_000)
@@ -88,9 +118,11 @@ def free_ports(number: int) -> list[int]:
 
 
 class Cluster:
-    """The daemons of one cluster: `with` starts them, waits until the node is idle, and ends them and all jobs.
+    """The daemons of one cluster: `with` starts them, waits until the node is idle, and ends them
+    and all jobs.
 
-    environment -- for the client programs and whatever calls them: os.environ, and where this cluster is
+    environment -- for the client programs and whatever calls them: os.environ, and where this
+    cluster is
     """
 
     def __init__(
@@ -115,11 +147,24 @@ class Cluster:
         self.folder = folder.resolve()
         host = socket.gethostname().partition(".")[0]
         self.configuration = CONFIGURATION.format(
-            host=host, ports=free_ports(2), folder=self.folder, cpus=cpus, grace=grace, kill_wait=kill_wait,
-            preempt_mode=preempt_mode, max_array_size=max_array_size,
-        )  # fmt: skip
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SQUEUE", "SRUN"))}
-        self.environment = inherited | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": SEARCHED}
+            host=host,
+            ports=free_ports(2),
+            folder=self.folder,
+            cpus=cpus,
+            grace=grace,
+            kill_wait=kill_wait,
+            preempt_mode=preempt_mode,
+            max_array_size=max_array_size,
+        )
+        inherited = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("SLURM", "SBATCH", "SQUEUE", "SRUN"))
+        }
+        self.environment = inherited | {
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "PATH": SEARCHED,
+        }
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.namespaces: set[str] = set()
 
@@ -132,7 +177,10 @@ class Cluster:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.stop()
 
@@ -146,7 +194,8 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         files = {"socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         flags = [f"--{flag}={self.folder / 'munge'}.{ending}" for flag, ending in files.items()]
-        # Forced: it would trust no folder that others may write to, such as those for temporary files.
+        # Forced: it would trust no folder that others may write to, such as those for temporary
+        # files.
         self.spawn("munged", "--foreground", "--force", f"--key-file={key}", *flags)
         self.until("munged", (self.folder / "munge.socket").exists)
         self.spawn("slurmctld", "-D")
@@ -159,9 +208,14 @@ class Cluster:
         with open(self.folder / f"{name}.log", "ab") as log:
             # A session of its own: Ctrl-C is for the tests.
             self.daemons[name] = daemon = subprocess.Popen(
-                [*ALONE, *INIT, name, *flags], env=self.environment, cwd=self.folder, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                [*ALONE, *INIT, name, *flags],
+                env=self.environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         mine = os.readlink("/proc/self/ns/pid")
         while daemon.poll() is None:
             with suppress(OSError):
@@ -182,7 +236,9 @@ class Cluster:
 
     def call(self, *command: str, text: str | None = None, check: bool = True) -> str:
         """Return what a client program prints; it must succeed, unless `check` is off."""
-        done = subprocess.run(command, env=self.environment, input=text, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(
+            command, env=self.environment, input=text, capture_output=True, text=True, timeout=180
+        )
         assert done.returncode == 0 or not check, f"{' '.join(command)}: {done.stderr}{done.stdout}"
         return done.stdout.strip()
 

@@ -1,4 +1,6 @@
-"""Small networks, which stand in for the scripts' own, and a small task with frames, for the tests of the methods."""
+"""Small networks, which stand in for the scripts' own, and a small task with frames, for the tests
+of the methods.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ CPU = torch.device("cpu")
 def filled_replay(
     module: ModuleType, size: int, steps: int, device: torch.device = CPU, **flags: Any
 ) -> Any:
-    """Return a replay of random frames [size, size]; three steps in ten end an episode, by itself or cut."""
+    """Return a replay of random frames [size, size]; three steps in ten end an episode, by itself
+    or cut.
+    """
     rng = np.random.default_rng(0)
     args = module.Args(buffer_size=steps, **flags)
     kind = getattr(module, "PrioritisedReplay", module.FrameReplay)
@@ -92,9 +96,11 @@ class CatchNetwork(nn.Module):
 
 
 class Catch:
-    """A ball falls through 7x7 cells of 6x6 pixels in six steps; the paddle below moves left, stays or moves right.
+    """A ball falls through 7x7 cells of 6x6 pixels in six steps; the paddle below moves left, stays
+    or moves right.
 
-    The reward is 1 for a catch, -1 for a miss, and either ends the episode. It looks like AtariEnvs.
+    The reward is 1 for a catch, -1 for a miss, and either ends the episode. It looks like
+    AtariEnvs.
     """
 
     def __init__(self, seed: int) -> None:
@@ -136,7 +142,9 @@ CATCH_FLAGS: dict[str, Any] = {
 
 
 def catch_return(module: ModuleType, agent: Any) -> float:
-    """Train an agent with a pruning schedule on Catch for 24,000 steps; return the mean of its last 200 returns."""
+    """Train an agent with a pruning schedule on Catch for 24,000 steps; return the mean of its last
+    200 returns.
+    """
     env, returns, threads = Catch(1), list[float](), torch.get_num_threads()
     kind = getattr(module, "PrioritisedReplay", module.FrameReplay)
     replay = kind(agent.args, CPU, env.obs[:, -1])

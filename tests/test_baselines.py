@@ -1,4 +1,6 @@
-"""Tests of dqn_atari_baselines.py: sparse training and regularisation, each against its definition."""
+"""Tests of dqn_atari_baselines.py: sparse training and regularisation, each against its
+definition.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,12 @@ from torch import Tensor
 
 
 def agent_of(module: ModuleType, **flags: Any) -> Any:
-    flags = {"feature_size": 16, "learning_starts": 100, "total_timesteps": 900, **flags}  # 200 gradient steps
+    flags = {
+        "feature_size": 16,
+        "learning_starts": 100,
+        "total_timesteps": 900,
+        **flags,
+    }  # 200 gradient steps
     return module.DQN(module.Args(**flags), 4, CPU)
 
 
@@ -45,11 +52,17 @@ def snapshot(agent: Any) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("pruner", ["static", "set", "rigl"])
 @pytest.mark.parametrize("scope", ["erk", "uniform"])
 def test_random_masks_at_the_start(small: ModuleType, pruner: str, scope: str) -> None:
-    agents = [agent_of(small, pruner=pruner, scope=scope, sparsity=0.8, seed=seed) for seed in (1, 1, 2)]
+    agents = [
+        agent_of(small, pruner=pruner, scope=scope, sparsity=0.8, seed=seed) for seed in (1, 1, 2)
+    ]
     masks = [snapshot(agent)[0] for agent in agents]
     assert all_equal(masks[0], masks[1]) and not all_equal(masks[0], masks[2])
-    densities = small.erk_densities([m.shape for m in masks[0]], 0.8) if scope == "erk" else [0.2] * 4
-    assert [int(m.sum()) for m in masks[0]] == [max(1, round(m.numel() * d)) for m, d in zip(masks[0], densities)]
+    densities = (
+        small.erk_densities([m.shape for m in masks[0]], 0.8) if scope == "erk" else [0.2] * 4
+    )
+    assert [int(m.sum()) for m in masks[0]] == [
+        max(1, round(m.numel() * d)) for m, d in zip(masks[0], densities)
+    ]
     for w, target, m in zip(agents[0].weights, small.prunable(agents[0].target).values(), masks[0]):
         assert not w[~m].any() and w[m].all() and torch.equal(w, target)
     dense = agent_of(small, pruner=pruner, sparsity=0.0)
@@ -65,8 +78,12 @@ def test_static_masks_stay(small: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("pruner", ["set", "rigl"])
-def test_smallest_weights_are_replaced(small: ModuleType, monkeypatch: pytest.MonkeyPatch, pruner: str) -> None:
-    """0.3 of each layer at first, less along a cosine; by random weights, or by those of the largest gradient."""
+def test_smallest_weights_are_replaced(
+    small: ModuleType, monkeypatch: pytest.MonkeyPatch, pruner: str
+) -> None:
+    """0.3 of each layer at first, less along a cosine; by random weights, or by those of the
+    largest gradient.
+    """
     agent, replay = agent_of(small, pruner=pruner, sparsity=0.7, prune_every=10), filled(small)
     batch = replay.sample(32)
     monkeypatch.setattr(replay, "sample", lambda _: batch)
@@ -83,16 +100,29 @@ def test_smallest_weights_are_replaced(small: ModuleType, monkeypatch: pytest.Mo
         scores = [g.abs() for g in gradients] if pruner == "rigl" else random
         if not all_equal(old, new):
             changes.append(step)
-        for w, before, was, now, g, m, score in zip(agent.weights, weights, old, new, gradients, moments, scores):
+        for w, before, was, now, g, m, score in zip(
+            agent.weights, weights, old, new, gradients, moments, scores
+        ):
             assert was.sum() == now.sum(), "as many as before"
             dropped, grown = was & ~now, now & ~was
-            assert not w[~now].any() and torch.equal(w[was & now], before[was & now]) and not w[grown].any()
-            assert not any(agent.optimizer.state[w][name][grown].any() for name in ("exp_avg", "exp_avg_sq"))
+            assert (
+                not w[~now].any()
+                and torch.equal(w[was & now], before[was & now])
+                and not w[grown].any()
+            )
+            assert not any(
+                agent.optimizer.state[w][name][grown].any() for name in ("exp_avg", "exp_avg_sq")
+            )
             assert torch.equal(agent.optimizer.state[w]["exp_avg_sq"][was & now], m[was & now])
             if step in changes and dropped.any():
-                # Exactly: the largest weights stay, the rest are those of the largest score, dropped ones among them.
+                # Exactly: the largest weights stay, the rest are those of the largest score,
+                # dropped ones among them.
                 share, size = 0.3 * (1 + math.cos(math.pi * step / 160)) / 2, int(was.sum())
-                by_weight = torch.where(was, before.abs(), -1).flatten().argsort(descending=True, stable=True)
+                by_weight = (
+                    torch.where(was, before.abs(), -1)
+                    .flatten()
+                    .argsort(descending=True, stable=True)
+                )
                 score = score.flatten().clone()
                 score[by_weight[: size - round(share * size)]] = math.inf
                 wanted = torch.zeros(was.numel(), dtype=torch.bool)
@@ -108,13 +138,22 @@ def test_smallest_weights_are_replaced(small: ModuleType, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_a_lottery_ticket(tmp_path: Path) -> None:
-    """The mask of a finished run on its own initial weights; another seed or size is refused, and so is no run."""
+    """The mask of a finished run on its own initial weights; another seed or size is refused, and
+    so is no run.
+    """
     flags = f"{TINY_FLAGS} --target-every 50 --feature-size 16 --seed 3"
     succeed("dqn_atari_gmp", flags, "--sparsity 0.9 --prune-every 5 --run-dir winner", cwd=tmp_path)
     lottery = "--pruner lottery --lottery-mask winner"
-    tries = (f"{lottery} --run-dir ticket", f"{lottery} --seed 4", f"{lottery} --feature-size 8",
-             "--pruner lottery --lottery-mask nowhere", "--pruner lottery", "--lottery-mask winner",
-             "--pruner lottery --lottery-mask rainbow", "--pruner lottery --lottery-mask damaged")  # fmt: skip
+    tries = (
+        f"{lottery} --run-dir ticket",
+        f"{lottery} --seed 4",
+        f"{lottery} --feature-size 8",
+        "--pruner lottery --lottery-mask nowhere",
+        "--pruner lottery",
+        "--lottery-mask winner",
+        "--pruner lottery --lottery-mask rainbow",
+        "--pruner lottery --lottery-mask damaged",
+    )
     succeed("rainbow_resnet_gmp", flags, "--network cnn --run-dir rainbow", cwd=tmp_path)
     shutil.copytree(tmp_path / "winner", tmp_path / "damaged")
     model = tmp_path / "damaged" / "model.safetensors"
@@ -122,11 +161,25 @@ def test_a_lottery_ticket(tmp_path: Path) -> None:
     outputs = side_by_side(lambda own: run("dqn_atari_baselines", flags, own, cwd=tmp_path), tries)
     ticket, *refused = (future.result() for future in outputs.values())
     assert ticket.status == 0, ticket.stderr
-    masks = [{name: w != 0 for name, w in load_file(tmp_path / run_dir / "model.safetensors").items() if w.ndim > 1}
-             for run_dir in ("winner", "ticket")]  # fmt: skip
+    masks = [
+        {
+            name: w != 0
+            for name, w in load_file(tmp_path / run_dir / "model.safetensors").items()
+            if w.ndim > 1
+        }
+        for run_dir in ("winner", "ticket")
+    ]
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
     assert sum(int(m.sum()) for m in masks[0].values()) == pytest.approx(0.1 * 198_000, rel=0.03)
-    named = ("--seed 4", "sizes", "nowhere", "--lottery-mask", "--pruner lottery", "rainbow", "damaged")
+    named = (
+        "--seed 4",
+        "sizes",
+        "nowhere",
+        "--lottery-mask",
+        "--pruner lottery",
+        "rainbow",
+        "damaged",
+    )
     for output, words in zip(refused, named, strict=True):
         (line,) = output.complaints()
         assert output.status == 2 and words in line, output
@@ -135,8 +188,14 @@ def test_a_lottery_ticket(tmp_path: Path) -> None:
 def test_the_lottery_starts_from_the_initial_weights(baselines: ModuleType, tmp_path: Path) -> None:
     flags = {"seed": 5, "feature_size": 16}
     dense = agent_of(baselines, sparsity=0.0, **flags)
-    masks = {f"{name}.weight": torch.rand(w.shape) < 0.3 for name, w in baselines.prunable(dense.online).items()}
-    model = {name: p.detach().contiguous() * masks.get(name, 1) for name, p in dense.online.named_parameters()}
+    masks = {
+        f"{name}.weight": torch.rand(w.shape) < 0.3
+        for name, w in baselines.prunable(dense.online).items()
+    }
+    model = {
+        name: p.detach().contiguous() * masks.get(name, 1)
+        for name, p in dense.online.named_parameters()
+    }
     (tmp_path / "model.safetensors").write_bytes(baselines.save(model))
     (tmp_path / "args.json").write_text(json.dumps(flags))
     agent = agent_of(baselines, pruner="lottery", lottery_mask=str(tmp_path), **flags)
@@ -149,10 +208,15 @@ def test_gmp_is_the_other_script(tmp_path: Path) -> None:
     """Without a regulariser the model and the losses are those of dqn_atari_gmp.py, bit for bit."""
     flags = f"{TINY_FLAGS} --target-every 50 --feature-size 16 --prune-every 5"
     own = {"dqn_atari_gmp": "--analysis-every 0", "dqn_atari_baselines": ""}
-    side_by_side(lambda script: succeed(script, flags, own[script], f"--run-dir {script}", cwd=tmp_path), own)
+    side_by_side(
+        lambda script: succeed(script, flags, own[script], f"--run-dir {script}", cwd=tmp_path), own
+    )
     models = [(tmp_path / script / "model.safetensors").read_bytes() for script in own]
     assert models[0] == models[1]
-    losses = [[r["losses/td_loss"] for r in records(tmp_path / script) if "losses/td_loss" in r] for script in own]
+    losses = [
+        [r["losses/td_loss"] for r in records(tmp_path / script) if "losses/td_loss" in r]
+        for script in own
+    ]
     assert losses[0] == losses[1] and losses[0]
 
 
@@ -160,7 +224,9 @@ def test_gmp_is_the_other_script(tmp_path: Path) -> None:
 
 
 def test_weight_decay_is_coupled(small: ModuleType) -> None:
-    """1e-5 times the weight is added to the gradient, before Adam's moments; by Adam's formula in float64."""
+    """1e-5 times the weight is added to the gradient, before Adam's moments; by Adam's formula in
+    float64.
+    """
     args = small.Args(feature_size=16, regulariser="weight-decay", sparsity=0.0, learning_rate=1e-2)
     agent = small.DQN(args, 4, CPU, torch.float64)
     batch, before = filled(small).sample(32), params(agent.online)
@@ -169,7 +235,10 @@ def test_weight_decay_is_coupled(small: ModuleType) -> None:
     for p, old, g in zip(agent.online.parameters(), before, gradients):
         g = g + 1e-5 * old
         assert torch.allclose(p, old - 1e-2 * g / (g.abs() + 1.5e-4), rtol=0, atol=1e-12)
-        assert torch.allclose(agent.optimizer.state[p]["exp_avg"], 0.1 * g, rtol=0, atol=1e-14) and old.any()
+        assert (
+            torch.allclose(agent.optimizer.state[p]["exp_avg"], 0.1 * g, rtol=0, atol=1e-14)
+            and old.any()
+        )
 
 
 def test_features_of_length_one(baselines: ModuleType) -> None:
@@ -185,7 +254,9 @@ def test_features_of_length_one(baselines: ModuleType) -> None:
 
 @pytest.mark.parametrize("network", ["cnn", "impala"])
 def test_dormant_units_are_made_anew(baselines: ModuleType, network: str) -> None:
-    """Silent units: new incoming weights, no outgoing ones, empty moments; all else, and what comes out, as before."""
+    """Silent units: new incoming weights, no outgoing ones, empty moments; all else, and what comes
+    out, as before.
+    """
     agent = agent_of(baselines, network=network, regulariser="redo", sparsity=0.0, seed=2)
     replay = filled_replay(baselines, baselines.FrameReplay, 84, 40, n_step=1)
     net = agent.online
@@ -207,7 +278,9 @@ def test_dormant_units_are_made_anew(baselines: ModuleType, network: str) -> Non
     for layer, unit in silent:
         name = next(n for n, m in net.named_modules() if m is layer)
         new, drawn = layer.weight[unit], fresh.get_submodule(name).weight[unit]
-        assert torch.equal(new[new != 0], drawn[new != 0]) and (new != 0).float().mean() > 0.1  # not from dead units
+        assert (
+            torch.equal(new[new != 0], drawn[new != 0]) and (new != 0).float().mean() > 0.1
+        )  # not from dead units
         assert layer.bias[unit] == 0
         for tensor in (layer.weight, layer.bias):
             assert not agent.optimizer.state[tensor]["exp_avg"][unit].any()
@@ -219,14 +292,20 @@ def test_dormant_units_are_made_anew(baselines: ModuleType, network: str) -> Non
     for moment in ("exp_avg", "exp_avg_sq"):
         assert not agent.optimizer.state[behind.weight][moment][:, 7].any()
         if network == "cnn":
-            assert not agent.optimizer.state[net.dense.weight][moment].view(16, 121, 64)[:, :, 9].any()
+            assert (
+                not agent.optimizer.state[net.dense.weight][moment].view(16, 121, 64)[:, :, 9].any()
+            )
     with torch.no_grad():
-        assert torch.allclose(net(obs), was, atol=0.2), "what is below a tenth of the mean said little"
+        assert torch.allclose(net(obs), was, atol=0.2), (
+            "what is below a tenth of the mean said little"
+        )
     assert changed["dense.weight"][3].any() and not changed["output.bias"].any()
 
 
 def test_dormant_is_a_tenth_of_the_mean(baselines: ModuleType) -> None:
-    """Of 16 dense units, by scores computed apart: exactly those at or below 0.1 of the mean are drawn anew."""
+    """Of 16 dense units, by scores computed apart: exactly those at or below 0.1 of the mean are
+    drawn anew.
+    """
     agent = agent_of(baselines, regulariser="redo", sparsity=0.0)
     replay = filled_replay(baselines, baselines.FrameReplay, 84, 40, n_step=1)
     with torch.no_grad():
@@ -240,7 +319,9 @@ def test_dormant_is_a_tenth_of_the_mean(baselines: ModuleType) -> None:
         h = torch.relu(features @ agent.online.dense.weight.T).double().mean(0)
     wanted = (h <= 0.1 * h.mean()).tolist()
     agent.recycle(replay)
-    anew = (agent.online.dense.weight == agent.fresh().dense.weight).float().mean(1) > 0.1  # where channels are alive
+    anew = (agent.online.dense.weight == agent.fresh().dense.weight).float().mean(
+        1
+    ) > 0.1  # where channels are alive
     assert anew.tolist() == wanted and 0 < sum(wanted) < 16
 
 
@@ -251,7 +332,9 @@ def test_dormant_units_are_looked_for_each_1000_gradient_steps(
     agent = agent_of(baselines, regulariser="redo", pruner="static", sparsity=0.5)
     replay = filled_replay(baselines, baselines.FrameReplay, 84, 40, n_step=1)
     calls, recycle = list[int](), agent.recycle
-    monkeypatch.setattr(agent, "recycle", lambda replay: calls.append(agent.gradient_step) or recycle(replay))
+    monkeypatch.setattr(
+        agent, "recycle", lambda replay: calls.append(agent.gradient_step) or recycle(replay)
+    )
     monkeypatch.setattr(agent, "update", lambda _: None)
     weight, mask = agent.online.dense.weight, agent.masks[-2]
     with torch.no_grad():
@@ -267,23 +350,36 @@ def test_dormant_units_are_looked_for_each_1000_gradient_steps(
 
 
 def test_the_last_layer_is_made_anew(small: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    agent, replay = agent_of(small, regulariser="reset", sparsity=0.5, pruner="static"), filled(small)
+    agent, replay = (
+        agent_of(small, regulariser="reset", sparsity=0.5, pruner="static"),
+        filled(small),
+    )
     agent.learn(replay, 3)
     before, target = params(agent.online), params(agent.target)
     monkeypatch.setattr(agent, "update", lambda _: None)
     agent.gradient_step = 99_999
     agent.learn(replay, 1)
-    assert agent.gradient_step == 100_000 and all_equal(params(agent.online), before), "not after the last update"
+    assert agent.gradient_step == 100_000 and all_equal(params(agent.online), before), (
+        "not after the last update"
+    )
     agent.learn(replay, 1)
     assert agent.gradient_step == 100_001
     assert torch.equal(agent.target.output.weight, agent.online.output.weight)
     names = [name for name, _ in agent.online.named_parameters()]
-    for name, p, old, t, t_old in zip(names, agent.online.parameters(), before, agent.target.parameters(), target):
+    for name, p, old, t, t_old in zip(
+        names, agent.online.parameters(), before, agent.target.parameters(), target
+    ):
         if name.startswith("output"):
             assert not torch.equal(p, old) or not p.any()
-            assert not any(agent.optimizer.state[p][name].any() for name in ("exp_avg", "exp_avg_sq"))
+            assert not any(
+                agent.optimizer.state[p][name].any() for name in ("exp_avg", "exp_avg_sq")
+            )
         else:
-            assert torch.equal(p, old) and torch.equal(t, t_old) and agent.optimizer.state[p]["exp_avg"].any()
+            assert (
+                torch.equal(p, old)
+                and torch.equal(t, t_old)
+                and agent.optimizer.state[p]["exp_avg"].any()
+            )
     assert not agent.online.output.weight[agent.masks[-1] == 0].any(), "masked as before"
     again = copy.deepcopy(agent.online.output.weight)
     agent.gradient_step = 100_000
@@ -292,7 +388,9 @@ def test_the_last_layer_is_made_anew(small: ModuleType, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--regulariser redo --pruner rigl --prune-every 9", "--regulariser l2-features"])
+@pytest.mark.parametrize(
+    "flags", ["--regulariser redo --pruner rigl --prune-every 9", "--regulariser l2-features"]
+)
 def test_short_runs(tmp_path: Path, flags: str) -> None:
     flags = f"{TINY_FLAGS} {flags} --target-every 50 --feature-size 16 --run-dir run"
     succeed("dqn_atari_baselines", flags, cwd=tmp_path)

@@ -1,4 +1,6 @@
-"""Tests of tools/blocks.py: the scripts' blocks are equal, and on made-up files it sees and repairs copies."""
+"""Tests of tools/blocks.py: the scripts' blocks are equal, and on made-up files it sees and repairs
+copies.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,10 @@ def load_tool() -> ModuleType:
 
 blocks = load_tool()
 
-# Four scripts with one block, `decay`: c.py lacks a character in its third line, d.py is forked. Between them the lines
-# outside the fences have what a careless rewrite would lose: a Windows line ending, a form feed, an accent, trailing
+# Four scripts with one block, `decay`: c.py lacks a character in its third line, d.py is forked.
+# Between them the lines
+# outside the fences have what a careless rewrite would lose: a Windows line ending, a form feed, an
+# accent, trailing
 # spaces, a line separator, and a last line without its ending.
 A = b"""import math
 # >>> shared: decay
@@ -78,15 +82,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_blocks_of_the_scripts_are_equal() -> None:
-    """The repository's own scripts pass the check, run as a user runs it: from any folder, without arguments."""
-    result = subprocess.run([sys.executable, str(TOOL)], cwd="/", capture_output=True, text=True, check=False)
+    """The repository's own scripts pass the check, run as a user runs it: from any folder, without
+    arguments.
+    """
+    result = subprocess.run(
+        [sys.executable, str(TOOL)], cwd="/", capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "with copies that differ: 0\n" in result.stdout
     assert "blocks: 0 in" not in result.stdout
 
 
 def test_equal_copies_pass(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Equal copies, a forked one and a block with a single, indented copy pass, and each block is one line."""
+    """Equal copies, a forked one and a block with a single, indented copy pass, and each block is
+    one line.
+    """
     (folder / "c.py").write_bytes(C_REPAIRED)
     single = "class Args:\n    # >>> shared: flags\n    seed: int = 1\n    # <<< shared: flags\n    own: int = 2\n"
     (folder / "e.py").write_text(single)
@@ -100,7 +110,9 @@ def test_equal_copies_pass(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_changed_byte_is_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One missing character fails the check; the diff names both files and where the blocks begin in them."""
+    """One missing character fails the check; the diff names both files and where the blocks begin
+    in them.
+    """
     assert blocks.main(["check", "--root", str(folder)]) == 1
     assert capsys.readouterr().out == (
         "decay: 2 lines: a.py, b.py, c.py, d.py [forked: decays (much) more slowly] DIFFERS\n"
@@ -131,15 +143,21 @@ def test_a_changed_byte_is_found(folder: Path, capsys: pytest.CaptureFixture[str
 def test_a_difference_which_is_hard_to_see(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], copy: bytes, shown: str
 ) -> None:
-    """Line endings, trailing spaces and the fences themselves are compared, and the diff shows them."""
+    """Line endings, trailing spaces and the fences themselves are compared, and the diff shows
+    them.
+    """
     (tmp_path / "a.py").write_bytes(b"# >>> shared: n\nx = 1\n# <<< shared: n\n")
     (tmp_path / "b.py").write_bytes(copy)
     assert blocks.main(["--root", str(tmp_path)]) == 1
     assert shown in capsys.readouterr().out
 
 
-def test_write_repairs_the_shared_copies_only(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The wrong copy is replaced and nothing else: not the forked copy, nor a byte outside the fences, nor the mode."""
+def test_write_repairs_the_shared_copies_only(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The wrong copy is replaced and nothing else: not the forked copy, nor a byte outside the
+    fences, nor the mode.
+    """
     (folder / "c.py").chmod(0o754)
     before = (folder / "b.py").stat().st_ino
     assert blocks.main(["write", "decay", "--from", "a.py", "--root", str(folder)]) == 0
@@ -150,11 +168,18 @@ def test_write_repairs_the_shared_copies_only(folder: Path, capsys: pytest.Captu
     assert blocks.main(["--root", str(folder)]) == 0
 
 
-def test_write_from_a_path(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """FILE may be a path, and the chosen copy wins against a majority; what stands around the others is kept."""
+def test_write_from_a_path(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FILE may be a path, and the chosen copy wins against a majority; what stands around the
+    others is kept.
+    """
     monkeypatch.chdir(folder)
     assert blocks.main(["--root", str(folder), "write", "decay", "--from", "./c.py"]) == 0
-    assert capsys.readouterr().out == f"decay: written to {folder}/a.py\ndecay: written to {folder}/b.py\n"
+    assert (
+        capsys.readouterr().out
+        == f"decay: written to {folder}/a.py\ndecay: written to {folder}/b.py\n"
+    )
     assert contents(folder) == {
         "a.py": A.replace(b"0.5**t", b"0.5*t"),
         "b.py": B.replace(b"0.5**t", b"0.5*t"),
@@ -164,7 +189,9 @@ def test_write_from_a_path(folder: Path, capsys: pytest.CaptureFixture[str], mon
     }
 
 
-def test_write_of_equal_copies_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_write_of_equal_copies_writes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """When every shared copy is equal, write says so and leaves the files."""
     (folder / "c.py").write_bytes(C_REPAIRED)
     before = {path.name: path.stat().st_ino for path in folder.iterdir()}
@@ -179,21 +206,29 @@ def test_write_of_equal_copies_writes_nothing(folder: Path, capsys: pytest.Captu
         ("decoy", "a.py", "no block is named decoy; blocks: decay"),
         ("decay", "z.py", "no script is z.py; scripts: a.py, b.py, c.py, d.py"),
         ("decay", "elsewhere/a.py", "no script is elsewhere/a.py; scripts: a.py, b.py, c.py, d.py"),
-        ("decay", "d.py", "d.py has no shared copy of decay; files which have one: a.py, b.py, c.py"),
+        (
+            "decay",
+            "d.py",
+            "d.py has no shared copy of decay; files which have one: a.py, b.py, c.py",
+        ),
     ],
     ids=["unknown block", "unknown file", "file of another folder", "forked copy"],
 )
 def test_write_refuses_what_does_not_exist(
     folder: Path, capsys: pytest.CaptureFixture[str], name: str, source: str, message: str
 ) -> None:
-    """An unknown block or file is refused with status 2 in one line naming what there is, and nothing is written."""
+    """An unknown block or file is refused with status 2 in one line naming what there is, and
+    nothing is written.
+    """
     before = contents(folder)
     assert blocks.main(["write", name, "--from", source, "--root", str(folder)]) == 2
     assert capsys.readouterr() == ("", f"blocks.py: {message}\n")
     assert contents(folder) == before
 
 
-def test_a_folder_without_scripts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_scripts_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A mistyped --root does not pass as a folder in which all is equal."""
     assert blocks.main(["--root", str(tmp_path / "none")]) == 2
     assert capsys.readouterr() == ("", f"blocks.py: no *.py file in {tmp_path}/none\n")
@@ -201,7 +236,10 @@ def test_a_folder_without_scripts_is_refused(tmp_path: Path, capsys: pytest.Capt
 
 ACCEPTED = '"# >>> shared: NAME", "# >>> forked: NAME (reason)", "# <<< shared: NAME" or "# <<< forked: NAME"'
 MALFORMED = {
-    "unclosed": (b"x = 1\n# >>> shared: n\ny = 2\n", '2: n is not closed; "# <<< shared: n" must follow'),
+    "unclosed": (
+        b"x = 1\n# >>> shared: n\ny = 2\n",
+        '2: n is not closed; "# <<< shared: n" must follow',
+    ),
     "nested": (
         b"# >>> shared: n\n# >>> forked: m (why)\n# <<< forked: m\n# <<< shared: n\n",
         '2: m starts inside n; blocks do not nest, "# <<< shared: n" must come first',
@@ -242,7 +280,10 @@ MALFORMED = {
         b"# >>> shared: n\n# <<< shared: n",
         "2: the fence ends the file without a line ending; one must follow it",
     ),
-    "not UTF-8": (b"# caf\xe9\n", "1: the file is not UTF-8, which a script must be (invalid continuation byte)"),
+    "not UTF-8": (
+        b"# caf\xe9\n",
+        "1: the file is not UTF-8, which a script must be (invalid continuation byte)",
+    ),
 }
 
 
@@ -250,7 +291,9 @@ MALFORMED = {
 def test_malformed_fences_are_refused(
     folder: Path, capsys: pytest.CaptureFixture[str], text: bytes, message: str
 ) -> None:
-    """A malformed fence is one line with its file and line, status 1; until it is put right nothing is written."""
+    """A malformed fence is one line with its file and line, status 1; until it is put right nothing
+    is written.
+    """
     (folder / "e.py").write_bytes(text)
     before = contents(folder)
     assert blocks.main(["--root", str(folder)]) == 1
@@ -271,8 +314,12 @@ def test_every_malformed_file_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     )
 
 
-def test_a_write_which_fails_leaves_the_old_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The new text goes to a second file which then takes the name: an error before that loses and leaves nothing."""
+def test_a_write_which_fails_leaves_the_old_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new text goes to a second file which then takes the name: an error before that loses and
+    leaves nothing.
+    """
 
     def fail(source: str, target: str) -> None:
         """Stand in for a full or vanished disk."""

@@ -16,7 +16,11 @@ ROOT = SCRIPTS.parent
 def commands() -> list[tuple[str, str]]:
     """Return (script, arguments) of every command line that calls a script."""
     found = []
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(SCRIPTS.glob("*.py"))]:
+    for path in [
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted(SCRIPTS.glob("*.py")),
+    ]:
         text = path.read_text().replace("\\\n", " ")
         found += re.findall(r"^ *python (?:cleanrl_sparse/)?(\w+)\.py([^\n#]*)", text, re.MULTILINE)
     return found

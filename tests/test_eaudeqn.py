@@ -1,7 +1,8 @@
-"""Tests of EauDeQN itself, in eaudeqn_atari.py: the identities of the method, and that it learns and prunes.
+"""Tests of EauDeQN itself, in eaudeqn_atari.py: the identities of the method, and that it learns
+and prunes.
 
-The references are written here in other words: plain DQN with PyTorch's own loss, and one network at a time with
-Adam by its formula.
+The references are written here in other words: plain DQN with PyTorch's own loss, and one network
+at a time with Adam by its formula.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def agent_of(
 
 
 def update_target(agent: Any, step: int, horizon: int) -> int:
-    """Update the target at a step of a run of `horizon` steps; return the index of the network chosen."""
+    """Update the target at a step of a run of `horizon` steps; return the index of the network
+    chosen.
+    """
     agent.args = dataclasses.replace(agent.args, total_timesteps=horizon)
     agent.losses = np.array(agent.accumulated_loss.tolist())
     agent.update_target(step)
@@ -63,7 +66,9 @@ def act(agent: Any, obs: np.ndarray, epsilon: float, losses: list[float]) -> np.
 def batches(
     module: ModuleType, size: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield random batches for 4 actions, as sample() does; a quarter of the transitions are terminal."""
+    """Yield random batches for 4 actions, as sample() does; a quarter of the transitions are
+    terminal.
+    """
     frame = {Small: (12, 12), Tiny: (1, 1)}.get(module.QNetwork, (84, 84))
     rng = torch.Generator().manual_seed(seed)
     while True:
@@ -179,7 +184,9 @@ class Alone:
 
 
 def masked(agent: Any, k: int) -> dict[int, Tensor]:
-    """Return the bool masks of candidate k by the number of the parameter; weights and biases alternate."""
+    """Return the bool masks of candidate k by the number of the parameter; weights and biases
+    alternate.
+    """
     return {2 * i: mask.bool().clone() for i, mask in enumerate(agent.online[k].buffers())}
 
 
@@ -187,7 +194,9 @@ def masked(agent: Any, k: int) -> dict[int, Tensor]:
 def test_networks_learn_as_if_alone(
     eaudeqn: ModuleType, dtype: torch.dtype, tolerance: float
 ) -> None:
-    """Four candidates of different masks; one of them dense. A step moves weights by the learning rate, 1e-3."""
+    """Four candidates of different masks; one of them dense. A step moves weights by the learning
+    rate, 1e-3.
+    """
     flags = {
         "num_networks": 4,
         "max_sparsity_step": 1.0,
@@ -218,7 +227,9 @@ def test_networks_learn_as_if_alone(
 
 
 def test_loss_by_hand(tiny: ModuleType) -> None:
-    """Squared TD error, mean over the batch; a terminal state masks the bootstrap, the reward stays."""
+    """Squared TD error, mean over the batch; a terminal state masks the bootstrap, the reward
+    stays.
+    """
     agent = agent_of(tiny, num_actions=2, num_networks=2, gamma=0.5)
     constant(agent.target, [3.0, 1.0])
     constant(agent.online[0], [0.5, 2.0])
@@ -226,9 +237,11 @@ def test_loss_by_hand(tiny: ModuleType) -> None:
     obs = torch.zeros(2, 4, 1, 1)
     actions, rewards, terminated = torch.tensor([[0, 1], [1, -1], [0, 1]])
     agent.update(obs, obs, actions, rewards, terminated)
-    # Targets 1 + 0.5 * 3 = 2.5 and -1. First network: (0.5 - 2.5)^2 = 4 and 3^2 = 9. Second: 1.5^2 = 2.25 and 5^2 = 25.
+    # Targets 1 + 0.5 * 3 = 2.5 and -1. First network: (0.5 - 2.5)^2 = 4 and 3^2 = 9. Second: 1.5^2
+    # = 2.25 and 5^2 = 25.
     assert agent.accumulated_loss.tolist() == [6.5, 13.625]
-    # Gradients of the output biases: (2 * error) / 2 = (-2, 3) and (-1.5, -5). Adam's first step is the sign's.
+    # Gradients of the output biases: (2 * error) / 2 = (-2, 3) and (-1.5, -5). Adam's first step is
+    # the sign's.
     rate = 6.25e-5
     assert agent.online[0].output.bias.tolist() == pytest.approx([0.5 + rate, 2 - rate], abs=1e-6)
     assert agent.online[1].output.bias.tolist() == pytest.approx([1 + rate, -6 + rate], abs=1e-6)
@@ -265,7 +278,9 @@ def test_accumulated_loss_is_a_sum(small: ModuleType) -> None:
 
 
 def test_learn(small: ModuleType) -> None:
-    """One update for every four steps after the warm-up, each from a sample of its own; none before."""
+    """One update for every four steps after the warm-up, each from a sample of its own; none
+    before.
+    """
     rng, replays = np.random.default_rng(0), []
     record = [rng.integers(0, 256, (1, 12, 12), dtype=np.uint8) for _ in range(30)]
     flags: dict[str, Any] = {"batch_size": 8, "buffer_size": 20, "learning_starts": 10}
@@ -383,7 +398,9 @@ def test_update_target_chooses_the_smallest(tiny: ModuleType) -> None:
 def forced_run(
     module: ModuleType, winner: str, seed: int, horizon: int, last: int, **flags: Any
 ) -> Any:
-    """Update the target at every step up to `last`, with losses that let `winner` be chosen; return the agent."""
+    """Update the target at every step up to `last`, with losses that let `winner` be chosen; return
+    the agent.
+    """
     agent = agent_of(module, seed=seed, target_every=1, **flags)
     rng = np.random.default_rng(seed)
     for step in range(1, last + 1):
@@ -406,13 +423,16 @@ def test_always_the_first_stays_dense(tiny: ModuleType) -> None:
 def test_always_the_sparsest_follows_its_schedule(
     tiny: ModuleType, num_networks: int, exponent: float
 ) -> None:
-    """1 - (1 - t / H) ** (U_max (K - 1) / K): the largest of K - 1 draws from U(0, 3) has mean 3 (K - 1) / K."""
+    """1 - (1 - t / H) ** (U_max (K - 1) / K): the largest of K - 1 draws from U(0, 3) has mean 3 (K
+    - 1) / K.
+    """
     found = []
     for seed in range(25):
         agent = forced_run(
             tiny, "sparsest", seed, 60, 30, num_networks=num_networks, max_sparsity_step=1.0
         )
-        # The sparsest candidate is the one that the next choice would take: it was made for step 31.
+        # The sparsest candidate is the one that the next choice would take: it was made for step
+        # 31.
         left = 1 - max(agent.sparsity)
         found.append(math.log(left / (59 / 60) ** 0) / math.log(29 / 59))
     assert np.mean(found) == pytest.approx(exponent, abs=0.07)
@@ -430,7 +450,9 @@ def test_random_choice_prunes_nearly_all(tiny: ModuleType) -> None:
 
 
 def test_generations(eaudeqn: ModuleType) -> None:
-    """Real networks that learn, with choices of all kinds: masks hold, nest and have exact counts."""
+    """Real networks that learn, with choices of all kinds: masks hold, nest and have exact
+    counts.
+    """
     agent = agent_of(eaudeqn, max_sparsity_step=0.15, max_exponent=6.0, learning_rate=1e-3, seed=2)
     stream = batches(eaudeqn)
 
@@ -510,7 +532,9 @@ def test_optimiser_state_at_a_target_update(small: ModuleType, reset: bool) -> N
 
 @pytest.mark.parametrize("lost", [math.nan, math.inf])
 def test_a_network_that_is_lost_is_replaced(small: ModuleType, lost: float) -> None:
-    """Without a finite loss it neither acts nor wins; it comes back as a copy, with new moments of Adam."""
+    """Without a finite loss it neither acts nor wins; it comes back as a copy, with new moments of
+    Adam.
+    """
     agent = agent_of(small, num_networks=3, reset_optimizer=False)
     agent.update(*next(batches(small)))
     with torch.no_grad():
@@ -530,7 +554,9 @@ def test_a_network_that_is_lost_is_replaced(small: ModuleType, lost: float) -> N
 
 
 def test_candidates_go_their_own_ways(small: ModuleType) -> None:
-    """After a target update the networks share nothing: one changes, and neither the others nor the target do."""
+    """After a target update the networks share nothing: one changes, and neither the others nor the
+    target do.
+    """
     agent = agent_of(small, num_networks=3, max_sparsity_step=0.5, max_exponent=9.0)
     update_target(agent, 100, 1000)
     others = [params(network) for network in (agent.target, agent.online[0], agent.online[2])]
@@ -586,7 +612,9 @@ def test_epsilon_greedy(tiny: ModuleType) -> None:
 
 
 def test_greedy_for_each_observation(tiny: ModuleType) -> None:
-    """Every environment's action is that of its own observation, in order, and of the network drawn for it."""
+    """Every environment's action is that of its own observation, in order, and of the network drawn
+    for it.
+    """
     agent = agent_of(tiny, num_networks=2)
     for network, sign in zip(agent.online, (1.0, -1.0)):
         constant(network, [0.0, 0.0, 0.0, 0.0])
@@ -638,7 +666,9 @@ def test_network_that_acts(
 
 
 def test_exploration_is_the_same_for_all(tiny: ModuleType) -> None:
-    """When and how is explored does not depend on K, the behaviour or the losses: networks are drawn otherwise."""
+    """When and how is explored does not depend on K, the behaviour or the losses: networks are
+    drawn otherwise.
+    """
     actions, states = [], []
     settings = (
         (1, "inverse-loss", 1.0),
@@ -734,7 +764,9 @@ def test_report(tiny: ModuleType) -> None:
 def learn_catch(
     module: ModuleType, feature_size: int, learning_rate: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Train for 24,000 steps; return the mean return and the sparsity (nominal, of network 1) of each 1,200 steps."""
+    """Train for 24,000 steps; return the mean return and the sparsity (nominal, of network 1) of
+    each 1,200 steps.
+    """
     total, warm_up = 24_000, 1_000
     flags = {"buffer_size": total, "learning_starts": warm_up, "target_every": 80}
     args = module.Args(feature_size=feature_size, learning_rate=learning_rate, seed=seed, **flags)
@@ -766,9 +798,11 @@ def learn_catch(
 
 
 def pace(sparsities: np.ndarray, first: int, last: int) -> float:
-    """Return the exponent n with which sparsity rose between two entries of a curve: 1 - s goes as (1 - t / H) ** n.
+    """Return the exponent n with which sparsity rose between two entries of a curve: 1 - s goes as
+    (1 - t / H) ** n.
 
-    The schedule without a choice has a constant one: 1.2 where the choice is random, 2.4 where the sparsest wins.
+    The schedule without a choice has a constant one: 1.2 where the choice is random, 2.4 where the
+    sparsest wins.
     """
     time_left = 1 - (np.arange(len(sparsities)) + 1) / len(sparsities)
     left = np.log(1 - sparsities)
@@ -780,9 +814,11 @@ def pace(sparsities: np.ndarray, first: int, last: int) -> float:
 def test_sparsity_at_the_pace_of_learning(
     eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Catch with 512 and 64 features, each at a rate with which it takes half of the run to learn (2 to 4 minutes).
+    """Catch with 512 and 64 features, each at a rate with which it takes half of the run to learn
+    (2 to 4 minutes).
 
-    Returns are on the scale from -1 (every ball missed) to 1 (every ball caught), of the training episodes.
+    Returns are on the scale from -1 (every ball missed) to 1 (every ball caught), of the training
+    episodes.
     """
     monkeypatch.setattr(eaudeqn, "QNetwork", CatchNetwork)
     threads = torch.get_num_threads()

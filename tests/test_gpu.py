@@ -1,4 +1,5 @@
-"""What only a machine with a GPU can show: updates equal the CPU's, a captured graph equals eager updates, real runs.
+"""What only a machine with a GPU can show: updates equal the CPU's, a captured graph equals eager
+updates, real runs.
 
 All of it is skipped without a GPU, and has not run on one yet.
 """
@@ -35,17 +36,32 @@ AGENTS = {
 agents = pytest.mark.parametrize("name", AGENTS)
 
 
-def learned(module: ModuleType, name: str, device: torch.device, home: torch.device, dtype: torch.dtype,
-            updates: int, **flags: Any) -> dict[str, Tensor]:  # fmt: skip
-    """Return an agent's tensors after `updates` updates on `device` from a replay that lies on `home`."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as in the scripts
+def learned(
+    module: ModuleType,
+    name: str,
+    device: torch.device,
+    home: torch.device,
+    dtype: torch.dtype,
+    updates: int,
+    **flags: Any,
+) -> dict[str, Tensor]:
+    """Return an agent's tensors after `updates` updates on `device` from a replay that lies on
+    `home`.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = (
+        False  # as in the scripts
+    )
     kind, own = AGENTS[name]
     if name == "cql":
         args = module.Args(**own | flags)
         rng = np.random.default_rng(0)
-        obs, actions, next_obs = (rng.uniform(-1, 1, (400, n)).astype(np.float32) for n in (3, 1, 3))
+        obs, actions, next_obs = (
+            rng.uniform(-1, 1, (400, n)).astype(np.float32) for n in (3, 1, 3)
+        )
         ends = rng.random(400) < 0.1
-        data = module.Data(obs, actions, rng.normal(size=400).astype(np.float32), next_obs, ends, ends)
+        data = module.Data(
+            obs, actions, rng.normal(size=400).astype(np.float32), next_obs, ends, ends
+        )
         replay: Any = module.Dataset(data, module.MujocoEnvs("Pendulum-v1", 1, 0), args, home)
         agent = module.CQL(args, 3, 1, device, dtype)
         agent.prune([replay.sample(args.batch_size)])
@@ -95,29 +111,44 @@ def test_float32_losses_are_those_of_the_cpu(name: str, request: pytest.FixtureR
 
 
 @agents
-def test_a_captured_graph_does_what_eager_updates_do(name: str, request: pytest.FixtureRequest) -> None:
+def test_a_captured_graph_does_what_eager_updates_do(
+    name: str, request: pytest.FixtureRequest
+) -> None:
     module = request.getfixturevalue(name)
-    captured, eager = (learned(module, name, GPU, GPU, torch.float64, 6, compile=on) for on in (True, False))
+    captured, eager = (
+        learned(module, name, GPU, GPU, torch.float64, 6, compile=on) for on in (True, False)
+    )
     assert_close(captured, eager)
 
 
 @agents
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_captured_graph_in_the_types_of_real_runs(name: str, precision: str, request: pytest.FixtureRequest) -> None:
-    """float32 weights, with autocast or without: as close as kernels that add up in another order."""
+def test_a_captured_graph_in_the_types_of_real_runs(
+    name: str, precision: str, request: pytest.FixtureRequest
+) -> None:
+    """float32 weights, with autocast or without: as close as kernels that add up in another
+    order.
+    """
     module = request.getfixturevalue(name)
     flags = {"precision": precision}
-    captured, eager = (learned(module, name, GPU, GPU, torch.float32, 6, compile=on, **flags) for on in (True, False))
+    captured, eager = (
+        learned(module, name, GPU, GPU, torch.float32, 6, compile=on, **flags)
+        for on in (True, False)
+    )
     torch.testing.assert_close(captured["latest"], eager["latest"], rtol=0.05, atol=0.05)
 
 
 def test_masks_are_those_of_the_cpu(eaudeqn: ModuleType) -> None:
     torch.manual_seed(0)
-    weights = [torch.randint(-9, 10, shape).float() for shape in ((64, 32, 3, 3), (512, 700), (6, 512))]  # many ties
+    weights = [
+        torch.randint(-9, 10, shape).float() for shape in ((64, 32, 3, 3), (512, 700), (6, 512))
+    ]  # many ties
     parents = [torch.rand_like(w) < 0.8 for w in weights]
     for scope in ("erk", "uniform", "global"):
         for sparsity in (0.3, 0.9, 0.999):
-            ours = eaudeqn.magnitude_masks([w.to(GPU) for w in weights], [m.to(GPU) for m in parents], sparsity, scope)
+            ours = eaudeqn.magnitude_masks(
+                [w.to(GPU) for w in weights], [m.to(GPU) for m in parents], sparsity, scope
+            )
             theirs = eaudeqn.magnitude_masks(weights, parents, sparsity, scope)
             assert all(torch.equal(a.to(CPU), b) for a, b in zip(ours, theirs))
 
@@ -125,7 +156,9 @@ def test_masks_are_those_of_the_cpu(eaudeqn: ModuleType) -> None:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_captured_run_is_stopped_and_resumed(script: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = Process(script, SMALL[script], f"--device cuda --compile --run-dir {folder}", cwd=tmp_path)
+    process = Process(
+        script, SMALL[script], f"--device cuda --compile --run-dir {folder}", cwd=tmp_path
+    )
     output = process.when(lambda: has_saved(folder, 500)).stop(signal.SIGTERM)
     assert output.status == 75, output.stderr
     succeed(script, f"--resume {folder}", cwd=tmp_path)

@@ -1,4 +1,6 @@
-"""benchmark/launch.py: manifests, states, runs that are started once whatever dies; and the figures' scripts."""
+"""benchmark/launch.py: manifests, states, runs that are started once whatever dies; and the
+figures' scripts.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from test_runs import wait_until
 BENCHMARK = SCRIPTS.parent / "benchmark"
 
 # A training script as far as the launcher can tell, without the seconds that importing torch takes.
-STAND_IN = '''
+STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
 from typing import ClassVar
@@ -65,7 +67,7 @@ with open(folder / "starts", "a") as starts, open(folder / "metrics.jsonl", "a")
         sys.exit(int(flags["status"]))
     starts.write("end\\n")
 (folder / "final.json").write_text("{}")
-'''
+"""
 
 
 class Place:
@@ -73,15 +75,30 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.runs = folder, folder / "runs"
-        for name, text in (("benchmark", (BENCHMARK / "launch.py").read_text()), ("cleanrl_sparse", STAND_IN)):
+        for name, text in (
+            ("benchmark", (BENCHMARK / "launch.py").read_text()),
+            ("cleanrl_sparse", STAND_IN),
+        ):
             (folder / name).mkdir()
-            (folder / name / ("launch.py" if name == "benchmark" else "stand_in.py")).write_text(text)
+            (folder / name / ("launch.py" if name == "benchmark" else "stand_in.py")).write_text(
+                text
+            )
 
     def begin(self, *words: str, **environment: str) -> subprocess.Popen[str]:
         """Start the launcher."""
-        clean = {name: value for name, value in os.environ.items() if name not in ("RUNS", "DRY", "SMOKE")}
-        return subprocess.Popen([sys.executable, "benchmark/launch.py", *words], text=True, cwd=self.folder,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean | environment)  # fmt: skip
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("RUNS", "DRY", "SMOKE")
+        }
+        return subprocess.Popen(
+            [sys.executable, "benchmark/launch.py", *words],
+            text=True,
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=clean | environment,
+        )
 
     def launch(self, *words: str, **environment: str) -> tuple[int, str, str]:
         """Return the launcher's status and what it wrote to stdout and stderr."""
@@ -99,7 +116,10 @@ class Place:
 
     def starts(self) -> list[str]:
         """Return for each run what it wrote about its starts and its end."""
-        return [" ".join((self.runs / run["folder"] / "starts").read_text().split()) for run in self.manifest()]
+        return [
+            " ".join((self.runs / run["folder"] / "starts").read_text().split())
+            for run in self.manifest()
+        ]
 
     def wait_for(self, count: int) -> None:
         """Wait until so many runs have begun."""
@@ -119,17 +139,35 @@ def test_a_curve_is_every_combination_of_its_values(place: Place) -> None:
     place.add("a", "--env-id", "Pong", "Qbert", "--seed", "1", "2", "3", "--ticks", "7", "--quiet")
     runs = place.manifest()
     assert [(r["flags"]["env-id"], r["flags"]["seed"]) for r in runs] == [
-        ("Pong", "1"), ("Pong", "2"), ("Pong", "3"), ("Qbert", "1"), ("Qbert", "2"), ("Qbert", "3")]  # fmt: skip
+        ("Pong", "1"),
+        ("Pong", "2"),
+        ("Pong", "3"),
+        ("Qbert", "1"),
+        ("Qbert", "2"),
+        ("Qbert", "3"),
+    ]
     assert runs[0]["flags"] == {"env-id": "Pong", "seed": "1", "ticks": "7", "quiet": ""}
-    assert len({r["id"] for r in runs}) == 6 and runs[0]["folder"] == f"Pong__stand_in__1__{runs[0]['id']}"
-    place.add("b", "--ticks", "7", "--quiet", "--seed", "1", "--env_id", "Pong")  # in another order, another curve
+    assert (
+        len({r["id"] for r in runs}) == 6
+        and runs[0]["folder"] == f"Pong__stand_in__1__{runs[0]['id']}"
+    )
+    place.add(
+        "b", "--ticks", "7", "--quiet", "--seed", "1", "--env_id", "Pong"
+    )  # in another order, another curve
     place.add("a", "--env-id", "Qbert")  # in place of what it had
-    assert [(r["curve"], r["id"] == runs[0]["id"]) for r in place.manifest()] == [("b", True), ("a", False)]
-    assert place.launch("remove", "g", "b")[0] == 0 and [r["curve"] for r in place.manifest()] == ["a"]
+    assert [(r["curve"], r["id"] == runs[0]["id"]) for r in place.manifest()] == [
+        ("b", True),
+        ("a", False),
+    ]
+    assert place.launch("remove", "g", "b")[0] == 0 and [r["curve"] for r in place.manifest()] == [
+        "a"
+    ]
 
 
 def test_the_same_run_has_one_id_however_it_is_written(place: Place) -> None:
-    """Defaults given or not, other spellings of a number; a switch and other values make another run."""
+    """Defaults given or not, other spellings of a number; a switch and other values make another
+    run.
+    """
     flags = ["--ticks 6", "--ticks 6.0 --seed 1", "--env-id Pong --ticks 6 --no-quiet"]
     flags += ["--ticks 6 --quiet", "--ticks 7"]
     for i, words in enumerate(flags):
@@ -138,7 +176,10 @@ def test_the_same_run_has_one_id_however_it_is_written(place: Place) -> None:
     assert ids[0] == ids[1] == ids[2] and len({*ids}) == 3
     place.launch("add", "g", "5", "stand_in.py", FLAGS="--ticks 7")
     place.launch("add", "g", "6", "stand_in.py", "--ticks", "9", FLAGS="--ticks 7 --quiet")
-    assert [run["flags"] for run in place.manifest()[5:]] == [{"ticks": "7"}, {"ticks": "7", "quiet": ""}]
+    assert [run["flags"] for run in place.manifest()[5:]] == [
+        {"ticks": "7"},
+        {"ticks": "7", "quiet": ""},
+    ]
     assert place.manifest()[5]["id"] == ids[4]
 
 
@@ -150,15 +191,27 @@ def test_what_is_done_is_left_alone_and_shared(place: Place) -> None:
     assert place.launch("launch", "g")[:2] == (0, "g: all 4 runs are done\n")
     assert place.starts() == ["start end"] * 5
     status, out, _ = place.launch("status", "g")
-    assert out.splitlines()[0].split() == ["waiting", "queued", "running", "stopped", "failed", "done"]
-    table = [f"{curve:3}" + 5 * f"{0:>9}" + f"{done:>9}" for curve, done in (("a", 3), ("b", 2), ("all", 4))]
+    assert out.splitlines()[0].split() == [
+        "waiting",
+        "queued",
+        "running",
+        "stopped",
+        "failed",
+        "done",
+    ]
+    table = [
+        f"{curve:3}" + 5 * f"{0:>9}" + f"{done:>9}"
+        for curve, done in (("a", 3), ("b", 2), ("all", 4))
+    ]
     assert out.splitlines()[1:] == table
 
 
 def test_two_launchers_start_each_run_once(place: Place) -> None:
     place.add("a", "--seed", *map(str, range(10)), "--ticks", "3")
     both = [place.begin("launch", "g", "--workers", "3") for _ in range(2)]
-    assert [(p.communicate()[0].splitlines()[-1], p.returncode) for p in both] == [("g: all 10 runs are done", 0)] * 2
+    assert [(p.communicate()[0].splitlines()[-1], p.returncode) for p in both] == [
+        ("g: all 10 runs are done", 0)
+    ] * 2
     assert place.starts() == ["start end"] * 10
 
 
@@ -175,7 +228,9 @@ def test_runs_outlive_their_launcher_and_are_not_started_again(place: Place) -> 
     assert re.fullmatch(r"    +\d+%, \d+:\d\d h left", states[4])  # at 0.001 steps per second
     second = place.begin("launch", "g", "--workers", "2")
     time.sleep(0.7)
-    assert not (place.runs / place.manifest()[2]["folder"]).exists(), "the two that go on take the room"
+    assert not (place.runs / place.manifest()[2]["folder"]).exists(), (
+        "the two that go on take the room"
+    )
     out, _ = second.communicate()
     assert second.returncode == 0
     assert out.startswith("2 runs of other launchers are under way here and take their room\n")
@@ -187,12 +242,21 @@ def test_a_run_that_is_killed_is_named_and_resumed(place: Place) -> None:
     place.add("a", "--seed", "1", "--ticks", "20")
     launcher = place.begin("launch", "g")
     place.wait_for(1)
-    os.kill(int((place.runs / place.manifest()[0]["folder"] / ".lock").read_text().split()[1]), signal.SIGKILL)
+    os.kill(
+        int((place.runs / place.manifest()[0]["folder"] / ".lock").read_text().split()[1]),
+        signal.SIGKILL,
+    )
     _, err = launcher.communicate()
-    assert launcher.returncode == 75 and f"{place.manifest()[0]['folder']} was killed by signal 9" in err
+    assert (
+        launcher.returncode == 75
+        and f"{place.manifest()[0]['folder']} was killed by signal 9" in err
+    )
     assert err.splitlines()[1] == "launch.py: 1 of 1 runs are unfinished; launch again to go on"
     assert place.launch("launch", "g")[0] == 0 and place.starts() == ["start start end"]
-    assert len((place.runs / place.manifest()[0]["folder"] / "metrics.jsonl").read_text().splitlines()) == 20
+    assert (
+        len((place.runs / place.manifest()[0]["folder"] / "metrics.jsonl").read_text().splitlines())
+        == 20
+    )
 
 
 def test_a_failed_run_is_named_and_waits_for_retry(place: Place) -> None:
@@ -200,12 +264,18 @@ def test_a_failed_run_is_named_and_waits_for_retry(place: Place) -> None:
     place.add("bad", "--status", "3")
     bad = place.manifest()[2]["folder"]
     status, _, err = place.launch("launch", "g", "--workers", "2")
-    assert status == 1 and err.splitlines()[0] == f"launch.py: {bad} ended with status 3: stand_in.py: it broke"
+    assert (
+        status == 1
+        and err.splitlines()[0] == f"launch.py: {bad} ended with status 3: stand_in.py: it broke"
+    )
     assert err.splitlines()[-1].startswith("launch.py: 1 of 3 runs failed")
     status, _, err = place.launch("launch", "g")
     assert status == 1 and err.splitlines()[0] == f"launch.py: {bad} failed: stand_in.py: it broke"
     assert place.starts() == ["start end", "start end", "start"]
-    assert place.launch("status", "g")[1].splitlines()[-2:] == [f"failed: {bad}", "    stand_in.py: it broke"]
+    assert place.launch("status", "g")[1].splitlines()[-2:] == [
+        f"failed: {bad}",
+        "    stand_in.py: it broke",
+    ]
     assert place.launch("retry", "g")[1] == "g: 1 run may start again\n"
     place.launch("launch", "g")
     assert place.starts()[2] == "start start"
@@ -219,21 +289,40 @@ def test_a_launcher_at_work_takes_up_what_is_retried(place: Place) -> None:
     wait_until((bad / ".failed").exists)
     assert place.launch("retry", "g")[0] == 0
     _, err = launcher.communicate()
-    assert launcher.returncode == 1 and err.count("ended with status 3") == 3, "when it does, twice; and at the end"
+    assert launcher.returncode == 1 and err.count("ended with status 3") == 3, (
+        "when it does, twice; and at the end"
+    )
     assert place.starts() == ["start end", "start start"]
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.kill) for n in (signal.SIGTERM, signal.SIGHUP))]
+    "number",
+    [
+        signal.SIGINT,
+        *(pytest.param(n, marks=pytest.mark.kill) for n in (signal.SIGTERM, signal.SIGHUP)),
+    ],
 )
-def test_a_launcher_that_is_stopped_stops_its_runs_and_goes_on_later(place: Place, number: int) -> None:
+def test_a_launcher_that_is_stopped_stops_its_runs_and_goes_on_later(
+    place: Place, number: int
+) -> None:
     place.add("a", "--env-id", "Pong", "--seed", "1", "2", "3", "--ticks", "15")
     launcher = place.begin("launch", "g", "--workers", "2")
     place.wait_for(2)
     launcher.send_signal(number)
     _, err = launcher.communicate()
-    assert (launcher.returncode, err) == (75, "launch.py: 3 of 3 runs are unfinished; launch again to go on\n")
-    assert place.launch("status", "g")[1].splitlines()[1].split() == ["a", "1", "0", "0", "2", "0", "0"]
+    assert (launcher.returncode, err) == (
+        75,
+        "launch.py: 3 of 3 runs are unfinished; launch again to go on\n",
+    )
+    assert place.launch("status", "g")[1].splitlines()[1].split() == [
+        "a",
+        "1",
+        "0",
+        "0",
+        "2",
+        "0",
+        "0",
+    ]
     status, out, _ = place.launch("launch", "g", "--workers", "3")
     assert status == 0 and out.count("] go on with Pong") == 2 and out.count("] begin Pong") == 1
     assert place.starts() == ["start start end"] * 2 + ["start end"]
@@ -249,13 +338,24 @@ def test_a_launcher_whose_output_nobody_reads_stops_its_runs(place: Place) -> No
     launcher.stderr.close()
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(60) == 75
-    assert place.launch("status", "g")[1].splitlines()[1].split() == ["a", "0", "0", "0", "2", "0", "0"]
+    assert place.launch("status", "g")[1].splitlines()[1].split() == [
+        "a",
+        "0",
+        "0",
+        "0",
+        "2",
+        "0",
+        "0",
+    ]
 
 
 def test_cores_and_gpus_are_shared(place: Place) -> None:
     """Two GPUs, two runs each; the threads are the cores over the runs at a time."""
     script = place.folder / "cleanrl_sparse" / "stand_in.py"
-    script.write_text(script.read_text() + "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'])\n")
+    script.write_text(
+        script.read_text()
+        + "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'])\n"
+    )
     place.add("a", "--seed", "1", "2", "3", "4", "--ticks", "10")
     environment = {"CUDA_VISIBLE_DEVICES": "2,5", "OMP_NUM_THREADS": ""}
     assert place.launch("launch", "g", "--runs-per-gpu", "2", **environment)[0] == 0
@@ -284,11 +384,16 @@ def test_a_flag_may_be_the_folder_of_another_curves_run(place: Place) -> None:
     place.add("dense", "--env-id", "Pong", "Qbert", "--seed", "1", "2")
     place.add("ticket", "--env-id", "Qbert", "Pong", "--seed", "2", "--mask", "@dense")
     runs = place.manifest()
-    assert [r["flags"]["mask"] for r in runs[4:]] == [f"@{runs[3]['folder']}", f"@{runs[1]['folder']}"]
+    assert [r["flags"]["mask"] for r in runs[4:]] == [
+        f"@{runs[3]['folder']}",
+        f"@{runs[1]['folder']}",
+    ]
     assert place.launch("launch", "g", "--workers", "6")[0] == 0
     mask = json.loads((place.runs / runs[4]["folder"] / "args.json").read_text())["mask"]
     assert mask == f"runs/{runs[3]['folder']}"
-    status, _, err = place.launch("add", "g", "ticket", "stand_in.py", "--seed", "9", "--mask", "@dense")
+    status, _, err = place.launch(
+        "add", "g", "ticket", "stand_in.py", "--seed", "9", "--mask", "@dense"
+    )
     assert status == 2 and len(err.splitlines()) == 1 and "@dense" in err
 
 
@@ -297,19 +402,33 @@ def test_dry_prints_commands_and_smoke_makes_the_grid_tiny(place: Place) -> None
     status, out, _ = place.launch(*words, DRY="1")
     assert status == 0 and not place.runs.exists() and len(out.splitlines()) == 4
     assert shlex.split(out.splitlines()[3])[:6] == [
-        "python", "cleanrl_sparse/stand_in.py", "--env-id", "Qbert", "--seed", "2"]  # fmt: skip
+        "python",
+        "cleanrl_sparse/stand_in.py",
+        "--env-id",
+        "Qbert",
+        "--seed",
+        "2",
+    ]
     (place.folder / "cleanrl_sparse" / "stand_in_atari.py").write_text(STAND_IN)
     words[3] = "stand_in_atari.py"
     assert place.launch(*words, "3", "--ticks", "4", "5", "6", SMOKE="1", RUNS="elsewhere")[0] == 0
     place.runs = place.folder / "elsewhere" / "smoke"
-    flags = [{"env-id": "Breakout", "seed": seed, "ticks": ticks} for seed in "12" for ticks in "45"]
+    flags = [
+        {"env-id": "Breakout", "seed": seed, "ticks": ticks} for seed in "12" for ticks in "45"
+    ]
     assert [run["flags"] for run in place.manifest()] == flags
 
 
 def stand_ins(folder: Path, **changes: str) -> dict[str, str]:
-    """Write stand-ins for Slurm's programs, return the environment that finds them; test_slurm.py has the real ones."""
-    programs = {"scontrol": "echo MaxArraySize = 1001", "squeue": "", "sbatch": "cat > submitted; echo 1",
-                "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"'}  # fmt: skip
+    """Write stand-ins for Slurm's programs, return the environment that finds them; test_slurm.py
+    has the real ones.
+    """
+    programs = {
+        "scontrol": "echo MaxArraySize = 1001",
+        "squeue": "",
+        "sbatch": "cat > submitted; echo 1",
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+    }
     (folder / "bin").mkdir(exist_ok=True)
     for name, text in (programs | changes).items():
         (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -320,19 +439,29 @@ def stand_ins(folder: Path, **changes: str) -> dict[str, str]:
 SLURM = ("launch", "g", "--backend", "slurm", "--poll-seconds", "1")
 
 
-def test_a_task_of_a_tiny_grid_finds_it_whatever_the_grid_has_become(place: Place, tmp_path: Path) -> None:
+def test_a_task_of_a_tiny_grid_finds_it_whatever_the_grid_has_become(
+    place: Place, tmp_path: Path
+) -> None:
     environment = stand_ins(tmp_path) | {"SMOKE": "1"}
     place.launch("add", "g", "a", "stand_in.py", **environment)
     status, out, err = place.launch(*SLURM, **environment)
-    assert status == 75 and "job array 1: 1 tasks" in out and err.splitlines()[0].endswith("left the queue: ")
+    assert (
+        status == 75
+        and "job array 1: 1 tasks" in out
+        and err.splitlines()[0].endswith("left the queue: ")
+    )
     place.launch("add", "g", "a", "stand_in.py", "--seed", "7", **environment)
     task = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "1"}
-    subprocess.run(["bash", "submitted"], check=True, cwd=tmp_path, env=os.environ | environment | task)
+    subprocess.run(
+        ["bash", "submitted"], check=True, cwd=tmp_path, env=os.environ | environment | task
+    )
     (final,) = place.runs.glob("smoke/*/final.json")
     assert final.parent.name.startswith("default__stand_in__1__")
 
 
-def test_jobs_of_another_folder_of_runs_are_not_taken_for_ours(place: Place, tmp_path: Path) -> None:
+def test_jobs_of_another_folder_of_runs_are_not_taken_for_ours(
+    place: Place, tmp_path: Path
+) -> None:
     environment = stand_ins(tmp_path)
     for runs in ("one", "two"):
         place.launch("add", "g", "a", "stand_in.py", RUNS=runs, **environment)
@@ -340,7 +469,10 @@ def test_jobs_of_another_folder_of_runs_are_not_taken_for_ours(place: Place, tmp
     names = [next((tmp_path / runs / ".slurm").glob("*.tasks")).stem for runs in ("one", "two")]
     assert names[0] != names[1]
     stand_ins(tmp_path, squeue=f"echo {names[0]} 0")
-    queued = [place.launch("status", "g", RUNS=runs, **environment)[1].splitlines()[1] for runs in ("one", "two")]
+    queued = [
+        place.launch("status", "g", RUNS=runs, **environment)[1].splitlines()[1]
+        for runs in ("one", "two")
+    ]
     assert [line.split()[1:3] for line in queued] == [["0", "1"], ["1", "0"]]
 
 
@@ -351,8 +483,10 @@ def test_status_without_slurm_says_so(place: Place, tmp_path: Path) -> None:
     stand_ins(tmp_path, squeue="echo squeue: fatal: no controller >&2; exit 1")
     status, out, err = place.launch("status", "g", **environment)
     assert status == 0 and out.splitlines()[1].split() == ["a", "1", "0", "0", "0", "0", "0"]
-    assert err.splitlines() == ["launch.py: squeue: fatal: no controller",
-                                "launch.py: what is queued under Slurm is not known, and shown as waiting"]  # fmt: skip
+    assert err.splitlines() == [
+        "launch.py: squeue: fatal: no controller",
+        "launch.py: what is queued under Slurm is not known, and shown as waiting",
+    ]
 
 
 def test_what_slurm_does_not_take_waits_for_a_later_launch(place: Place, tmp_path: Path) -> None:
@@ -361,31 +495,52 @@ def test_what_slurm_does_not_take_waits_for_a_later_launch(place: Place, tmp_pat
     place.add("a", "--seed", "1", "2", "3", "4", "5")
     status, _, err = place.launch(*SLURM, **environment)
     folders = [run["folder"] for run in place.manifest()]
-    assert (status, err.splitlines()) == (75, [
-        "launch.py: sbatch: error: too many jobs",
-        "launch.py: 3 runs are for a later launch",
-        *(f"launch.py: {folder} left the queue: " for folder in folders[:2]),
-        "launch.py: 5 of 5 runs are unfinished; launch again to go on",
-    ])  # fmt: skip
+    assert (status, err.splitlines()) == (
+        75,
+        [
+            "launch.py: sbatch: error: too many jobs",
+            "launch.py: 3 runs are for a later launch",
+            *(f"launch.py: {folder} left the queue: " for folder in folders[:2]),
+            "launch.py: 5 of 5 runs are unfinished; launch again to go on",
+        ],
+    )
 
 
-@pytest.mark.parametrize(("words", "told"), [
-    (["add", "g", "a", "stand_in.py", "--sed", "1"], "--sed: stand_in.py has no such flag; --seed is one"),
-    (["add", "g", "a", "stand_in.py", "--seed", "1", "--seed", "2"], "--seed: given twice"),
-    (["add", "g", "a", "stand_in.py", "--seed=1"], "--seed=1: stand_in.py has no such flag; --seed is one, to be"),
-    (["add", "g", "a", "stand_in.py", "--seed", "1", "2", "1"], "1: twice in --seed"),
-    (["add", "g", "a", "stand_in.py", "--no-quiet", "1"], "--no-quiet: a switch, which takes no value"),
-    (["add", "g", "a", "stand_in.py", "--limit", "1"], "--limit: stand_in.py has no such flag"),
-    (["launch", "g", "--runs-per-job", "4"], "--runs-per-job is for --backend slurm"),
-    (["launch", "g", "--backend", "slurm", "--workers", "4"], "--workers is for --backend local"),
-    (["remove", "g", "b"], "b: g has the curves a"),
-    (["add", "g", "a", "stand_in.py", "--run-dir", "x"], "--run-dir: stand_in.py has no such flag"),
-    (["add", "g", "a", "stand_in.py", "1"], "1: expected --flag VALUE"),
-    (["add", "g", "a", "stand.py"], "stand.py: not in cleanrl_sparse/, which has stand_in.py"),
-    (["add", "g/h", "a", "stand_in.py"], "add g/h: GRID must be of letters"),
-    (["launch", "h"], "runs/h.jsonl is not there; grids in runs: broken, g"),
-    (["status", "broken"], "runs/broken.jsonl is no manifest"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["add", "g", "a", "stand_in.py", "--sed", "1"],
+            "--sed: stand_in.py has no such flag; --seed is one",
+        ),
+        (["add", "g", "a", "stand_in.py", "--seed", "1", "--seed", "2"], "--seed: given twice"),
+        (
+            ["add", "g", "a", "stand_in.py", "--seed=1"],
+            "--seed=1: stand_in.py has no such flag; --seed is one, to be",
+        ),
+        (["add", "g", "a", "stand_in.py", "--seed", "1", "2", "1"], "1: twice in --seed"),
+        (
+            ["add", "g", "a", "stand_in.py", "--no-quiet", "1"],
+            "--no-quiet: a switch, which takes no value",
+        ),
+        (["add", "g", "a", "stand_in.py", "--limit", "1"], "--limit: stand_in.py has no such flag"),
+        (["launch", "g", "--runs-per-job", "4"], "--runs-per-job is for --backend slurm"),
+        (
+            ["launch", "g", "--backend", "slurm", "--workers", "4"],
+            "--workers is for --backend local",
+        ),
+        (["remove", "g", "b"], "b: g has the curves a"),
+        (
+            ["add", "g", "a", "stand_in.py", "--run-dir", "x"],
+            "--run-dir: stand_in.py has no such flag",
+        ),
+        (["add", "g", "a", "stand_in.py", "1"], "1: expected --flag VALUE"),
+        (["add", "g", "a", "stand.py"], "stand.py: not in cleanrl_sparse/, which has stand_in.py"),
+        (["add", "g/h", "a", "stand_in.py"], "add g/h: GRID must be of letters"),
+        (["launch", "h"], "runs/h.jsonl is not there; grids in runs: broken, g"),
+        (["status", "broken"], "runs/broken.jsonl is no manifest"),
+    ],
+)
 def test_bad_input_gets_one_line(place: Place, words: list[str], told: str) -> None:
     place.add("a")
     (place.runs / "broken.jsonl").write_text('{"a": 1}\n')
@@ -396,9 +551,13 @@ def test_bad_input_gets_one_line(place: Place, words: list[str], told: str) -> N
 
 def dry(figure: str) -> list[list[str]]:
     """Return the commands of a figure's script, the launcher's and the plotter's among them."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("SMOKE", "FLAGS")} | {"DRY": "1"}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("SMOKE", "FLAGS")
+    } | {"DRY": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    result = subprocess.run([BENCHMARK / f"{figure}.sh"], capture_output=True, text=True, check=True, env=environment)
+    result = subprocess.run(
+        [BENCHMARK / f"{figure}.sh"], capture_output=True, text=True, check=True, env=environment
+    )
     return [shlex.split(line) for line in result.stdout.splitlines()]
 
 
@@ -409,32 +568,79 @@ def commands() -> dict[str, list[list[str]]]:
         return dict(zip(LISTS, pool.map(dry, LISTS)))
 
 
-def test_the_figures_commands_are_accepted_by_their_scripts(commands: dict[str, list[list[str]]]) -> None:
-    """Flags and values; of the runs of a curve, which differ in game and seed, the first with each other value."""
+def test_the_figures_commands_are_accepted_by_their_scripts(
+    commands: dict[str, list[list[str]]],
+) -> None:
+    """Flags and values; of the runs of a curve, which differ in game and seed, the first with each
+    other value.
+    """
     for figure, lines in commands.items():
         training = [words for words in lines if words[1].startswith("cleanrl_sparse/")]
-        assert training and [words[1] for words in lines[len(training) :]][-1] == "benchmark/plot.py", figure
+        assert (
+            training and [words[1] for words in lines[len(training) :]][-1] == "benchmark/plot.py"
+        ), figure
         tried = set()
         for words in training:
-            flags = dict(zip(words[2::2], words[3::2])) if "--prune-actor" not in words else {"--prune-actor": ""}
-            kind = (words[1], *sorted((k, v) for k, v in flags.items() if k not in ("--env-id", "--seed", "--run-dir")))
+            flags = (
+                dict(zip(words[2::2], words[3::2]))
+                if "--prune-actor" not in words
+                else {"--prune-actor": ""}
+            )
+            kind = (
+                words[1],
+                *sorted(
+                    (k, v) for k, v in flags.items() if k not in ("--env-id", "--seed", "--run-dir")
+                ),
+            )
             if kind not in tried:
                 tried.add(kind)
                 name = Path(words[1]).stem
                 (sys.modules.get(name) or load_script(name)).parse(words[2:])
 
 
-# By hand from the papers: how many runs of each script, which games or tasks, every other flag with all its values. Of
+# By hand from the papers: how many runs of each script, which games or tasks, every other flag with
+# all its values. Of
 # a flag that comes twice the later ones count, and seeds are 1 to 5 where none are named.
-GAMES = {"MsPacman", "Pong", "Qbert", "Assault", "Asterix", "BeamRider", "Boxing", "Breakout", "CrazyClimber",
-         "DemonAttack", "Enduro", "FishingDerby", "SpaceInvaders", "Tutankham", "VideoPinball"}  # fmt: skip
-EAU_GAMES = {"BeamRider", "MsPacman", "Qbert", "Pong", "Enduro", "SpaceInvaders", "Assault", "CrazyClimber", "Boxing",
-             "VideoPinball"}  # fmt: skip
+GAMES = {
+    "MsPacman",
+    "Pong",
+    "Qbert",
+    "Assault",
+    "Asterix",
+    "BeamRider",
+    "Boxing",
+    "Breakout",
+    "CrazyClimber",
+    "DemonAttack",
+    "Enduro",
+    "FishingDerby",
+    "SpaceInvaders",
+    "Tutankham",
+    "VideoPinball",
+}
+EAU_GAMES = {
+    "BeamRider",
+    "MsPacman",
+    "Qbert",
+    "Pong",
+    "Enduro",
+    "SpaceInvaders",
+    "Assault",
+    "CrazyClimber",
+    "Boxing",
+    "VideoPinball",
+}
 FOUR = {"BeamRider", "Breakout", "Enduro", "VideoPinball"}
 TASKS = {"Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "Walker2d-v5"}
-SHORT = {"DQN": "dqn_atari_gmp", "RAINBOW": "rainbow_resnet_gmp", "BASELINES": "dqn_atari_baselines",
-         "EAU": "eaudeqn_atari", "SAC": "sac_mujoco_gmp", "EAUSAC": "sac_mujoco_eaudeqn",
-         "CQL": "cql_offline_snip"}  # fmt: skip
+SHORT = {
+    "DQN": "dqn_atari_gmp",
+    "RAINBOW": "rainbow_resnet_gmp",
+    "BASELINES": "dqn_atari_baselines",
+    "EAU": "eaudeqn_atari",
+    "SAC": "sac_mujoco_gmp",
+    "EAUSAC": "sac_mujoco_eaudeqn",
+    "CQL": "cql_offline_snip",
+}
 PAIR = "sparsity 0 0.95"
 WIDE = f"network impala, width 3, {PAIR}"
 LISTS: dict[str, tuple[str, object, str]] = {
@@ -447,7 +653,11 @@ LISTS: dict[str, tuple[str, object, str]] = {
     "gmp_figure09_18": ("SAC 100", TASKS, f"seed 1 2 3 4 5 6 7 8 9 10, {PAIR}"),
     "gmp_figure10": ("DQN 150 RAINBOW 150", GAMES, f"{WIDE}, total-timesteps 25000000"),
     "gmp_figure11": ("DQN 40 RAINBOW 40", FOUR, WIDE),
-    "gmp_figure12": ("DQN 150 BASELINES 300", GAMES, f"{WIDE}, regulariser l2-features weight-decay redo reset"),
+    "gmp_figure12": (
+        "DQN 150 BASELINES 300",
+        GAMES,
+        f"{WIDE}, regulariser l2-features weight-decay redo reset",
+    ),
     "gmp_figure13": ("DQN 150 BASELINES 75", GAMES, f"{WIDE}, pruner lottery"),
     "gmp_figure14": ("DQN 40 RAINBOW 40", FOUR, WIDE),
     "gmp_figure15": ("DQN 375", GAMES, f"{WIDE}, sparsity 0 0.5 0.95 0.98 0.99"),
@@ -457,31 +667,51 @@ LISTS: dict[str, tuple[str, object, str]] = {
     "gmp_figure28": ("DQN 600", GAMES, f"{WIDE}, learning-rate 1e-5 3e-5 6.25e-5 1.25e-4"),
     "gmp_figure29": ("DQN 600", GAMES, f"{WIDE}, batch-size 16 32 64 128"),
     "gmp_figure30": ("DQN 150", GAMES, f"{WIDE}, n-step 3"),
-    "atari_first_epochs": ("DQN 5 RAINBOW 2", {"Breakout", "Enduro", "KungFuMaster", "MsPacman", "Qbert"},
-        "seed 1, network cnn, sparsity 0, total-timesteps 1000000"),
-    "eaudedqn_online": ("DQN 300 EAU 150", EAU_GAMES, f"feature-size 32 512 2048, network cnn, {PAIR}"),
+    "atari_first_epochs": (
+        "DQN 5 RAINBOW 2",
+        {"Breakout", "Enduro", "KungFuMaster", "MsPacman", "Qbert"},
+        "seed 1, network cnn, sparsity 0, total-timesteps 1000000",
+    ),
+    "eaudedqn_online": (
+        "DQN 300 EAU 150",
+        EAU_GAMES,
+        f"feature-size 32 512 2048, network cnn, {PAIR}",
+    ),
     "eaudedqn_num_networks": ("EAU 200", EAU_GAMES, "num-networks 2 3 5 8"),
     "eaudedqn_max_exponent": ("EAU 200", EAU_GAMES, "max-exponent 1 2 3 5"),
     "eaudedqn_max_sparsity_step": ("EAU 200", EAU_GAMES, "max-sparsity-step 0.001 0.003 0.01 0.03"),
     "eaudedqn_behaviour": ("EAU 150", EAU_GAMES, "behaviour inverse-loss uniform argmin"),
-    "cql_pruners": ("CQL 90", set(),
+    "cql_pruners": (
+        "CQL 90",
+        set(),
         "dataset local/hopper/medium-v0 local/hopper/medium-expert-v0, seed 1 2 3, total-timesteps 1000000, "
-        "precision fp32, pruner none snip grasp random magnitude, sparsity 0.5 0.7 0.9 0.95 0.99"),
-    "eaudesac_mujoco": ("SAC 100 EAUSAC 50", TASKS,
+        "precision fp32, pruner none snip grasp random magnitude, sparsity 0.5 0.7 0.9 0.95 0.99",
+    ),
+    "eaudesac_mujoco": (
+        "SAC 100 EAUSAC 50",
+        TASKS,
         "total-timesteps 1000000, precision fp32, width 1, learning-starts 5000, learning-rate 1e-3, "
-        "reward-scale 1, target-entropy -1, weight-decay 0, sparsity 0 0.8 0.95 0.99, prune-actor"),
-}  # fmt: skip
+        "reward-scale 1, target-entropy -1, weight-decay 0, sparsity 0 0.8 0.95 0.99, prune-actor",
+    ),
+}
 
 
 def test_every_figure_has_its_lists() -> None:
-    """And there is no other script. One of your own is welcome, in a folder of its own or with its lists here."""
+    """And there is no other script. One of your own is welcome, in a folder of its own or with its
+    lists here.
+    """
     assert sorted(LISTS) == sorted(path.stem for path in BENCHMARK.glob("*.sh"))
 
 
 @pytest.mark.parametrize("figure", sorted(LISTS))
-def test_the_figures_lists_are_the_papers(figure: str, commands: dict[str, list[list[str]]]) -> None:
+def test_the_figures_lists_are_the_papers(
+    figure: str, commands: dict[str, list[list[str]]]
+) -> None:
     text, games, flags = LISTS[figure]
-    counts = {f"cleanrl_sparse/{SHORT[name]}.py": int(runs) for name, runs in zip(*[iter(text.split())] * 2)}
+    counts = {
+        f"cleanrl_sparse/{SHORT[name]}.py": int(runs)
+        for name, runs in zip(*[iter(text.split())] * 2)
+    }
     training = [words for words in commands[figure] if words[1].startswith("cleanrl_sparse/")]
     assert Counter(words[1] for words in training) == counts
     assert len({words[words.index("--run-dir") + 1] for words in training}) == len(training)
@@ -492,8 +722,13 @@ def test_the_figures_lists_are_the_papers(figure: str, commands: dict[str, list[
                 seen.setdefault(flag[2:], set()).update([] if value.startswith("--") else [value])
     found = seen.pop("env-id", set())
     assert found == games or len(found) == games
-    wanted = {name: {*values} for name, *values in (flag.split() for flag in f"seed 1 2 3 4 5, {flags}".split(", "))}
-    assert {flag: values for flag, values in seen.items() if flag not in ("run-dir", "lottery-mask")} == wanted
+    wanted = {
+        name: {*values}
+        for name, *values in (flag.split() for flag in f"seed 1 2 3 4 5, {flags}".split(", "))
+    }
+    assert {
+        flag: values for flag, values in seen.items() if flag not in ("run-dir", "lottery-mask")
+    } == wanted
     header = (BENCHMARK / f"{figure}.sh").read_text()
     assert f"# {len(training):,} runs of" in header and 10 <= len(header.splitlines()) <= 30
 
@@ -503,41 +738,79 @@ def test_the_figures_lists_are_the_papers(figure: str, commands: dict[str, list[
 def test_a_tiny_version_of_the_figure_ends_with_its_picture(figure: str, tmp_path: Path) -> None:
     environment = os.environ | {"SMOKE": "1", "RUNS": str(tmp_path)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    result = subprocess.run([BENCHMARK / f"{figure}.sh"], capture_output=True, text=True, check=False, env=environment)
+    result = subprocess.run(
+        [BENCHMARK / f"{figure}.sh"], capture_output=True, text=True, check=False, env=environment
+    )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     tmp_path /= "smoke"
-    assert (tmp_path / f"{figure}.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / f"{figure}.md").exists()
+    assert (tmp_path / f"{figure}.png").read_bytes()[:4] == b"\x89PNG" and (
+        tmp_path / f"{figure}.md"
+    ).exists()
     assert len((tmp_path / f"{figure}.csv").read_text().splitlines()) > 2
 
 
 @pytest.mark.slow
 def test_a_grid_that_is_killed_at_random_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    """SIGKILL for the launcher or for a run, six times; then the models are the same, byte for byte."""
+    """SIGKILL for the launcher or for a run, six times; then the models are the same, byte for
+    byte.
+    """
     choice, grids = random.Random(0), []
-    flags = ["--env-id", "Pendulum-v1", "--seed", "1", "2", "3", "4", "--width", "1", "--total-timesteps", "1500"]
-    flags += ["--learning-starts", "200", "--batch-size", "32", "--prune-every", "50", "--eval-episodes", "1"]
+    flags = [
+        "--env-id",
+        "Pendulum-v1",
+        "--seed",
+        "1",
+        "2",
+        "3",
+        "4",
+        "--width",
+        "1",
+        "--total-timesteps",
+        "1500",
+    ]
+    flags += [
+        "--learning-starts",
+        "200",
+        "--batch-size",
+        "32",
+        "--prune-every",
+        "50",
+        "--eval-episodes",
+        "1",
+    ]
     flags += ["--checkpoint-minutes", "0.01", "--sparsity", "0.9"]
     for name in ("whole", "killed"):
         environment = os.environ | {"RUNS": str(tmp_path / name), "OMP_NUM_THREADS": "1"}
         launch = [sys.executable, BENCHMARK / "launch.py"]
-        subprocess.run([*launch, "add", "g", "SAC", "sac_mujoco_gmp.py", *flags], check=True, env=environment)
+        subprocess.run(
+            [*launch, "add", "g", "SAC", "sac_mujoco_gmp.py", *flags], check=True, env=environment
+        )
         for _ in range(6 if name == "killed" else 0):
             launcher = subprocess.Popen([*launch, "launch", "g", "--workers", "2"], env=environment)
             time.sleep(choice.uniform(3, 9))
             if choice.random() < 0.5:
                 launcher.kill()
             else:
-                locks = sorted((tmp_path / name).glob("*/.lock"), key=lambda lock: lock.stat().st_mtime)
+                locks = sorted(
+                    (tmp_path / name).glob("*/.lock"), key=lambda lock: lock.stat().st_mtime
+                )
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(locks[-1].read_text().split()[1]), signal.SIGKILL)
                 launcher.send_signal(signal.SIGTERM)
             launcher.wait()
-        assert subprocess.run([*launch, "launch", "g", "--workers", "2"], env=environment, check=False).returncode == 0
+        assert (
+            subprocess.run(
+                [*launch, "launch", "g", "--workers", "2"], env=environment, check=False
+            ).returncode
+            == 0
+        )
         runs = [json.loads(line) for line in (tmp_path / name / "g.jsonl").read_text().splitlines()]
         for run in runs:  # what it says once, at its end, is said once
             log = (tmp_path / name / run["folder"] / ".log").read_text()
             assert log.count("finished 1500 steps") == 1, log
-        grids.append([(tmp_path / name / run["folder"] / "model.safetensors").read_bytes() for run in runs])
+        grids.append(
+            [(tmp_path / name / run["folder"] / "model.safetensors").read_bytes() for run in runs]
+        )
     assert grids[0] == grids[1] and len(set(grids[0])) == 4
 
 

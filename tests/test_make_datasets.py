@@ -28,16 +28,26 @@ def outcome(module: ModuleType, last: float, reward: float, terminated: bool, en
 
 def test_steps_become_episodes(datasets: ModuleType) -> None:
     """One that terminates, one that is truncated, one that is cut where the recording ends."""
+
     def steps() -> Any:
         for obs, last, terminated, ended in ((0, 1, False, False), (1, 2, True, True), (5, 6, False, True),
                                              (8, 9, False, False)):  # fmt: skip
             action = np.array([[obs / 10]], np.float32)
-            yield np.array([[obs]], np.float32), action, outcome(datasets, last, 10.0 * obs, terminated, ended)
+            yield (
+                np.array([[obs]], np.float32),
+                action,
+                outcome(datasets, last, 10.0 * obs, terminated, ended),
+            )
 
     first, second, third = datasets.transitions(steps())
-    assert first["observations"].tolist() == [[0], [1], [2]] and first["rewards"].tolist() == [0, 10]
+    assert first["observations"].tolist() == [[0], [1], [2]] and first["rewards"].tolist() == [
+        0,
+        10,
+    ]
     assert first["terminations"].tolist() == [False, True] and not first["truncations"].any()
-    assert second["observations"].tolist() == [[5], [6]] and second["truncations"].tolist() == [True]
+    assert second["observations"].tolist() == [[5], [6]] and second["truncations"].tolist() == [
+        True
+    ]
     assert third["observations"].tolist() == [[8], [9]] and third["truncations"].tolist() == [True]
     assert third["actions"] == pytest.approx(0.8) and not third["terminations"].any()
 
@@ -52,38 +62,75 @@ def test_a_dataset_is_written_and_known_again(
     steps = [*datasets.play(args, 7, None)]
     episodes = datasets.transitions(steps)
     lines = [datasets.write(args, "random", episodes) for _ in "12"]
-    assert lines[0] == lines[1] and f"| local/hopper/random-v0 | {len(episodes)} | {len(steps)} |" in lines[0]
+    assert (
+        lines[0] == lines[1]
+        and f"| local/hopper/random-v0 | {len(episodes)} | {len(steps)} |" in lines[0]
+    )
     data, env_id = cql.read_dataset("local/hopper/random-v0")
     assert env_id == "Hopper-v5" and 50 <= len(data.obs) == len(steps)
     for i, (obs, actions, outcome) in enumerate(steps):
         assert np.array_equal(data.obs[i], obs[0]) and np.array_equal(data.actions[i], actions[0])
-        assert np.array_equal(data.next_obs[i], outcome.last_obs[0]) and data.terminated[i] == outcome.terminated[0]
-        assert data.rewards[i] == np.float32(outcome.rewards[0]) and data.ended[i] == outcome.ended[0]
+        assert (
+            np.array_equal(data.next_obs[i], outcome.last_obs[0])
+            and data.terminated[i] == outcome.terminated[0]
+        )
+        assert (
+            data.rewards[i] == np.float32(outcome.rewards[0]) and data.ended[i] == outcome.ended[0]
+        )
     for other in ({"env_id": "Hopper-v4"}, {"transitions": 51}, {"seed": 2}):
-        with pytest.raises(datasets.Exit, match=r"random-v0 holds another dataset \(random of Hopper-v5, "):
+        with pytest.raises(
+            datasets.Exit, match=r"random-v0 holds another dataset \(random of Hopper-v5, "
+        ):
             datasets.write(dataclasses.replace(args, **other), "random", episodes)
     assert len(cql.read_dataset("local/hopper/random-v0")[0].obs) == len(steps)
 
 
 @pytest.mark.slow
-def test_one_command_trains_and_records(cql: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_command_trains_and_records(
+    cql: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pendulum, whose actions lie in [-2, 2]: five datasets, which the offline script reads."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
-    flags = ["--env-id", "Pendulum-v1", "--medium-steps", "450", "--expert-steps", "700", "--transitions", "500"]
+    flags = [
+        "--env-id",
+        "Pendulum-v1",
+        "--medium-steps",
+        "450",
+        "--expert-steps",
+        "700",
+        "--transitions",
+        "500",
+    ]
     command = [sys.executable, SCRIPTS / "make_datasets.py", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    results = [subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment) for _ in "12"]
+    results = [
+        subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        for _ in "12"
+    ]
     assert all(result.returncode == 0 for result in results), results[0].stderr
-    tables = [[line for line in result.stdout.splitlines() if line.startswith("| local")] for result in results]
+    tables = [
+        [line for line in result.stdout.splitlines() if line.startswith("| local")]
+        for result in results
+    ]
     assert tables[0] == tables[1], "again, without training: the same, checksums included"
-    assert (tmp_path / "runs" / "datasets" / "local-Pendulum-v1.md").read_text().count("local/pendulum/") == 5
-    other = subprocess.run([*command, "--precision", "bf16"], cwd=tmp_path, capture_output=True, text=True)
+    assert (tmp_path / "runs" / "datasets" / "local-Pendulum-v1.md").read_text().count(
+        "local/pendulum/"
+    ) == 5
+    other = subprocess.run(
+        [*command, "--precision", "bf16"], cwd=tmp_path, capture_output=True, text=True
+    )
     (line,) = other.stderr.splitlines()
     assert other.returncode == 2 and "random-v0 holds another dataset" in line and "fp32" in line
     command += ["--precision", "bf16", "--name", "b"]
     other = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert other.returncode == 2 and "Pendulum-v1__1__450: made with --precision fp32, not bf16" in other.stderr
-    names = [f"local/pendulum/{kind}-v0" for kind in ("random", "medium", "medium-replay", "expert", "medium-expert")]
+    assert (
+        other.returncode == 2
+        and "Pendulum-v1__1__450: made with --precision fp32, not bf16" in other.stderr
+    )
+    names = [
+        f"local/pendulum/{kind}-v0"
+        for kind in ("random", "medium", "medium-replay", "expert", "medium-expert")
+    ]
     assert [line.split(" | ")[0][2:] for line in tables[0]] == names
     counts = {}
     for name, line in zip(names, tables[0]):
@@ -97,21 +144,44 @@ def test_one_command_trains_and_records(cql: ModuleType, tmp_path: Path, monkeyp
     replay = minari.load_dataset("local/pendulum/medium-replay-v0")
     assert [len(episode.rewards) for episode in replay.iterate_episodes()] == [200, 200, 50]
     returns = [float(episode.rewards.sum()) for episode in replay.iterate_episodes()]
-    metrics = (tmp_path / "runs" / "datasets" / "Pendulum-v1__1__700" / "metrics.jsonl").read_text().splitlines()
+    metrics = (
+        (tmp_path / "runs" / "datasets" / "Pendulum-v1__1__700" / "metrics.jsonl")
+        .read_text()
+        .splitlines()
+    )
     scores = [json.loads(line).get("charts/episodic_return") for line in metrics]
-    assert returns[:2] == pytest.approx([score for score in scores if score is not None][:2], rel=1e-5)
+    assert returns[:2] == pytest.approx(
+        [score for score in scores if score is not None][:2], rel=1e-5
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_what_is_stopped_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     """With a checkpoint and one line; a run whose parent was killed is not run twice at once."""
-    flags = ["--env-id", "Pendulum-v1", "--medium-steps", "4000", "--expert-steps", "5000", "--runs", str(tmp_path)]
+    flags = [
+        "--env-id",
+        "Pendulum-v1",
+        "--medium-steps",
+        "4000",
+        "--expert-steps",
+        "5000",
+        "--runs",
+        str(tmp_path),
+    ]
     command = [sys.executable, SCRIPTS / "make_datasets.py", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(tmp_path / "datasets")}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MINARI_DATASETS_PATH": str(tmp_path / "datasets"),
+    }
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "Pendulum-v1__1__4000"
-    wait_until(lambda: (folder / "metrics.jsonl").exists() and "losses" in (folder / "metrics.jsonl").read_text())
+    wait_until(
+        lambda: (
+            (folder / "metrics.jsonl").exists()
+            and "losses" in (folder / "metrics.jsonl").read_text()
+        )
+    )
     process.send_signal(number)
     if number != signal.SIGKILL:
         err = process.communicate()[1]
@@ -128,8 +198,15 @@ def test_what_is_stopped_goes_on(tmp_path: Path, number: signal.Signals) -> None
 
 @pytest.mark.parametrize(
     "flags",
-    ["--env-id Hoper-v5", "--medium-steps 299", "--expert-steps 50", "--transitions 0", "--seed -1", "--name a/b",
-     "--name mujoco"],
+    [
+        "--env-id Hoper-v5",
+        "--medium-steps 299",
+        "--expert-steps 50",
+        "--transitions 0",
+        "--seed -1",
+        "--name a/b",
+        "--name mujoco",
+    ],
 )
 def test_bad_input_is_refused_in_one_line(
     datasets: ModuleType, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

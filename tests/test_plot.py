@@ -1,4 +1,6 @@
-"""benchmark/plot.py: from run folders to the CSV file, the statistics, the pictures and the tables."""
+"""benchmark/plot.py: from run folders to the CSV file, the statistics, the pictures and the
+tables.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,40 @@ import pytest
 import tyro
 
 PLOT = Path(__file__).resolve().parent.parent / "benchmark" / "plot.py"
-FIFTEEN = {"MsPacman", "Pong", "Qbert", "Assault", "Asterix", "BeamRider", "Boxing", "Breakout", "CrazyClimber",
-           "DemonAttack", "Enduro", "FishingDerby", "SpaceInvaders", "Tutankham", "VideoPinball"}  # fmt: skip
-# Scores [6 games, 5 seeds] and what rliable 1.2.0 (arch 7.2.0, SciPy 1.17.1, NumPy 2.4.6) makes of them with 50,000
+FIFTEEN = {
+    "MsPacman",
+    "Pong",
+    "Qbert",
+    "Assault",
+    "Asterix",
+    "BeamRider",
+    "Boxing",
+    "Breakout",
+    "CrazyClimber",
+    "DemonAttack",
+    "Enduro",
+    "FishingDerby",
+    "SpaceInvaders",
+    "Tutankham",
+    "VideoPinball",
+}
+# Scores [6 games, 5 seeds] and what rliable 1.2.0 (arch 7.2.0, SciPy 1.17.1, NumPy 2.4.6) makes of
+# them with 50,000
 # replicates: statistic, low, high. Its own ends differ by up to 0.006 from one seed to another.
-SCORES = [[4.04, 0.71, 0.78, 0.33, 0.77], [1.34, 0.29, 3.8, 1.19, 1.53], [0.59, 1.41, 0.74, 0.6, 0.76],
-          [0.05, 2.03, 0.36, 0.96, 1.15], [0.37, 0.95, 1.92, 2.75, 1.67], [1.14, 1.49, 1.01, 1.11, 0.11]]  # fmt: skip
-RLIABLE = {"iqm": (1.00688, 0.7744, 1.2538), "median": (1.149, 0.781, 1.476), "mean": (1.19833, 0.9033, 1.5347),
-           "gap": (0.221, 0.1243, 0.3287)}  # fmt: skip
+SCORES = [
+    [4.04, 0.71, 0.78, 0.33, 0.77],
+    [1.34, 0.29, 3.8, 1.19, 1.53],
+    [0.59, 1.41, 0.74, 0.6, 0.76],
+    [0.05, 2.03, 0.36, 0.96, 1.15],
+    [0.37, 0.95, 1.92, 2.75, 1.67],
+    [1.14, 1.49, 1.01, 1.11, 0.11],
+]
+RLIABLE = {
+    "iqm": (1.00688, 0.7744, 1.2538),
+    "median": (1.149, 0.781, 1.476),
+    "mean": (1.19833, 0.9033, 1.5347),
+    "gap": (0.221, 0.1243, 0.3287),
+}
 
 Record = dict[str, Any]
 Plot = Callable[..., list[dict[str, str]]]
@@ -49,15 +77,25 @@ def figures() -> list[Any]:
 
 
 @pytest.fixture
-def plot(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: list[Any]) -> Plot:
-    """Return plot(KIND, GRID, flags...), returning the rows of the table; it saves pictures only where asked for."""
+def plot(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: list[Any]
+) -> Plot:
+    """Return plot(KIND, GRID, flags...), returning the rows of the table; it saves pictures only
+    where asked for.
+    """
     monkeypatch.setenv("RUNS", str(tmp_path))
     save = module.save_picture
 
     def call(*words: str, pictures: bool = False) -> list[dict[str, str]]:
-        monkeypatch.setattr(module, "save_picture", save if pictures else lambda figure, *_: figures.append(figure))
+        monkeypatch.setattr(
+            module, "save_picture", save if pictures else lambda figure, *_: figures.append(figure)
+        )
         module.main(tyro.cli(module.Args, args=words))
-        out = words[words.index("--out") + 1] if "--out" in words else str(tmp_path / words[1]).removesuffix(".csv")
+        out = (
+            words[words.index("--out") + 1]
+            if "--out" in words
+            else str(tmp_path / words[1]).removesuffix(".csv")
+        )
         return read(Path(f"{out}_table.csv"))
 
     return call
@@ -68,11 +106,22 @@ def read(path: Path) -> list[dict[str, str]]:
         return [*csv.DictReader(file)]
 
 
-def plan(folder: Path, curve: str, env_id: str, seed: int, records: list[Record] | None = None, finished: bool = True,
-         script: str = "dqn_atari_gmp.py", grid: str = "grid", **flags: str) -> Path:  # fmt: skip
+def plan(
+    folder: Path,
+    curve: str,
+    env_id: str,
+    seed: int,
+    records: list[Record] | None = None,
+    finished: bool = True,
+    script: str = "dqn_atari_gmp.py",
+    grid: str = "grid",
+    **flags: str,
+) -> Path:
     """Append a run to the manifest, begin it if it has records, and return its folder."""
     name = f"{env_id.replace('/', '-')}__{script}__{seed}__{len([*folder.glob('*__*')])}{curve}"
-    texts = {"env-id": env_id, "seed": str(seed)} | {key.replace("_", "-"): value for key, value in flags.items()}
+    texts = {"env-id": env_id, "seed": str(seed)} | {
+        key.replace("_", "-"): value for key, value in flags.items()
+    }
     texts = texts if env_id else {key: value for key, value in texts.items() if key != "env-id"}
     with open(folder / f"{grid}.jsonl", "a") as file:
         entry = {"id": name, "curve": curve, "script": script, "flags": texts, "folder": name}
@@ -81,17 +130,23 @@ def plan(folder: Path, curve: str, env_id: str, seed: int, records: list[Record]
         (folder / name).mkdir()
         resolved = {"script": script, "env_id": env_id, "seed": seed, "width": 1, "sparsity": 0.0}
         (folder / name / "args.json").write_text(json.dumps(resolved))
-        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (folder / name / "metrics.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in records)
+        )
         if finished:
             (folder / name / "final.json").write_text('{"status": "finished"}')
     return folder / name
 
 
 def epochs(*returns: float | None, sparsity: float = 0.0) -> list[Record]:
-    """Return the records of Atari epochs of 250,000 steps, with an episode in each; None: no episode ended."""
+    """Return the records of Atari epochs of 250,000 steps, with an episode in each; None: no
+    episode ended.
+    """
     records: list[Record] = []
     for i, value in enumerate(returns, 1):
-        records.append({"step": 250_000 * i - 7, "seconds": 9.0 * i, "charts/episodic_return": -1.0})
+        records.append(
+            {"step": 250_000 * i - 7, "seconds": 9.0 * i, "charts/episodic_return": -1.0}
+        )
         score = {} if value is None else {"charts/epoch_return": value}
         layers = {"sparsity/layer/conv1": sparsity / 2, "sparsity/layer/dense": sparsity}
         shares = {"sparsity/target": sparsity, "sparsity/prunable": sparsity}
@@ -122,7 +177,9 @@ def test_statistics_of_a_few_scores_by_hand(module: ModuleType) -> None:
 
 @pytest.mark.parametrize("name", RLIABLE)
 def test_statistics_are_rliables(module: ModuleType, name: str) -> None:
-    ours = module.estimate(module.STATISTICS[name], strata(SCORES), args_of(module, bootstrap=50_000))
+    ours = module.estimate(
+        module.STATISTICS[name], strata(SCORES), args_of(module, bootstrap=50_000)
+    )
     assert ours[0] == pytest.approx(RLIABLE[name][0], abs=1e-5)
     assert ours[1:] == pytest.approx(RLIABLE[name][1:], abs=0.012)
 
@@ -132,14 +189,24 @@ def test_statistics_are_those_of_the_rliable_that_is_installed(module: ModuleTyp
         from rliable import library, metrics
     except (ImportError, TypeError):  # arch 7.2.0, which it needs, raises TypeError beside pandas 3
         pytest.skip("rliable is not installed or does not import")
-    theirs = {"iqm": metrics.aggregate_iqm, "median": metrics.aggregate_median, "mean": metrics.aggregate_mean,
-              "gap": metrics.aggregate_optimality_gap}  # fmt: skip
+    theirs = {
+        "iqm": metrics.aggregate_iqm,
+        "median": metrics.aggregate_median,
+        "mean": metrics.aggregate_mean,
+        "gap": metrics.aggregate_optimality_gap,
+    }
     scores = np.random.default_rng(5).gamma(1.0, 1.0, (4, 7))  # runs x games
     for name, statistic in theirs.items():
         np.random.seed(0)
-        point, ends = library.get_interval_estimates({"": scores}, lambda x, f=statistic: np.array([f(x)]), reps=5000)
-        ours = module.estimate(module.STATISTICS[name], [*scores.T], args_of(module, bootstrap=20_000))
-        assert ours[0] == pytest.approx(point[""][0]) and ours[1:] == pytest.approx(ends[""][:, 0], abs=0.03)
+        point, ends = library.get_interval_estimates(
+            {"": scores}, lambda x, f=statistic: np.array([f(x)]), reps=5000
+        )
+        ours = module.estimate(
+            module.STATISTICS[name], [*scores.T], args_of(module, bootstrap=20_000)
+        )
+        assert ours[0] == pytest.approx(point[""][0]) and ours[1:] == pytest.approx(
+            ends[""][:, 0], abs=0.03
+        )
 
 
 def test_the_bootstrap_is_that_of_a_plain_loop(module: ModuleType) -> None:
@@ -159,22 +226,40 @@ def test_the_bootstrap_is_that_of_a_plain_loop(module: ModuleType) -> None:
 def test_seeds_are_redrawn_within_their_game_only(module: ModuleType) -> None:
     args = args_of(module)
     assert module.estimate(module.iqm, strata([[1, 1, 1], [5, 5, 5]]), args).tolist() == [3, 3, 3]
-    point, low, high = module.estimate(module.STATISTICS["mean"], strata([[1, 3], [100, 100]]), args)
-    assert (point, low, high) == (51, 50.5, 51.5)  # (1, 1) at least, (3, 3) at most: each a quarter of the replicates
-    assert np.isnan(module.estimate(module.iqm, strata([[1], [2]]), args)[1:]).all()  # one seed tells nothing
+    point, low, high = module.estimate(
+        module.STATISTICS["mean"], strata([[1, 3], [100, 100]]), args
+    )
+    assert (point, low, high) == (
+        51,
+        50.5,
+        51.5,
+    )  # (1, 1) at least, (3, 3) at most: each a quarter of the replicates
+    assert np.isnan(
+        module.estimate(module.iqm, strata([[1], [2]]), args)[1:]
+    ).all()  # one seed tells nothing
     point, *ends = module.estimate(module.iqm, strata([[1, 2, 3], [2]]), args)
     assert point == 2 and np.isnan(ends).all(), "nor would the others' interval hold for all games"
 
 
 def test_the_same_seed_gives_the_same_interval(module: ModuleType) -> None:
-    first, again, other = (module.estimate(module.iqm, strata(SCORES), args_of(module, seed=s)) for s in (3, 3, 4))
+    first, again, other = (
+        module.estimate(module.iqm, strata(SCORES), args_of(module, seed=s)) for s in (3, 3, 4)
+    )
     assert (first == again).all() and first[0] == other[0] and (first[1:] != other[1:]).all()
 
 
-@pytest.mark.parametrize(("name", "iqm", "low", "high"), [
-    ("CNN-DQN", 1.677, 1.64, 1.71), ("Impala-DQN", 2.842, 2.72, 3.02), ("CNN-Rainbow", 1.938, 1.91, 1.97),
-    ("Impala-Rainbow", 3.229, 3.16, 3.33)])  # fmt: skip
-def test_published_scores_of_fifteen_games(module: ModuleType, name: str, iqm: float, low: float, high: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "iqm", "low", "high"),
+    [
+        ("CNN-DQN", 1.677, 1.64, 1.71),
+        ("Impala-DQN", 2.842, 2.72, 3.02),
+        ("CNN-Rainbow", 1.938, 1.91, 1.97),
+        ("Impala-Rainbow", 3.229, 3.16, 3.33),
+    ],
+)
+def test_published_scores_of_fifteen_games(
+    module: ModuleType, name: str, iqm: float, low: float, high: float
+) -> None:
     args = args_of(module, score="human")
     runs = module.published(name, FIFTEEN, 1e9)
     module.add_scores(runs, args)
@@ -188,19 +273,38 @@ def test_anchors_have_every_game_and_epoch(module: ModuleType) -> None:
     for name in module.REFERENCES:
         runs = module.published(name, module.GAMES, 1e9)
         assert len(runs) == 60 * 5 and {len(run.columns["step"]) for run in runs} == {40}
-    assert len(module.HUMAN) == 55 and len(module.GAMES) == 60 and module.HUMAN["Breakout"] == (1.7, 30.5)
+    assert (
+        len(module.HUMAN) == 55
+        and len(module.GAMES) == 60
+        and module.HUMAN["Breakout"] == (1.7, 30.5)
+    )
 
 
 def test_runs_become_rows(tmp_path: Path, plot: Plot) -> None:
     """MuJoCo: the last evaluation comes without sparsity; one run under way, one not begun."""
-    records = [{"step": 50, "seconds": 1.0, "charts/episodic_return": 3.0},
-               {"step": 100, "seconds": 2.4, "eval/episodic_return": 10.12345678, "sparsity/target": 0.1,
-                "sparsity/prunable": 0.05, "charts/epoch_return": 77.0},
-               {"step": 200, "seconds": 5.0, "charts/epoch_return": 78.0, "sparsity/target": 0.2,
-                "sparsity/prunable": 0.1},
-               {"step": 200, "seconds": 5.5, "eval/episodic_return": 30.0, "eval/episodes": 10}]  # fmt: skip
+    records = [
+        {"step": 50, "seconds": 1.0, "charts/episodic_return": 3.0},
+        {
+            "step": 100,
+            "seconds": 2.4,
+            "eval/episodic_return": 10.12345678,
+            "sparsity/target": 0.1,
+            "sparsity/prunable": 0.05,
+            "charts/epoch_return": 77.0,
+        },
+        {
+            "step": 200,
+            "seconds": 5.0,
+            "charts/epoch_return": 78.0,
+            "sparsity/target": 0.2,
+            "sparsity/prunable": 0.1,
+        },
+        {"step": 200, "seconds": 5.5, "eval/episodic_return": 30.0, "eval/episodes": 10},
+    ]
     plan(tmp_path, "dense", "Hopper-v5", 1, records, script="sac_mujoco_gmp.py")
-    under_way = plan(tmp_path, "dense", "Hopper-v5", 2, records[:2], finished=False, script="sac_mujoco_gmp.py")
+    under_way = plan(
+        tmp_path, "dense", "Hopper-v5", 2, records[:2], finished=False, script="sac_mujoco_gmp.py"
+    )
     with open(under_way / "metrics.jsonl", "a") as file:
         file.write('{"step": 200, "seconds": 5.0, "eval/episodic_return": 99.0, "spars')
     plan(tmp_path, "dense", "Hopper-v5", 3, script="sac_mujoco_gmp.py")
@@ -212,9 +316,21 @@ def test_runs_become_rows(tmp_path: Path, plot: Plot) -> None:
         "dense,Hopper-v5,2,0,100,2.4,10.1235,0.1,0.05",
         "dense,Hopper-v5,3,0,,,,,",
     ]
-    assert row == {"curve": "dense", "environment": "Hopper-v5", "runs": "1", "of_runs": "3", "iqm": "30",
-                   "iqm_low": "nan", "iqm_high": "nan", "mean": "30", "lowest": "30", "highest": "30",
-                   "sparsity_target": "0.2", "sparsity_prunable": "0.1", "thousand steps": "0.2"}  # fmt: skip
+    assert row == {
+        "curve": "dense",
+        "environment": "Hopper-v5",
+        "runs": "1",
+        "of_runs": "3",
+        "iqm": "30",
+        "iqm_low": "nan",
+        "iqm_high": "nan",
+        "mean": "30",
+        "lowest": "30",
+        "highest": "30",
+        "sparsity_target": "0.2",
+        "sparsity_prunable": "0.1",
+        "thousand steps": "0.2",
+    }
     cells = (tmp_path / "grid.md").read_text().splitlines()[2]
     assert cells == "| dense | Hopper-v5 | 1 of 3 | 30 | 30 | 30 | 30 | 0.200 | 0.100 | 0.200 |"
 
@@ -231,18 +347,35 @@ def test_final_scores_are_normalised_and_pooled(tmp_path: Path, plot: Plot) -> N
     assert float(row["mean"]) == float(row["median"]) == pytest.approx(2.541667 / 4, abs=1e-5)
     assert float(row["gap"]) == pytest.approx(1 / 3, abs=1e-5)
     # Over the last two epochs: (0 + 1) / 2, (0.5 + 1.541667) / 2, (1 + 0) / 2.
-    assert float(plot("curves", "grid", "--last", "2")[0]["iqm"]) == pytest.approx(2.020833 / 3, abs=1e-5)
+    assert float(plot("curves", "grid", "--last", "2")[0]["iqm"]) == pytest.approx(
+        2.020833 / 3, abs=1e-5
+    )
     rows = plot("curves", "grid", "--per-env")
-    assert [(row["environment"], row["mean"]) for row in rows] == [("Breakout", "38.3"), ("Pong", "-20.7"),
-                                                                   ("Pooyan", "-20.7")]  # fmt: skip
+    assert [(row["environment"], row["mean"]) for row in rows] == [
+        ("Breakout", "38.3"),
+        ("Pong", "-20.7"),
+        ("Pooyan", "-20.7"),
+    ]
     plan(tmp_path, "other", "Pooyan", 1, epochs(1.0))
     row = plot("curves", "grid")[1]
-    assert (row["curve"], row["runs"], row["games"], row["of_games"], row["iqm"]) == ("other", "0", "0", "1", "")
+    assert (row["curve"], row["runs"], row["games"], row["of_games"], row["iqm"]) == (
+        "other",
+        "0",
+        "0",
+        "1",
+        "",
+    )
 
 
-def test_curves_are_the_scores_of_each_epoch(tmp_path: Path, plot: Plot, figures: list[Any]) -> None:
-    """Finished runs are drawn to their end, without the others; where none has finished, as far as all have come."""
-    plan(tmp_path, "done", "Boxing", 1, epochs(0.1, 12.1, None, 24.1))  # 0, 1, -, 2: human - random is 12
+def test_curves_are_the_scores_of_each_epoch(
+    tmp_path: Path, plot: Plot, figures: list[Any]
+) -> None:
+    """Finished runs are drawn to their end, without the others; where none has finished, as far as
+    all have come.
+    """
+    plan(
+        tmp_path, "done", "Boxing", 1, epochs(0.1, 12.1, None, 24.1)
+    )  # 0, 1, -, 2: human - random is 12
     plan(tmp_path, "done", "Boxing", 2, epochs(0.1, 0.1, 12.1, 12.1))  # 0, 0, 1, 1
     plan(tmp_path, "done", "Boxing", 3, epochs(84.1, 84.1), finished=False)
     plan(tmp_path, "begun", "Boxing", 1, epochs(12.1, 24.1, 36.1, sparsity=0.5), finished=False)
@@ -251,30 +384,47 @@ def test_curves_are_the_scores_of_each_epoch(tmp_path: Path, plot: Plot, figures
     rows = plot("curves", "grid", "--sparsity")
     scores, shares = figures[0].axes
     lines = {line.get_label(): line.get_xydata().round(6).tolist() for line in scores.get_lines()}
-    assert lines == {"done (2 of 3 runs finished)": [[1, 0], [2, 0.5], [3, 1], [4, 1.5]],
-                     "begun (0 of 3 runs finished)": [[1, 1], [2, 1]]}  # fmt: skip
+    assert lines == {
+        "done (2 of 3 runs finished)": [[1, 0], [2, 0.5], [3, 1], [4, 1.5]],
+        "begun (0 of 3 runs finished)": [[1, 1], [2, 1]],
+    }
     # In the second epoch Boxing's first seed has 1 and the second 0: a replicate is 0, 0.5 or 1.
     (band, _) = scores.collections
     assert band.get_paths()[0].get_extents().bounds == pytest.approx((1, 0, 3, 2))
-    assert [line.get_ydata().tolist() for line in shares.get_lines()] == [[0, 0, 0, 0], [0.25, 0.25]]  # of 0.5 and 0
-    assert [(row["curve"], row["runs"], row["iqm"]) for row in rows] == [("done", "2", "1.5"), ("begun", "0", "")]
+    assert [line.get_ydata().tolist() for line in shares.get_lines()] == [
+        [0, 0, 0, 0],
+        [0.25, 0.25],
+    ]  # of 0.5 and 0
+    assert [(row["curve"], row["runs"], row["iqm"]) for row in rows] == [
+        ("done", "2", "1.5"),
+        ("begun", "0", ""),
+    ]
     caption = (tmp_path / "grid.md").read_text().splitlines()[-1]
     few = "95 % bootstrap intervals over seeds, which of so few are from the lowest to the highest"
     assert caption == f"IQM; games: 1; seeds: 0 to 2; bands: {few}."
 
 
-def test_bands_of_curves_redraw_within_games(tmp_path: Path, plot: Plot, figures: list[Any]) -> None:
+def test_bands_of_curves_redraw_within_games(
+    tmp_path: Path, plot: Plot, figures: list[Any]
+) -> None:
     """Games differ, their seeds do not: no band has any width."""
     for seed in (1, 2):
         plan(tmp_path, "DQN", "Boxing", seed, epochs(12.1, 12.1))
         plan(tmp_path, "DQN", "Breakout", seed, epochs(1.7, 59.3))  # 0 and 2
     plot("curves", "grid")
     (line,), (band,) = figures[0].axes[0].get_lines(), figures[0].axes[0].collections
-    assert line.get_ydata() == pytest.approx([0.5, 1.5])  # (0 + 1) / 2 and (1 + 2) / 2: one of four falls at each end
-    assert {tuple(point) for point in band.get_paths()[0].vertices.round(6).tolist()} == {(1, 0.5), (2, 1.5)}
+    assert line.get_ydata() == pytest.approx(
+        [0.5, 1.5]
+    )  # (0 + 1) / 2 and (1 + 2) / 2: one of four falls at each end
+    assert {tuple(point) for point in band.get_paths()[0].vertices.round(6).tolist()} == {
+        (1, 0.5),
+        (2, 1.5),
+    }
 
 
-def test_a_profile_is_the_share_of_runs_above(tmp_path: Path, plot: Plot, figures: list[Any]) -> None:
+def test_a_profile_is_the_share_of_runs_above(
+    tmp_path: Path, plot: Plot, figures: list[Any]
+) -> None:
     for seed, value in enumerate((12.1, 24.1, 36.1, 48.1), 1):
         plan(tmp_path, "DQN", "Boxing", seed, epochs(value))  # 1, 2, 3, 4
     plan(tmp_path, "DQN", "Boxing", 5, epochs(99.0), finished=False)
@@ -286,13 +436,17 @@ def test_a_profile_is_the_share_of_runs_above(tmp_path: Path, plot: Plot, figure
     assert heights.min() == 0 and heights.max() == 1
 
 
-def test_the_five_games_without_a_human_score_are_named(tmp_path: Path, module: ModuleType, plot: Plot) -> None:
+def test_the_five_games_without_a_human_score_are_named(
+    tmp_path: Path, module: ModuleType, plot: Plot
+) -> None:
     for i, game in enumerate(sorted(module.GAMES)):
         plan(tmp_path, "DQN", game, 1, epochs(float(i)))
     (row,) = plot("curves", "grid", "--reference", "CNN-DQN", "--reference", "Impala-DQN")[:1]
     assert (row["games"], row["of_games"], row["runs"]) == ("55", "60", "55")
     text = (tmp_path / "grid.md").read_text()
-    assert "55 of 60" in text and "AirRaid, Carnival, ElevatorAction, JourneyEscape, Pooyan." in text
+    assert (
+        "55 of 60" in text and "AirRaid, Carnival, ElevatorAction, JourneyEscape, Pooyan." in text
+    )
     # The published runs are of the same games, and only as long as ours: one million frames.
     published = read(tmp_path / "grid_table.csv")[1]
     assert published["curve"] == "Dopamine DQN CNN (published)" and published["runs"] == "275"
@@ -300,7 +454,9 @@ def test_the_five_games_without_a_human_score_are_named(tmp_path: Path, module: 
 
 
 def test_a_sweep_with_a_flat_curve(tmp_path: Path, plot: Plot) -> None:
-    """Widths come from the manifest, or from args.json where it has none; Boxing: score = (return - 0.1) / 12."""
+    """Widths come from the manifest, or from args.json where it has none; Boxing: score = (return -
+    0.1) / 12.
+    """
     for seed in (1, 2):
         plan(tmp_path, "dense", "Boxing", seed, epochs(12.1))
         plan(tmp_path, "pruned", "Boxing", seed, epochs(24.1 + 12 * seed))  # width 1
@@ -310,15 +466,26 @@ def test_a_sweep_with_a_flat_curve(tmp_path: Path, plot: Plot) -> None:
     rows = plot("sweep", "grid", "--x", "width", "--flat", "dense", "--reference", "Impala-DQN")
     keys = ("curve", "width", "runs", "of_runs", "iqm", "iqm_low", "iqm_high")
     found = [tuple(row[key] for key in keys) for row in rows]
-    assert found[:4] == [("dense", "", "2", "2", "1", "1", "1"), ("pruned", "1", "2", "2", "3.5", "3", "4"),
-                         ("pruned", "3", "2", "2", "4", "4", "4"), ("pruned", "5", "0", "1", "", "", "")]  # fmt: skip
+    assert found[:4] == [
+        ("dense", "", "2", "2", "1", "1", "1"),
+        ("pruned", "1", "2", "2", "3.5", "3", "4"),
+        ("pruned", "3", "2", "2", "4", "4", "4"),
+        ("pruned", "5", "0", "1", "", "", ""),
+    ]
     assert found[4][:3] == ("Dopamine DQN Impala (published)", "", "5") and len(found) == 5
     text = (tmp_path / "grid.md").read_text()
     assert "1 runs that do not say their width" in text and "at 1 million frames" in text
-    assert plot("sweep", str(tmp_path / "grid.csv"), "--x", "width", "--flat", "dense")[:4] == rows[:4]
+    assert (
+        plot("sweep", str(tmp_path / "grid.csv"), "--x", "width", "--flat", "dense")[:4] == rows[:4]
+    )
     curves = plot("curves", "grid", "--x", "width", "--out", str(tmp_path / "other"))
-    assert [row["curve"] for row in curves] == ["dense, width 1", "pruned, width 1", "pruned, width 3",
-                                                "pruned, width 5", "pruned"]  # fmt: skip
+    assert [row["curve"] for row in curves] == [
+        "dense, width 1",
+        "pruned, width 1",
+        "pruned, width 3",
+        "pruned, width 5",
+        "pruned",
+    ]
 
 
 def test_where_the_values_of_a_sweep_stand(module: ModuleType) -> None:
@@ -327,7 +494,10 @@ def test_where_the_values_of_a_sweep_stand(module: ModuleType) -> None:
         return names, where.tolist()
 
     assert places("3", "10", "1") == (["1", "3", "10"], [1, 3, 10])
-    assert places("1e-05", "0.001", "0.0001") == (["1e-05", "0.0001", "0.001"], [-5, -4, -3])  # a ratio of 100
+    assert places("1e-05", "0.001", "0.0001") == (
+        ["1e-05", "0.0001", "0.001"],
+        [-5, -4, -3],
+    )  # a ratio of 100
     assert places("1", "8", "1.1") == (["1", "1.1", "8"], [0, 1, 2])  # labels would overlap
     assert places("0.99", "0", "0.5", x="sparsity") == (["0", "0.5", "0.99"], [0, 1, 2])
     assert places("uniform", "erk") == (["uniform", "erk"], [0, 1])
@@ -337,10 +507,26 @@ def test_d4rl_scores_of_datasets(tmp_path: Path, plot: Plot, figures: list[Any])
     """Offline runs log no target sparsity."""
     for seed in (1, 2):
         score = {"eval/episodic_return": 1000.0 * seed, "eval/d4rl_score": 30.0 * seed}
-        records = [{"step": 0, "seconds": 0.0, "sparsity/prunable": 0.9}, {"step": 1000, "seconds": 1.0} | score]
-        plan(tmp_path, "SNIP", "", seed, records, script="cql_offline_snip.py", dataset="/data/hopper_medium-v2.hdf5")
+        records = [
+            {"step": 0, "seconds": 0.0, "sparsity/prunable": 0.9},
+            {"step": 1000, "seconds": 1.0} | score,
+        ]
+        plan(
+            tmp_path,
+            "SNIP",
+            "",
+            seed,
+            records,
+            script="cql_offline_snip.py",
+            dataset="/data/hopper_medium-v2.hdf5",
+        )
     (row,) = plot("curves", "grid", "--score", "d4rl")
-    assert (row["environment"], row["lowest"], row["highest"], row["mean"]) == ("hopper_medium-v2", "30", "60", "45")
+    assert (row["environment"], row["lowest"], row["highest"], row["mean"]) == (
+        "hopper_medium-v2",
+        "30",
+        "60",
+        "45",
+    )
     assert plot("curves", "grid", "--sparsity")[0]["mean"] == "1500"
     assert figures[1].axes[1].get_lines()[0].get_xydata().tolist() == [[1, 0.9]]
 
@@ -348,23 +534,37 @@ def test_d4rl_scores_of_datasets(tmp_path: Path, plot: Plot, figures: list[Any])
 def test_metrics_and_layers_over_the_steps(tmp_path: Path, plot: Plot, figures: list[Any]) -> None:
     """Analyses come in records of their own; a layer's sparsity is that of the network then."""
     for seed in (1, 2):
-        analysis = {"step": 250_000, "seconds": 12.0, "analysis/srank": 10.0 * seed, "analysis/q_norm": 5.0}
+        analysis = {
+            "step": 250_000,
+            "seconds": 12.0,
+            "analysis/srank": 10.0 * seed,
+            "analysis/q_norm": 5.0,
+        }
         records = [*epochs(1.0, sparsity=0.4), analysis, *epochs(1.0, 2.0, sparsity=0.8)[2:]]
         records += [analysis | {"step": 500_000, "analysis/srank": 7.0 + seed}]
         plan(tmp_path, "DQN", "Boxing", seed, records)
     rows = plot("metrics", "grid")
     assert [(row["key"], row["mean"], row["lowest"], row["highest"]) for row in rows] == [
-        ("analysis/srank", "8.5", "8", "9"), ("analysis/q_norm", "5", "5", "5")]  # fmt: skip
+        ("analysis/srank", "8.5", "8", "9"),
+        ("analysis/q_norm", "5", "5", "5"),
+    ]
     axis = figures[0].axes[0]
     assert axis.get_lines()[0].get_xydata().tolist() == [[1, 15], [2, 8.5]]
     assert axis.collections[0].get_paths()[0].get_extents().extents == pytest.approx((1, 8, 2, 20))
-    assert plot("metrics", "grid", "--keys", "analysis/srank", "--last", "2")[0]["mean"] == "11.75"  # 10 20 8 9
+    assert (
+        plot("metrics", "grid", "--keys", "analysis/srank", "--last", "2")[0]["mean"] == "11.75"
+    )  # 10 20 8 9
     csv_rows = read(tmp_path / "grid.csv")
     assert [row["analysis/srank"] for row in csv_rows] == ["10", "8", "20", "9"]
     assert [row["return"] for row in csv_rows] == ["1", "2", "1", "2"]
     rows = plot("layers", "grid")
     assert [(row["layer"], row["mean"]) for row in rows] == [("conv1", "0.4"), ("dense", "0.8")]
-    assert [row["sparsity/layer/dense"] for row in read(tmp_path / "grid.csv")] == ["0.4", "0.8", "0.4", "0.8"]
+    assert [row["sparsity/layer/dense"] for row in read(tmp_path / "grid.csv")] == [
+        "0.4",
+        "0.8",
+        "0.4",
+        "0.8",
+    ]
 
 
 def test_gradient_covariance(tmp_path: Path, plot: Plot, figures: list[Any]) -> None:
@@ -374,10 +574,14 @@ def test_gradient_covariance(tmp_path: Path, plot: Plot, figures: list[Any]) -> 
     for seed in (3, 2):
         run = plan(tmp_path, "DQN", "Pong", seed, epochs(1.0), finished=False)
         np.save(run / "gradient_covariance-000250000.npy", np.ones((3, 3), np.float32))
-        np.save(run / "gradient_covariance-000500000.npy", matrix if seed == 2 else -matrix * [[1, 1, 0]])
+        np.save(
+            run / "gradient_covariance-000500000.npy",
+            matrix if seed == 2 else -matrix * [[1, 1, 0]],
+        )
     total, row = plot("covariance", "grid")
     assert total["environment"] == "all" and row["environment"] == "Pong"
-    # Off the diagonal: 0.5, 0.25, 0 twice each: a mean of 0.25. Of seed 3 the upper triangle has -0.5, 0 and 0.
+    # Off the diagonal: 0.5, 0.25, 0 twice each: a mean of 0.25. Of seed 3 the upper triangle has
+    # -0.5, 0 and 0.
     assert (row["runs"], row["of_runs"]) == ("2", "3") and float(row["highest"]) == 0.25
     assert float(row["lowest"]) == pytest.approx(1 / 6, abs=1e-6)
     (image,) = figures[0].axes[0].get_images()
@@ -386,15 +590,27 @@ def test_gradient_covariance(tmp_path: Path, plot: Plot, figures: list[Any]) -> 
     assert len(rows) == 1 + 2 * 6 and rows[0]["step"] == "" and rows[1]["step"] == "500000"
 
 
-KINDS = [("curves", "--sparsity", "--reference", "CNN-DQN", "CNN-Rainbow"), ("curves", "--per-env", "--title", "a | b"),
-         ("sweep", "--x", "width", "--flat", "DQN"), ("profile",), ("metrics",), ("layers",),
-         ("covariance",)]  # fmt: skip
+KINDS = [
+    ("curves", "--sparsity", "--reference", "CNN-DQN", "CNN-Rainbow"),
+    ("curves", "--per-env", "--title", "a | b"),
+    ("sweep", "--x", "width", "--flat", "DQN"),
+    ("profile",),
+    ("metrics",),
+    ("layers",),
+    ("covariance",),
+]
 
 
 @pytest.mark.parametrize("words", KINDS, ids=lambda words: "".join(words[:2]))
-def test_the_csv_file_gives_the_same_table_and_pictures(tmp_path: Path, plot: Plot, words: tuple[str, ...]) -> None:
+def test_the_csv_file_gives_the_same_table_and_pictures(
+    tmp_path: Path, plot: Plot, words: tuple[str, ...]
+) -> None:
     analysis = {"step": 250_000, "seconds": 12.0, "analysis/srank": 3.3333333333}
-    pairs = [(curve, game) for curve in ("DQN", "a very long name | of a curve") for game in ("Pong", "Alien")]
+    pairs = [
+        (curve, game)
+        for curve in ("DQN", "a very long name | of a curve")
+        for game in ("Pong", "Alien")
+    ]
     for i, (curve, game) in enumerate(pairs):
         for seed in (1, 2):
             records = [*epochs(1 / 3 + i, 20 / 3 * seed, sparsity=0.4), analysis]
@@ -405,54 +621,86 @@ def test_the_csv_file_gives_the_same_table_and_pictures(tmp_path: Path, plot: Pl
     assert table and (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"
     assert b"<svg" in (tmp_path / "grid.svg").read_bytes()[:500]
     source = (tmp_path / "grid.csv").read_bytes()
-    plot(words[0], str(tmp_path / "grid.csv"), *words[1:], "--out", str(tmp_path / "new" / "again"), pictures=True)
-    assert not (tmp_path / "new" / "again.csv").exists() and (tmp_path / "grid.csv").read_bytes() == source
+    plot(
+        words[0],
+        str(tmp_path / "grid.csv"),
+        *words[1:],
+        "--out",
+        str(tmp_path / "new" / "again"),
+        pictures=True,
+    )
+    assert (
+        not (tmp_path / "new" / "again.csv").exists()
+        and (tmp_path / "grid.csv").read_bytes() == source
+    )
     for ending in (".png", ".svg", ".md", "_table.csv"):
-        assert (tmp_path / f"grid{ending}").read_bytes() == (tmp_path / "new" / f"again{ending}").read_bytes(), ending
+        assert (tmp_path / f"grid{ending}").read_bytes() == (
+            tmp_path / "new" / f"again{ending}"
+        ).read_bytes(), ending
 
 
-@pytest.mark.parametrize(("words", "texts"), [
-    (("pie", "grid"), ("KIND", "curves, sweep, profile")),
-    (("curves", "nowhere"), ("nowhere.jsonl", "grid")),
-    (("curves", "empty"), ("empty.jsonl", "no runs")),
-    (("curves", "broken"), ("broken.jsonl", "line 1", "curve, script, flags and folder")),
-    (("curves", "seedless"), ("seedless.jsonl", "line 1", "seed")),
-    (("curves", "twice"), ("twice.jsonl", "line 2", "--x")),
-    (("curves", "mixed"), ("mixed.jsonl", "Atari")),
-    (("curves", "planned"), ("planned.jsonl", "yet")),
-    (("metrics", "grid"), ("grid.jsonl", "--keys analysis/ yet")),
-    (("curves", "unbegun.csv"), ("unbegun.csv", "step")),
-    (("metrics", "grid", "--keys", "analysis/srank", "charts/epoch_return"), ("--keys analysis/srank", "epoch_return")),
-    (("curves", "no.csv"), ("no.csv", "No such file")),
-    (("curves", "other.csv"), ("other.csv", "no column env_id, seed")),
-    (("curves", "text.csv"), ("text.csv", "much")),
-    (("layers", "good.csv"), ("good.csv", "layer")),
-    (("curves", "swept.csv"), ("swept.csv", "--x")),
-    (("sweep", "good.csv", "--x", "width"), ("good.csv", "no column width")),
-    (("sweep", "grid"), ("--x", "width")),
-    (("sweep", "grid", "--x", "seed"), ("--x", "seed")),
-    (("sweep", "grid", "--x", "widht"), ("--x widht", "no run")),
-    (("sweep", "grid", "--x", "width", "--flat", "nobody"), ("--flat nobody", "DQN")),
-    (("curves", "grid", "--reference", "CNN-IQN"), ("--reference", "Impala-Rainbow", "CNN-IQN")),
-    (("curves", "hopper", "--reference", "CNN-DQN"), ("--reference", "Atari")),
-    (("curves", "hopper", "--score", "human"), ("--score human", "Atari")),
-    (("curves", "grid", "--score", "d4rl"), ("d4rl_score",)),
-    (("curves", "grid", "--score", "elo"), ("--score", "d4rl", "elo")),
-    (("curves", "grid", "--last", "0"), ("--last", "at least 1")),
-    (("curves", "grid", "--flat", "DQN"), ("--flat", "sweep")),
-    (("covariance", "grid"), ("gradient_covariance-000000001.npy", "matrix")),
-    (("profile", "grid", "--out", "grid.csv/x"), ("grid.csv",)),
-])  # fmt: skip
-def test_what_cannot_be_drawn_is_named(tmp_path: Path, plot: Plot, monkeypatch: pytest.MonkeyPatch,
-                                       capsys: pytest.CaptureFixture[str], words: tuple[str, ...],
-                                       texts: tuple[str, ...]) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "texts"),
+    [
+        (("pie", "grid"), ("KIND", "curves, sweep, profile")),
+        (("curves", "nowhere"), ("nowhere.jsonl", "grid")),
+        (("curves", "empty"), ("empty.jsonl", "no runs")),
+        (("curves", "broken"), ("broken.jsonl", "line 1", "curve, script, flags and folder")),
+        (("curves", "seedless"), ("seedless.jsonl", "line 1", "seed")),
+        (("curves", "twice"), ("twice.jsonl", "line 2", "--x")),
+        (("curves", "mixed"), ("mixed.jsonl", "Atari")),
+        (("curves", "planned"), ("planned.jsonl", "yet")),
+        (("metrics", "grid"), ("grid.jsonl", "--keys analysis/ yet")),
+        (("curves", "unbegun.csv"), ("unbegun.csv", "step")),
+        (
+            ("metrics", "grid", "--keys", "analysis/srank", "charts/epoch_return"),
+            ("--keys analysis/srank", "epoch_return"),
+        ),
+        (("curves", "no.csv"), ("no.csv", "No such file")),
+        (("curves", "other.csv"), ("other.csv", "no column env_id, seed")),
+        (("curves", "text.csv"), ("text.csv", "much")),
+        (("layers", "good.csv"), ("good.csv", "layer")),
+        (("curves", "swept.csv"), ("swept.csv", "--x")),
+        (("sweep", "good.csv", "--x", "width"), ("good.csv", "no column width")),
+        (("sweep", "grid"), ("--x", "width")),
+        (("sweep", "grid", "--x", "seed"), ("--x", "seed")),
+        (("sweep", "grid", "--x", "widht"), ("--x widht", "no run")),
+        (("sweep", "grid", "--x", "width", "--flat", "nobody"), ("--flat nobody", "DQN")),
+        (
+            ("curves", "grid", "--reference", "CNN-IQN"),
+            ("--reference", "Impala-Rainbow", "CNN-IQN"),
+        ),
+        (("curves", "hopper", "--reference", "CNN-DQN"), ("--reference", "Atari")),
+        (("curves", "hopper", "--score", "human"), ("--score human", "Atari")),
+        (("curves", "grid", "--score", "d4rl"), ("d4rl_score",)),
+        (("curves", "grid", "--score", "elo"), ("--score", "d4rl", "elo")),
+        (("curves", "grid", "--last", "0"), ("--last", "at least 1")),
+        (("curves", "grid", "--flat", "DQN"), ("--flat", "sweep")),
+        (("covariance", "grid"), ("gradient_covariance-000000001.npy", "matrix")),
+        (("profile", "grid", "--out", "grid.csv/x"), ("grid.csv",)),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(
+    tmp_path: Path,
+    plot: Plot,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    texts: tuple[str, ...],
+) -> None:
     monkeypatch.chdir(tmp_path)
     header = "curve,env_id,seed,finished,step,return,sparsity_target,sparsity_prunable\n"
-    files = {"empty.jsonl": "", "broken.jsonl": '{"curve": "a", "flags": {}}\n', "other.csv": "curve,b\n1,2\n",
-             "seedless.jsonl": '{"curve": "a", "script": "s", "flags": {"env-id": "Pong"}, "folder": "f"}\n',
-             "text.csv": header + "a,Pong,1,1,250000,much,0,0\n", "good.csv": header + "a,Pong,1,1,250000,1,0,0\n",
-             "unbegun.csv": header + "a,Pong,1,0,,,,\n", "swept.csv": header + "a,Pong,1,1,250000,1,0,0\n" * 2,
-             "grid.csv": ""}  # fmt: skip
+    files = {
+        "empty.jsonl": "",
+        "broken.jsonl": '{"curve": "a", "flags": {}}\n',
+        "other.csv": "curve,b\n1,2\n",
+        "seedless.jsonl": '{"curve": "a", "script": "s", "flags": {"env-id": "Pong"}, "folder": "f"}\n',
+        "text.csv": header + "a,Pong,1,1,250000,much,0,0\n",
+        "good.csv": header + "a,Pong,1,1,250000,1,0,0\n",
+        "unbegun.csv": header + "a,Pong,1,0,,,,\n",
+        "swept.csv": header + "a,Pong,1,1,250000,1,0,0\n" * 2,
+        "grid.csv": "",
+    }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     run = plan(tmp_path, "DQN", "Pong", 1, epochs(1.0))
@@ -469,8 +717,9 @@ def test_what_cannot_be_drawn_is_named(tmp_path: Path, plot: Plot, monkeypatch: 
     assert all(text in error for text in texts), error
 
 
-def test_a_damaged_line_is_named_unless_it_is_the_last(tmp_path: Path, plot: Plot,
-                                                       capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_a_damaged_line_is_named_unless_it_is_the_last(
+    tmp_path: Path, plot: Plot, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = plan(tmp_path, "DQN", "Pong", 1, epochs(1.0, 2.0))
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join([lines[0], lines[1][:-9], *lines[2:]]) + "\n")
@@ -485,12 +734,30 @@ def test_the_command_line_and_its_environment(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir(parents=True)
         plan(tmp_path / folder, folder.replace("/", "-"), "Pong", 1, epochs(1.0))
     plain = {key: value for key, value in os.environ.items() if key not in ("RUNS", "SMOKE", "DRY")}
-    for more, folder in (({}, "runs"), ({"SMOKE": "1"}, "runs/smoke"), ({"SMOKE": "1", "RUNS": "mine"}, "mine/smoke")):
+    for more, folder in (
+        ({}, "runs"),
+        ({"SMOKE": "1"}, "runs/smoke"),
+        ({"SMOKE": "1", "RUNS": "mine"}, "mine/smoke"),
+    ):
         name = folder.replace("/", "-")
-        result = subprocess.run([sys.executable, PLOT, "curves", "grid"], env=plain | more, cwd=tmp_path, check=True,
-                                capture_output=True, text=True)  # fmt: skip
-        assert result.stdout == (tmp_path / folder / "grid.md").read_text() and f"| {name} | 1 of 1" in result.stdout
+        result = subprocess.run(
+            [sys.executable, PLOT, "curves", "grid"],
+            env=plain | more,
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert (
+            result.stdout == (tmp_path / folder / "grid.md").read_text()
+            and f"| {name} | 1 of 1" in result.stdout
+        )
         assert (tmp_path / folder / "grid.png").exists()
     words = ["sweep", "nowhere", "--x", "width", "--flat", "DQN dense"]
-    result = subprocess.run([sys.executable, PLOT, *words], env=plain | {"DRY": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout == f"python {PLOT} sweep nowhere --x width --flat 'DQN dense'\n"
+    result = subprocess.run(
+        [sys.executable, PLOT, *words], env=plain | {"DRY": "1"}, capture_output=True, text=True
+    )
+    assert (
+        result.returncode == 0
+        and result.stdout == f"python {PLOT} sweep nowhere --x width --flat 'DQN dense'\n"
+    )

@@ -1,7 +1,9 @@
-"""Tests of the shared blocks `frame-replay` and `atari-env`, through eaudeqn_atari.py, and of n-step returns.
+"""Tests of the shared blocks `frame-replay` and `atari-env`, through eaudeqn_atari.py, and of
+n-step returns.
 
-The replay is compared with a list that keeps whole stacks, over every transition that may be sampled, and with what the
-real game showed. The environments are compared with themselves, interrupted and not, and with ale-py used by hand.
+The replay is compared with a list that keeps whole stacks, over every transition that may be
+sampled, and with what the real game showed. The environments are compared with themselves,
+interrupted and not, and with ale-py used by hand.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class Transition(NamedTuple):
 
 
 class World:
-    """N made-up environments whose frames are all different; it keeps every transition with whole stacks."""
+    """N made-up environments whose frames are all different; it keeps every transition with whole
+    stacks.
+    """
 
     def __init__(self, num_envs: int, seed: int, longest: int = 12) -> None:
         self.num_envs, self.longest = num_envs, longest
@@ -189,7 +193,9 @@ MANY = [("eaudeqn", 1), *(("dqn", n_step) for n_step in (1, 2, 3, 5))]
 def test_every_transition(
     name: str, capacity: int, num_envs: int, n_step: int, request: pytest.FixtureRequest
 ) -> None:
-    """Many small episodes, checked after every step: before the ring is full, at its seam, and many rounds later."""
+    """Many small episodes, checked after every step: before the ring is full, at its seam, and many
+    rounds later.
+    """
     module = request.getfixturevalue(name)
     for seed in range(3):
         world = World(num_envs, seed)
@@ -202,7 +208,9 @@ def test_every_transition(
 
 
 def test_truncations_as_often_as_can_be(eaudeqn: ModuleType) -> None:
-    """Every environment is truncated every few steps, all in the same one: the ring of last frames is long enough."""
+    """Every environment is truncated every few steps, all in the same one: the ring of last frames
+    is long enough.
+    """
     for capacity, num_envs, longest in ((100, 1, 3), (99, 3, 2), (300, 4, 5), (300, 2, 1)):
         world = World(num_envs, 7, longest)
         world.length = lambda longest=longest: longest  # type: ignore[method-assign]
@@ -215,7 +223,9 @@ def test_truncations_as_often_as_can_be(eaudeqn: ModuleType) -> None:
 
 
 def test_every_episode_under_n_steps(dqn: ModuleType) -> None:
-    """All ways in which six steps may end, by termination or truncation: 3 ** 6 worlds, over 3 steps each."""
+    """All ways in which six steps may end, by termination or truncation: 3 ** 6 worlds, over 3
+    steps each.
+    """
     for ends in itertools.product((None, True, False), repeat=6):
         world = World(1, 0, longest=1)
         replay = replay_of(dqn, world, 3, n_step=3)
@@ -253,7 +263,9 @@ def numbers(batch: Batch) -> np.ndarray:
 
 
 def test_samples_are_uniform(eaudeqn: ModuleType) -> None:
-    """Chi-squared over all transitions: nothing outside the window is drawn, nothing inside is left out."""
+    """Chi-squared over all transitions: nothing outside the window is drawn, nothing inside is left
+    out.
+    """
     for capacity, num_envs, steps, seed in (
         (50, 1, 173, 0),
         (60, 3, 70, 1),
@@ -317,7 +329,9 @@ def capped(module: ModuleType, steps: int) -> type:
 
 @pytest.mark.parametrize("cap", [27_000, 80])
 def test_replay_gives_what_the_agent_saw(eaudeqn: ModuleType, cap: int) -> None:
-    """Breakout with random actions: episodes that terminate, and with a cap of 80 steps episodes that are truncated."""
+    """Breakout with random actions: episodes that terminate, and with a cap of 80 steps episodes
+    that are truncated.
+    """
     envs, rng = eaudeqn.AtariEnvs("breakout", 2, 5, cap), np.random.default_rng(0)
     args = eaudeqn.Args(buffer_size=600, num_envs=2)
     replay = capped(eaudeqn, cap)(args, CPU, envs.obs[:, -1])
@@ -400,7 +414,8 @@ class Unasked:
 def test_restored_games_and_replay_go_on(
     eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch, num_envs: int, steps: int, capacity: int
 ) -> None:
-    """At any step, several episodes and seedings in, where episodes end by themselves and by the cap of 180 steps.
+    """At any step, several episodes and seedings in, where episodes end by themselves and by the
+    cap of 180 steps.
 
     The replay reaches back to the last seeding, over several of them, or to the start.
     """
@@ -454,7 +469,9 @@ def test_restored_games_and_replay_go_on(
 def test_when_and_how_environments_are_seeded_anew(
     eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the first ending so many steps after the last seeding, each time and for each one with another seed."""
+    """At the first ending so many steps after the last seeding, each time and for each one with
+    another seed.
+    """
     given: list[list[int]] = []
 
     class Spy(AtariVectorEnv):
@@ -497,7 +514,9 @@ def test_runs_repeat_with_the_seed(eaudeqn: ModuleType) -> None:
 
 
 def test_environments_have_seeds_of_their_own(eaudeqn: ModuleType) -> None:
-    """With the same actions sticky actions part them; the first one does not depend on how many there are."""
+    """With the same actions sticky actions part them; the first one does not depend on how many
+    there are.
+    """
     envs, alone = eaudeqn.AtariEnvs("breakout", 2, 3), eaudeqn.AtariEnvs("breakout", 1, 3)
     parted = False
     for action in np.random.default_rng(0).integers(0, 4, 60):
@@ -545,7 +564,9 @@ def test_truncated_is_not_terminated(eaudeqn: ModuleType) -> None:
 def test_last_frame_is_the_true_one(
     eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch, cap: int
 ) -> None:
-    """At the first ending, what ale-py itself hands out as the final observation, from the same seed and actions."""
+    """At the first ending, what ale-py itself hands out as the final observation, from the same
+    seed and actions.
+    """
     seeds: list[np.ndarray] = []
 
     class Spy(AtariVectorEnv):
@@ -588,7 +609,9 @@ def test_last_frame_is_the_true_one(
 
 
 def test_protocol(eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Machado et al. (2018) and Dopamine ask for is handed to ale-py, whose other defaults hold."""
+    """What Machado et al. (2018) and Dopamine ask for is handed to ale-py, whose other defaults
+    hold.
+    """
     given: dict[str, Any] = {}
 
     class Spy(AtariVectorEnv):
@@ -628,7 +651,9 @@ def test_protocol(eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shares(pixels: int, out: int) -> np.ndarray:
-    """Return [out, pixels]: how much of each output pixel an input pixel makes up when a line is resized by area."""
+    """Return [out, pixels]: how much of each output pixel an input pixel makes up when a line is
+    resized by area.
+    """
     edges = np.arange(out + 1) * pixels / out
     starts = np.arange(pixels)
     overlap = np.minimum(edges[1:, None], starts + 1) - np.maximum(edges[:-1, None], starts)
@@ -636,7 +661,9 @@ def shares(pixels: int, out: int) -> np.ndarray:
 
 
 def test_frames_are_those_of_a_plain_emulator(eaudeqn: ModuleType) -> None:
-    """Four frames to a step, the maximum of the last two, grey, resized by area; rewards are their sum."""
+    """Four frames to a step, the maximum of the last two, grey, resized by area; rewards are their
+    sum.
+    """
     envs = eaudeqn.AtariEnvs("space_invaders", 1, 7)
     ale = ALEInterface()
     ale.setInt("random_seed", int(np.random.SeedSequence((7, 0, 0)).generate_state(1)[0] >> 1))
@@ -659,7 +686,9 @@ def test_frames_are_those_of_a_plain_emulator(eaudeqn: ModuleType) -> None:
 
 
 def test_a_lost_life_ends_nothing(eaudeqn: ModuleType) -> None:
-    """Breakout has five lives: random play loses the first within 60 steps, and an episode takes over 100."""
+    """Breakout has five lives: random play loses the first within 60 steps, and an episode takes
+    over 100.
+    """
     record = play(eaudeqn.AtariEnvs("breakout", 2, 0), np.random.default_rng(0), 400)
     lengths = [length for made in record for _, length in made.episodes]
     assert lengths and min(lengths) > 100

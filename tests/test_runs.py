@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import inspect
+import io
 import itertools
 import json
 import math
@@ -40,7 +41,8 @@ import pytest
 import torch
 from conftest import SCRIPTS as FOLDER
 from conftest import load_script
-from safetensors.torch import load, load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # Each training script with its own small flags, by what it plays.
@@ -61,7 +63,9 @@ GAME = dict.fromkeys(SCRIPTS, "Hopper-v5") | dict.fromkeys(ATARI, "Breakout")
 LOSS = dict.fromkeys(SCRIPTS, "losses/qf1_loss") | dict.fromkeys(ATARI, "losses/td_loss")
 
 
-def flags_of(common: str, online: str, atari: str = "", mujoco: str = "", offline: str = "") -> dict[str, str]:
+def flags_of(
+    common: str, online: str, atari: str = "", mujoco: str = "", offline: str = ""
+) -> dict[str, str]:
     """Return each script's flags for a run of one size."""
     parts = dict.fromkeys(ATARI, f"{online} {atari}") | dict.fromkeys(MUJOCO, f"{online} {mujoco}")
     parts |= dict.fromkeys(OFFLINE, offline)
@@ -95,8 +99,17 @@ analysis/dormant_0 analysis/dormant_0.1 analysis/srank analysis/q_variance analy
 eval/episodic_return eval/episodes eval/human_normalized eval/d4rl_score
 time/seconds memory/replay_bytes memory/peak_bytes
 """
-KEY = re.compile("|".join(map(re.escape, KEYS.split())) + r"|sparsity/layer/[\w.]+|sparsity/candidate_[1-9]\d*")
-VOLATILE = {"seconds", "time/seconds", "charts/SPS", "memory/peak_bytes"}  # may differ between two equal runs
+KEY = re.compile(
+    "|".join(map(re.escape, KEYS.split())) + r"|sparsity/layer/[\w.]+|sparsity/candidate_[1-9]\d*"
+)
+# What `wc -l` may say at most; see CONTRIBUTING.
+LINES = dict.fromkeys(SCRIPTS, 950)
+VOLATILE = {
+    "seconds",
+    "time/seconds",
+    "charts/SPS",
+    "memory/peak_bytes",
+}  # may differ between two equal runs
 
 T, R = TypeVar("T"), TypeVar("R")
 Straight: TypeAlias = "dict[int, Future[tuple[Path, Output]]]"
@@ -112,8 +125,9 @@ class Output:
     stderr: str
 
     def complaints(self) -> list[str]:
-        """Return the lines on stderr that are not the progress bar's."""
-        return [line for line in self.stderr.splitlines() if line.strip() and not re.match(r"\s*\d+%", line)]
+        """Return the lines on stderr that are not a progress bar's."""
+        lines = (line for line in self.stderr.splitlines() if line.strip())
+        return [line for line in lines if not re.match(r"[\w ]*:?\s*\d+%", line)]
 
 
 def wait_until(ready: Callable[[], bool]) -> None:
@@ -127,15 +141,30 @@ def wait_until(ready: Callable[[], bool]) -> None:
 class Process:
     """A training script in a process of its own, with its output in files."""
 
-    def __init__(self, script: str | Path, *flags: str | Path, cwd: Path, threads: int = 1, **environment: str) -> None:
+    def __init__(
+        self,
+        script: str | Path,
+        *flags: str | Path,
+        cwd: Path,
+        threads: int = 1,
+        **environment: str,
+    ) -> None:
         path = script if isinstance(script, Path) else FOLDER / f"{script}.py"
-        command = [sys.executable, str(path), *itertools.chain(*(str(flag).split() for flag in flags))]
+        command = [
+            sys.executable,
+            str(path),
+            *itertools.chain(*(str(flag).split() for flag in flags)),
+        ]
         # More threads than cores slow two processes down that run side by side.
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "PYTHONPATH"))}
+        inherited = {
+            k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "PYTHONPATH"))
+        }
         environment = inherited | {"OMP_NUM_THREADS": str(threads)} | environment
         self.started = time.monotonic()
         cwd.mkdir(parents=True, exist_ok=True)
-        self.out, self.err = (cwd / f".{os.urandom(4).hex()}.{name}" for name in ("stdout", "stderr"))
+        self.out, self.err = (
+            cwd / f".{os.urandom(4).hex()}.{name}" for name in ("stdout", "stderr")
+        )
         with open(self.out, "w") as out, open(self.err, "w") as err:
             self.popen = subprocess.Popen(command, cwd=cwd, env=environment, stdout=out, stderr=err)
 
@@ -190,7 +219,7 @@ def both(*works: Callable[[], object]) -> None:
 
 def saved_steps(folder: Path) -> list[int]:
     """Return the steps of the checkpoints in a run's folder."""
-    return sorted(int(path.name) for path in (folder / "checkpoint").glob("[0-9]*"))
+    return sorted(int(path.name[:12]) for path in (folder / "checkpoint").glob("[0-9]*"))
 
 
 def has_saved(folder: Path, step: int) -> bool:
@@ -207,14 +236,19 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def contents(folder: Path) -> dict[str, str]:
     """Return a digest of every file of a folder."""
     files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested values under joined names: {"sparsity": {"total": 0}} -> {"sparsity/total": 0}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+        flat |= (
+            flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat
 
 
@@ -223,12 +257,12 @@ def newest(folder: Path) -> Path:
     return max((folder / "checkpoint").glob("[0-9]*"))
 
 
-def checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return the facts and the tensors of a checkpoint, whose digest must be right."""
-    digest, _, body = path.read_bytes().partition(b"\n")
-    assert hashlib.sha256(body).hexdigest() == digest.decode()
-    facts, _, tensors = body.partition(b"\n")
-    return json.loads(facts), load(tensors)
+def checkpoint(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds; its name has the digest."""
+    data = path.read_bytes()
+    assert path.name.endswith(hashlib.sha256(data).hexdigest())
+    state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True)
+    return state
 
 
 def flip_byte(path: Path, position: int) -> None:
@@ -245,13 +279,17 @@ def assert_same_run(resumed: Path, straight: Path) -> None:
         return {key: value for key, value in values.items() if key not in VOLATILE}
 
     assert [*map(steady, records(resumed))] == [*map(steady, records(straight))]
-    assert (resumed / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
-    finals = (flatten(json.loads((folder / "final.json").read_text())) for folder in (resumed, straight))
+    assert (resumed / "model.safetensors").read_bytes() == (
+        straight / "model.safetensors"
+    ).read_bytes()
+    finals = (
+        flatten(json.loads((folder / "final.json").read_text())) for folder in (resumed, straight)
+    )
     assert steady(next(finals)) == steady(next(finals))
     assert_tensorboard_equals_metrics(resumed)
     leftovers = [name for name in contents(resumed) if name.endswith(".tmp")]
     assert not leftovers
-    assert len(saved_steps(resumed)) <= 2, "the last two checkpoints are kept"
+    assert not saved_steps(resumed) and not saved_steps(straight), "a finished run needs none"
 
 
 def assert_tensorboard_equals_metrics(folder: Path) -> None:
@@ -260,7 +298,9 @@ def assert_tensorboard_equals_metrics(folder: Path) -> None:
     wanted: dict[str, list[tuple[int, float]]] = {}
     for record in records(folder):
         for key in record.keys() - {"step", "seconds"}:
-            wanted.setdefault(key, []).append((record["step"], torch.tensor(record[key], dtype=torch.float32).item()))
+            wanted.setdefault(key, []).append(
+                (record["step"], torch.tensor(record[key], dtype=torch.float32).item())
+            )
     assert {*events.Tags()["scalars"]} == {*wanted}
     for key, values in wanted.items():
         assert [(event.step, event.value) for event in events.Scalars(key)] == values, key
@@ -293,7 +333,9 @@ def straight(script: str, home: Path, request: pytest.FixtureRequest) -> Straigh
         flags = (SMALL[script], VARIANTS[num_envs], f"--run-dir {folder}")
         return folder, succeed(script, *flags, cwd=home)
 
-    several = script not in OFFLINE and any(item.name.endswith(f"[{script}-3]") for item in request.session.items)
+    several = script not in OFFLINE and any(
+        item.name.endswith(f"[{script}-3]") for item in request.session.items
+    )
     return side_by_side(work, VARIANTS if several else [1])
 
 
@@ -308,7 +350,7 @@ def broken_off(script: str, home: Path) -> BrokenOff:
         return (folder / "metrics.jsonl").exists()  # opened just before the first step
 
     def writing(folder: Path) -> bool:
-        return (has_saved(folder, 600) and any((folder / "checkpoint").glob(".*"))) or has_saved(folder, 1600)
+        return (has_saved(folder, 600) and (folder / ".tmp").exists()) or has_saved(folder, 1600)
 
     kills: dict[int, list[tuple[Callable[[Path], bool], int]]] = {
         1: [(early, signal.SIGKILL), (partial(has_saved, step=1000), signal.SIGKILL),
@@ -329,6 +371,12 @@ def broken_off(script: str, home: Path) -> BrokenOff:
         return folder, left
 
     return side_by_side(work, [1] if script in OFFLINE else VARIANTS)
+
+
+@pytest.fixture(scope="session")
+def half_way(broken_off: BrokenOff) -> dict[int, Path]:
+    """Return, per number of environments, a run as its last kill left it, with two checkpoints."""
+    return {num_envs: future.result()[1][-1][2] for num_envs, future in broken_off.items()}
 
 
 @pytest.fixture(scope="session")
@@ -354,7 +402,15 @@ def test_a_run_leaves_every_file(script: str, straight: Straight, num_envs: int)
         analyses = {f"gradient_covariance-{now:09d}.npy" for now in (900, 1800)}
         assert names >= analyses and np.load(folder / max(analyses)).shape == (32, 32)
         names -= analyses
-    wanted = {".lock", "args.json", "versions.json", "metrics.jsonl", "checkpoint", "model.safetensors", "final.json"}
+    wanted = {
+        ".lock",
+        "args.json",
+        "versions.json",
+        "metrics.jsonl",
+        "checkpoint",
+        "model.safetensors",
+        "final.json",
+    }
     assert names - events == wanted | ({"dataset.sha256"} if script in OFFLINE else set())
 
     args = json.loads((folder / "args.json").read_text())
@@ -370,17 +426,18 @@ def test_a_run_leaves_every_file(script: str, straight: Straight, num_envs: int)
     assert final["step"] == 2000 + (1 if num_envs == 3 else 0)  # 667 steps of three
     assert 0 < final["seconds"] < TIMEOUT
 
-    assert len(saved_steps(folder)) == 2, "the last two checkpoints are kept"
+    assert not saved_steps(folder), "a finished run needs no checkpoint"
     assert not output.complaints()
-    assert re.search(r"[\d.]+ GB", output.stdout), "the need of disk is shown"
     assert str(folder) in output.stdout
 
 
 @variants
-def test_the_progress_is_plain_lines(straight: Straight, num_envs: int) -> None:
+def test_the_progress_is_plain_lines(script: str, straight: Straight, num_envs: int) -> None:
     lines = [line for line in straight[num_envs].result()[1].stderr.split("\n") if line.strip()]
     assert lines and all("\r" not in line for line in lines), "the output is no terminal"
-    assert re.search(r"\b100%.* 2\.00k/2\.00k .*step/s.* return (-|-?[\d.]+) .*sparsity [\d.]+", lines[-1]), lines[-1]
+    wanted = r"100%.*2\.00k/2\.00k, .*step/s.* return -?[\d.]+, sparsity [\d.]+"
+    wanted = wanted if script not in OFFLINE else r"100%.*2\.00k/2\.00k, .*step/s"
+    assert re.search(wanted, lines[-1]), lines[-1]
 
 
 @variants
@@ -393,17 +450,41 @@ def test_the_records_have_the_names_and_the_cadence_of_the_protocol(
     for record in every:
         assert all(KEY.fullmatch(key) for key in record.keys() - {"step", "seconds"})
         assert isinstance(record["step"], int) and record["step"] % num_envs == 0
-        assert all(isinstance(value, int | float) and math.isfinite(value) for value in record.values())
+        assert all(
+            isinstance(value, int | float) and math.isfinite(value) for value in record.values()
+        )
     for earlier, later in itertools.pairwise(every):
         assert earlier["step"] <= later["step"] and earlier["seconds"] <= later["seconds"]
     if script in OFFLINE:
-        assert [record["step"] for record in every] == [0, 600, 1000, 1200, 1800, 2000], "each 600 and each 1,000"
-        names = ("qf1_loss", "qf2_loss", "q_values", "cql_loss", "actor_loss", "alpha", "alpha_loss")
-        learned = {f"losses/{name}" for name in names} | {"charts/SPS", "charts/learning_rate", "memory/peak_bytes"}
-        layers = {f"layer/{net}.{layer}" for net in ("actor", "qf1", "qf2") for layer in ("dense1", "dense2", "output")}
+        assert [record["step"] for record in every] == [0, 600, 1000, 1200, 1800, 2000], (
+            "each 600 and each 1,000"
+        )
+        names = (
+            "qf1_loss",
+            "qf2_loss",
+            "q_values",
+            "cql_loss",
+            "actor_loss",
+            "alpha",
+            "alpha_loss",
+        )
+        learned = {f"losses/{name}" for name in names} | {
+            "charts/SPS",
+            "charts/learning_rate",
+            "memory/peak_bytes",
+        }
+        layers = {
+            f"layer/{net}.{layer}"
+            for net in ("actor", "qf1", "qf2")
+            for layer in ("dense1", "dense2", "output")
+        }
         measured = {f"sparsity/{name}" for name in {"prunable", "total", "active_params"} | layers}
-        assert every[0].keys() == measured | {"step", "seconds"}, "of the networks that training begins with"
-        assert all(record.keys() == measured | learned | {"step", "seconds"} for record in every[1:])
+        assert every[0].keys() == measured | {"step", "seconds"}, (
+            "of the networks that training begins with"
+        )
+        assert all(
+            record.keys() == measured | learned | {"step", "seconds"} for record in every[1:]
+        )
         return
 
     def due(*periods: int) -> list[int]:
@@ -411,26 +492,40 @@ def test_the_records_have_the_names_and_the_cadence_of_the_protocol(
         return [step for step in steps if any(step // p > (step - num_envs) // p for p in periods)]
 
     learner = [record for record in every if "sparsity/target" in record]
-    assert all((LOSS[script] in record) == (record["step"] > 300) for record in learner), "from the first update on"
+    assert all((LOSS[script] in record) == (record["step"] > 300) for record in learner), (
+        "from the first update on"
+    )
     # The target is updated every 200 steps, so 1,000 is the rarer; and at each epoch's end.
     assert [record["step"] for record in learner] == due(epoch_steps, 1000)
-    in_all = {"charts/SPS", "sparsity/prunable", "sparsity/total"} | ({"charts/epsilon"} if script in ATARI else set())
+    in_all = {"charts/SPS", "sparsity/prunable", "sparsity/total"} | (
+        {"charts/epsilon"} if script in ATARI else set()
+    )
     assert all(in_all <= record.keys() for record in learner)
     assert all(0 < record["charts/SPS"] < 100_000 for record in learner)
 
     # The mean of the episodes that ended in an epoch, which has no score when none did.
     ends, returns = due(epoch_steps), dict[int, list[float]]()
     for record in every:
-        if "charts/episodic_return" in record and (later := [end for end in ends if end >= record["step"]]):
+        if "charts/episodic_return" in record and (
+            later := [end for end in ends if end >= record["step"]]
+        ):
             returns.setdefault(later[0], []).append(record["charts/episodic_return"])
-    scored = {record["step"]: record["charts/epoch_return"] for record in every if "charts/epoch_return" in record}
-    assert scored == pytest.approx({end: sum(scores) / len(scores) for end, scores in returns.items()})
+    scored = {
+        record["step"]: record["charts/epoch_return"]
+        for record in every
+        if "charts/epoch_return" in record
+    }
+    assert scored == pytest.approx(
+        {end: sum(scores) / len(scores) for end, scores in returns.items()}
+    )
     last = json.loads((folder / "final.json").read_text())["epoch_return"]
     assert last is None if ends[-1] not in scored else last == pytest.approx(scored[ends[-1]])
 
 
 @variants
-def test_each_episode_that_ended_has_a_record(script: str, straight: Straight, num_envs: int) -> None:
+def test_each_episode_that_ended_has_a_record(
+    script: str, straight: Straight, num_envs: int
+) -> None:
     """An episode of L steps that ended at step s began at s - L * num_envs: at step 0, or where another had ended."""
     if script in OFFLINE:
         pytest.skip("it plays no episodes to learn from")
@@ -449,16 +544,22 @@ def test_epsilon_falls_from_the_end_of_the_warm_up(script: str, straight: Straig
         pytest.skip("it has no epsilon")
     learner = [record for record in records(straight[1].result()[0]) if "charts/epsilon" in record]
     epsilon = {record["step"]: record["charts/epsilon"] for record in learner}
-    assert epsilon[1000] == pytest.approx(1 - 0.1 * 699 / 1000, abs=1e-9), "of the action of step 999"
+    assert epsilon[1000] == pytest.approx(1 - 0.1 * 699 / 1000, abs=1e-9), (
+        "of the action of step 999"
+    )
     assert epsilon[2000] == pytest.approx(0.9, abs=1e-9), "not below --epsilon-end"
 
 
 @variants
-def test_the_sparsity_records_follow_the_algorithm(script: str, straight: Straight, num_envs: int) -> None:
+def test_the_sparsity_records_follow_the_algorithm(
+    script: str, straight: Straight, num_envs: int
+) -> None:
     if script != "eaudeqn_atari":
         pytest.skip("of candidates that are pairs, tests/test_sac.py has its own")
     exponents = np.random.default_rng((1, 2))  # of seed 1
-    learner = [record for record in records(straight[num_envs].result()[0]) if "sparsity/target" in record]
+    learner = [
+        record for record in records(straight[num_envs].result()[0]) if "sparsity/target" in record
+    ]
     for record in learner:
         candidates = [record[f"sparsity/candidate_{k}"] for k in (1, 2, 3)]
         target = record["sparsity/target"]
@@ -475,13 +576,23 @@ def test_the_sparsity_records_follow_the_algorithm(script: str, straight: Straig
         # With three environments there is a record at each target update: the chosen candidate became the target.
         # None takes place at the end of the run.
         if num_envs == 3 and "sparsity/selected" in later and later["step"] < 2000:
-            t, target = later["step"] // 200 * 200, earlier[f"sparsity/candidate_{later['sparsity/selected']}"]
+            t, target = (
+                later["step"] // 200 * 200,
+                earlier[f"sparsity/candidate_{later['sparsity/selected']}"],
+            )
             assert later["sparsity/target"] == pytest.approx(target, abs=1e-12)
             # An exponent n leaves ((2000 - t - 200) / (2000 - t)) ** n of the density, and takes 0.1 at most.
-            drawn = [1 - (1 - target) * ((1800 - t) / (2000 - t)) ** exponents.uniform(0, 1) for _ in range(2)]
+            drawn = [
+                1 - (1 - target) * ((1800 - t) / (2000 - t)) ** exponents.uniform(0, 1)
+                for _ in range(2)
+            ]
             wanted = [target, *(min(sparsity, target + 0.1) for sparsity in drawn)]
-            assert [later[f"sparsity/candidate_{k}"] for k in (1, 2, 3)] == pytest.approx(wanted, abs=1e-12)
-            assert abs(later["sparsity/prunable"] - later["sparsity/target"]) < 1e-4, "network 1, a copy of the target"
+            assert [later[f"sparsity/candidate_{k}"] for k in (1, 2, 3)] == pytest.approx(
+                wanted, abs=1e-12
+            )
+            assert abs(later["sparsity/prunable"] - later["sparsity/target"]) < 1e-4, (
+                "network 1, a copy of the target"
+            )
 
 
 @variants
@@ -498,18 +609,20 @@ def test_the_model_has_the_sparsity_that_is_reported(
         "prunable": sum(zeros.values()) / sum(tensor.numel() for tensor in weights.values()),
         "total": sum(zeros.values()) / total,
         "active_params": total - sum(zeros.values()),
-    } | {f"layer/{name.removesuffix('.weight')}": zeros[name] / weights[name].numel() for name in weights}
+    } | {
+        f"layer/{name.removesuffix('.weight')}": zeros[name] / weights[name].numel()
+        for name in weights
+    }
     final = flatten(json.loads((folder / "final.json").read_text()))
     last = next(record for record in reversed(records(folder)) if "sparsity/prunable" in record)
     for key, value in wanted.items():
         assert final[f"sparsity/{key}"] == value, key
         assert last[f"sparsity/{key}"] == value, key
-    assert f"{total - sum(zeros.values()):,}" in output.stdout
+    assert f'"sparsity/active_params": {total - sum(zeros.values())}.0' in output.stdout
     assert sum(zeros.values()) > 0.01 * total
 
     if script not in ATARI:  # Hopper has 11 observations and 3 actions
-        actor, sizes = module.Actor(11, 3, 256), {"actor": (11, 6), "qf1": (14, 1), "qf2": (14, 1)}
-        actor.load_state_dict({name[6:]: p for name, p in model.items() if name.startswith("actor.")}, strict=True)
+        sizes = {"actor": (11, 6), "qf1": (14, 1), "qf2": (14, 1)}
         layers = {name: [(256, n), (256, 256), (m, 256)] for name, (n, m) in sizes.items()}
         assert {name: tuple(weight.shape) for name, weight in weights.items()} == {
             f"{name}.{layer}.weight": shape
@@ -517,45 +630,76 @@ def test_the_model_has_the_sparsity_that_is_reported(
             for layer, shape in zip(("dense1", "dense2", "output"), shapes)
         }
         return
-    distributional = script == "rainbow_resnet_gmp"
-    network = (module.C51Network if distributional else module.QNetwork)(4, "cnn", 16, 1)  # Breakout has four actions
-    network.load_state_dict(model, strict=True)
+    network = own_network(module, model, flags_of_model(folder))
     assert torch.isfinite(network(torch.rand(2, 4, 84, 84))).all()
-
-    assert {name.removesuffix(".weight") for name in weights} == {
-        "torso.conv1", "torso.conv2", "torso.conv3", "dense", "output"
-    }  # fmt: skip
-    outputs = 4 * 51 if distributional else 4
+    names = {name.removesuffix(".weight") for name in weights}
+    assert names == {"conv1", "conv2", "conv3", "dense", "output"}
+    outputs = 4 * 51 if script == "rainbow_resnet_gmp" else 4  # Breakout has four actions
     assert total == 8224 + 32832 + 36928 + 7744 * 16 + 16 + 16 * outputs + outputs
 
 
-def test_evaluate_loads_the_model_that_the_run_left(script: str, module: ModuleType, straight: Straight) -> None:
-    """Its network answers as the script's own does with the saved weights."""
-    folder, _ = straight[1].result()
-    network, env_id = load_script("evaluate").load_network(folder, "cpu")
-    model = load_file(folder / "model.safetensors")
-    assert env_id == GAME[script]
-    if script in ATARI:
-        kind = module.C51Network if script == "rainbow_resnet_gmp" else module.QNetwork
-        own, obs = kind(4, "cnn", 16, 1), torch.rand(2, 4, 84, 84)
-    else:
-        own, obs = module.Actor(11, 3, 256), torch.randn(2, 11)
+def flags_of_model(folder: Path) -> dict[str, Any]:
+    """Return the flags in a model's metadata."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        flags: dict[str, Any] = json.loads(file.metadata()["flags"])
+    return flags
+
+
+def own_network(module: ModuleType, model: dict[str, torch.Tensor], flags: dict[str, Any]) -> Any:
+    """Return the script's own network, or its actor, with the weights of a model."""
+    fields = {field.name for field in dataclasses.fields(module.Args)}
+    args = module.Args(**{name: value for name, value in flags.items() if name in fields})
+    if hasattr(module, "Actor"):
         model = {name[6:]: p for name, p in model.items() if name.startswith("actor.")}
-    own.load_state_dict(model)
-    with torch.no_grad():
-        torch.testing.assert_close(network(obs), own(obs), rtol=0, atol=0)
+        layers = sum(name.startswith("dense") and name.endswith("weight") for name in model)
+        network = module.Actor(11, 3, 256, layers)
+    else:
+        network = module.QNetwork(4, args)
+    network.load_state_dict(model, strict=True)
+    return network
 
 
-def test_evaluate_knows_features_of_length_one(tmp_path: Path) -> None:
-    network = load_script("dqn_atari_baselines").NormalisedQNetwork(4, "cnn", 16, 1)
-    save_file({name: p.detach().contiguous() for name, p in network.named_parameters()}, tmp_path / "model.safetensors")
-    flags = {"env_id": "Breakout", "network": "cnn", "feature_size": 16, "width": 1, "regulariser": "l2-features"}
-    (tmp_path / "args.json").write_text(json.dumps(flags))
-    loaded, _ = load_script("evaluate").load_network(tmp_path, "cpu")
-    obs = torch.rand(2, 4, 84, 84)
+@variants
+def test_the_model_says_where_it_comes_from(script: str, straight: Straight, num_envs: int) -> None:
+    """All flags but those of the place, so that the file depends on the run alone."""
+    folder, _ = straight[num_envs].result()
+    flags, args = flags_of_model(folder), json.loads((folder / "args.json").read_text())
+    assert flags == args | {"run_dir": "", "resume": ""} and flags["script"] == f"{script}.py"
+
+
+def test_evaluate_answers_as_the_script_does(
+    script: str, module: ModuleType, straight: Straight
+) -> None:
+    """It has functions of its own, by the flags in the model's metadata."""
+    folder, _ = straight[1].result()
+    evaluate = load_script("evaluate")
+    flags, model = evaluate.load_model(folder)
+    own = own_network(module, model, flags)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(obs), network(obs), rtol=0, atol=0)
-    assert type(loaded).__name__ == "NormalisedQNetwork"
+        if script in ATARI:
+            obs = torch.rand(2, 4, 84, 84)
+            answers = evaluate.q_values(model, flags, obs), own(obs)
+        else:
+            obs = torch.randn(2, 11)
+            answers = evaluate.mean_actions(model, obs), own(obs)[0].tanh()
+    torch.testing.assert_close(*answers, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("dqn_atari_gmp", {"network": "impala", "width": 2}),
+        ("rainbow_resnet_gmp", {"network": "impala"}),
+        ("dqn_atari_baselines", {"regulariser": "l2-features"}),
+    ],
+)
+def test_evaluate_knows_all_networks(name: str, flags: dict[str, Any]) -> None:
+    module, evaluate = load_script(name), load_script("evaluate")
+    network = module.QNetwork(4, module.Args(feature_size=16, **flags))
+    model, obs = dict(network.named_parameters()), torch.rand(2, 4, 84, 84)
+    with torch.no_grad():
+        answer = evaluate.q_values(model, {"script": f"{name}.py", **flags}, obs)
+        torch.testing.assert_close(answer, network(obs), rtol=1e-5, atol=1e-5)
 
 
 def test_evaluate_prints_the_score(
@@ -564,26 +708,31 @@ def test_evaluate_prints_the_score(
 ) -> None:  # fmt: skip
     """Its episodes have seeds of their own, 2,000,000 above --seed."""
     if script != "sac_mujoco_eaudeqn":
-        pytest.skip("an actor is an actor; on Atari .ci/run plays an episode, which may take 27,000 steps")
+        pytest.skip(
+            "an actor is an actor; on Atari .ci/run plays an episode, which may take 27,000 steps"
+        )
     folder, _ = straight[1].result()
     output = succeed("evaluate", folder, "--episodes 3 --seed 5", cwd=tmp_path)
-    model = load_file(folder / "model.safetensors")
-    weights = {name[6:]: p for name, p in model.items() if name.startswith("actor.")}
-    actor = module.Actor(11, 3, 256)
-    actor.load_state_dict(weights)
-    scores = module.evaluate_actor(actor, "Hopper-v5", 3, 2_000_005)
-    zeros = sum(int((p == 0).sum()) for p in weights.values() if p.ndim == 2) / (11 * 256 + 256 * 256 + 256 * 6)
-    first, second = output.stdout.splitlines()
+    model, flags = load_file(folder / "model.safetensors"), flags_of_model(folder)
+    del flags["script"]
+    args = module.Args(**flags | {"seed": 1_000_005, "eval_episodes": 3})
+    score = module.evaluate(own_network(module, model, flags), args)["eval/episodic_return"]
+    weights = [p for name, p in model.items() if name.startswith("actor.") and p.ndim > 1]
+    zeros = sum(int((p == 0).sum()) for p in weights) / (11 * 256 + 256 * 256 + 256 * 6)
+    first, second, *layers = output.stdout.splitlines()
     assert first == f"Hopper-v5: 3 episodes by the mean action, an actor of {zeros:.1%} sparsity"
-    assert second.startswith(f"return {np.mean(scores):.2f}, 95 % interval [")
-    assert second.endswith(f"], from {min(scores):g} to {max(scores):g}")
+    assert second.startswith(f"return {score:.2f}, 95 % interval [")
+    assert len(layers) == 3 and all(line.startswith("  actor.") for line in layers)
     evaluate = load_script("evaluate")
-    for flags, line in (
-        ([str(folder), "--epsilon", "0.1"], "--epsilon 0.1: only for runs on Atari; this one is on Hopper-v5"),
-        ([str(tmp_path)], f"{tmp_path} holds no finished run: {tmp_path}/args.json is missing"),
+    for words, line in (
+        ([str(folder), "--epsilon", "0.1"], "--epsilon 0.1: only for Atari, not Hopper-v5"),
+        ([str(tmp_path)], f"{tmp_path}: no finished run is there (No such file or directory"),
     ):
-        output = call(evaluate, flags, monkeypatch, capsys)
-        assert (output.status, output.stderr) == (2, f"evaluate.py: {line}\n")
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+        with pytest.raises(SystemExit) as end:
+            evaluate.main(evaluate.tyro.cli(evaluate.Args))
+        assert end.value.code == 2
+        assert capsys.readouterr().err.startswith(f"evaluate.py: {line}")
 
 
 @pytest.mark.slow
@@ -594,75 +743,51 @@ def test_evaluate_films_the_first_episode(script: str, straight: Straight, tmp_p
     folder, _ = straight[1].result()
     plain = succeed("evaluate", folder, "--episodes 1", cwd=tmp_path)
     output = succeed("evaluate", folder, "--episodes 1 --video hopper.mp4", cwd=tmp_path)
-    assert output.stdout == f"{plain.stdout}video of the first episode: hopper.mp4\n"
+    assert output.stdout == f"{plain.stdout}film of the first episode: hopper.mp4\n"
     frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "hopper.mp4"))
     assert frames > 5 and seconds == pytest.approx(frames / 125, abs=0.1)
 
 
+@pytest.mark.kill
 @variants
-def test_pruned_weights_are_zero_in_the_checkpoint(script: str, straight: Straight, num_envs: int) -> None:
-    if script != "eaudeqn_atari":
-        pytest.skip("the names of the tensors are this script's")
-    folder, _ = straight[num_envs].result()
-    facts, tensors = checkpoint(newest(folder))
-    assert facts["step"] == saved_steps(folder)[-1]
-    model = load_file(folder / "model.safetensors")
-    prunable = [name for name in tensors if name.startswith("target.") and tensors[name].ndim > 1]
-    last = next(record for record in reversed(records(folder)) if "sparsity/candidate_1" in record)
-    matches = []
-    for k in range(3):
-        masks = [tensors[f"mask.{k}.{i}"] for i in range(len(prunable))]
-        pruned = 0
-        for mask in masks:
-            (name,) = (name for name in prunable if tensors[name].shape == mask.shape)
-            weight = tensors[name.replace("target.", f"online.{k}.")]
-            assert mask.dtype == torch.bool and mask.any()
-            assert (weight[~mask] == 0).all() and (weight[mask] != 0).float().mean() > 0.99
-            assert not mask[tensors[name] == 0].any(), "masks nest: what the target lacks, its copies lack"
-            pruned += int((~mask).sum())
-        share = pruned / sum(mask.numel() for mask in masks)
-        assert share == pytest.approx(last[f"sparsity/candidate_{k + 1}"], abs=1e-4)
-        online = {name: tensors[f"online.{k}.{name}"] for name in model}
-        matches.append(all(torch.equal(online[name], model[name]) for name in model))
-    assert any(matches), "the model is one of the online networks"
-    assert len({round(last[f"sparsity/candidate_{k}"], 6) for k in (1, 2, 3)}) >= 2, "the candidates differ"
+def test_pruned_weights_are_zero_in_the_checkpoint(
+    script: str, half_way: dict[int, Path], num_envs: int
+) -> None:
+    """Of every network with masks, which nest: what a target lacks, its copies lack."""
+    if script in OFFLINE and num_envs > 1:
+        pytest.skip("it has no environments")
+    tensors = checkpoint(newest(half_way[num_envs]))["agent"]
+    tensors = {name: t for name, t in tensors.items() if isinstance(t, torch.Tensor)}
+    groups: dict[str, list[torch.Tensor]] = {}
+    for name, mask in tensors.items():
+        if re.search(r"\bmask\d+$", name):
+            groups.setdefault(name.rpartition(".")[0], []).append(mask)
+    assert groups
+    pruned = 0
+    for network, masks in groups.items():
+        names = [name for name in tensors if re.fullmatch(rf"{network}\.[\w.]*weight", name)]
+        weights = [tensors[name] for name in names]
+        if [w.shape for w in weights] != [m.shape for m in masks]:
+            continue  # stacked, as SAC's critics are: tests/test_sac.py looks into these
+        for weight, mask in zip(weights, masks):
+            assert set(mask.unique().tolist()) <= {0.0, 1.0} and mask.any()
+            assert not weight[mask == 0].any()
+            assert (weight[mask > 0] != 0).float().mean() > 0.99
+            pruned += int((mask == 0).sum())
+    assert pruned > 0
 
 
+@pytest.mark.kill
 @variants
-def test_critics_targets_and_actor_are_sparse_in_the_checkpoint(script: str, straight: Straight, num_envs: int) -> None:
-    if script not in MUJOCO:
-        pytest.skip("the names of the tensors are these scripts'")
-    facts, tensors = checkpoint(newest(straight[num_envs].result()[0]))
-    numbers = facts["state"]["agent"]["numbers"]
-    critics, targets = ([tensors[f"{name}.{i}"] for i in (0, 2, 4)] for name in ("critic", "target"))
-    actor = [tensors[f"actor.{layer}.weight"] for layer in ("dense1", "dense2", "output")]
-    masks = [tensors[f"mask.{i}"] for i in range(6)]
-    for weight, mask in zip(critics + actor, masks):
-        assert mask.dtype == torch.bool
-        assert (weight[~mask] == 0).all() and (weight[mask] != 0).float().mean() > 0.99
-    for target, mask in zip(targets, masks):
-        assert (target[~mask[:2]] == 0).all(), "the target has the first pair's mask"
-        assert (target[mask[:2]] != 0).float().mean() > 0.99
-
-    def pruned(masks: list[torch.Tensor]) -> float:
-        return sum(int((~mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-
-    for n in range(len(masks[0])):
-        nominal = numbers["sparsity"][n // 2]
-        assert pruned([mask[n] for mask in masks[:3]]) == pytest.approx(nominal, abs=1e-4), "of each critic"
-    nominal = numbers["sparsity"][0]
-    assert pruned(masks[3:]) == pytest.approx(nominal, abs=1e-4) and nominal > 0.1
-
-
-@variants
-def test_as_many_gradient_steps_as_the_replay_ratio_says(script: str, straight: Straight, num_envs: int) -> None:
-    facts, _ = checkpoint(newest(straight[num_envs].result()[0]))
+def test_as_many_gradient_steps_as_the_replay_ratio_says(
+    script: str, half_way: dict[int, Path], num_envs: int
+) -> None:
     if script in OFFLINE:
-        assert facts["step"] == 2000
-        return
-    ratio, steps = 0.25 if script in ATARI else 1.0, {1: 2000, 3: 2001}[num_envs]
-    wanted = math.floor(steps * ratio) - math.floor(300 * ratio)
-    assert facts["step"] == steps and facts["state"]["agent"]["numbers"]["gradient_step"] == wanted
+        pytest.skip("its steps are the gradient steps")
+    state = checkpoint(newest(half_way[num_envs]))
+    ratio, step = 0.25 if script in ATARI else 1.0, state["step"]
+    counters = state["agent"]["_extra_state"]["counters"]
+    assert counters[0] == math.floor(step * ratio) - math.floor(300 * ratio)
 
 
 @variants
@@ -688,77 +813,90 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 @variants
 def test_a_signal_stops_the_run_and_says_how_to_go_on(broken_off: BrokenOff, num_envs: int) -> None:
     folder, left = broken_off[num_envs].result()
-    asked = [(output, copy) for signum, output, copy in left if signum in (signal.SIGTERM, signal.SIGINT)]
+    asked = [
+        (output, copy) for signum, output, copy in left if signum in (signal.SIGTERM, signal.SIGINT)
+    ]
     assert len(asked) == {1: 1, 3: 2}[num_envs]
     for output, copy in asked:
         assert output.status == 75
-        *before, line = output.complaints()
-        assert before == ["stopping with a checkpoint"] * bool(saved_steps(copy)), "it is said at once"
+        (line,) = output.complaints()
         assert f"--resume {folder}" in line
-        assert f"step {max([0, *saved_steps(copy)])};" in line, "it stopped with a checkpoint, unless it had not begun"
-    assert all(output.status == -signal.SIGKILL for signum, output, _ in left if signum == signal.SIGKILL)
+        assert f"stopped at step {saved_steps(copy)[-1]};" in line, "it stopped with a checkpoint"
+    assert all(
+        output.status == -signal.SIGKILL for signum, output, _ in left if signum == signal.SIGKILL
+    )
 
 
 @pytest.mark.shared
-def test_a_finished_run_has_nothing_to_resume(script: str, straight: Straight, tmp_path: Path) -> None:
+def test_a_finished_run_has_nothing_to_resume(
+    script: str, straight: Straight, tmp_path: Path
+) -> None:
     folder, _ = straight[1].result()
     before = contents(folder)
     output = succeed(script, f"--resume {folder}", cwd=tmp_path)
-    assert "finished" in output.stdout and str(folder) in output.stdout
+    assert "finished" in output.stderr and str(folder) in output.stderr
     assert contents(folder) == before
 
 
 @pytest.mark.shared
-def test_a_run_killed_at_its_very_end_is_finished(script: str, straight: Straight, tmp_path: Path) -> None:
-    """The last step's checkpoint is there, final.json is not; and the folder has moved meanwhile."""
-    moved = tmp_path / "moved"
-    shutil.copytree(straight[1].result()[0], moved)
-    (moved / "final.json").unlink()
+@pytest.mark.kill
+def test_a_run_whose_folder_was_moved_goes_on(
+    script: str, killed: Path, straight: Straight, tmp_path: Path
+) -> None:
+    shutil.copytree(killed, tmp_path / "moved")
     succeed(script, "--resume moved", cwd=tmp_path)
-    assert_same_run(moved, straight[1].result()[0])
+    assert_same_run(tmp_path / "moved", straight[1].result()[0])
 
 
 @pytest.mark.shared
 def test_the_evaluation_survives_a_signal(script: str, home: Path) -> None:
-    """Pong, because an untrained agent ends its episodes by losing them; also: the video of the first episode."""
+    """Pong, because an untrained agent ends its episodes by losing them."""
     if script in OFFLINE:
-        pytest.skip("its evaluation is that of the MuJoCo scripts, and as short as Hopper's first episodes")
+        pytest.skip(
+            "its evaluation is that of the MuJoCo scripts, and as short as Hopper's first episodes"
+        )
     game = "Pong" if script in ATARI else "HalfCheetah-v5"
-    flags = f"{TINY[script]} --env-id {game} --eval-episodes 3 --capture-video"
-    whole_dir = home / "12:30"  # which ffmpeg would take for a protocol
+    flags = f"{TINY[script]} --env-id {game} --eval-episodes 3"
 
     def whole() -> None:
-        succeed(script, flags, "--run-dir 12:30", cwd=home)
+        succeed(script, flags, "--run-dir whole", cwd=home)
 
     def cut() -> None:
         process = Process(script, flags, "--run-dir cut", cwd=home)
-        output = process.when((home / "cut" / "model.safetensors").exists).stop(signal.SIGTERM)
+
+        def evaluating() -> bool:
+            return "evaluating" in process.err.read_text()
+
+        output = process.when(evaluating).stop(signal.SIGTERM)
         assert output.status == 75 and "--resume cut" in output.complaints()[-1], output
         assert not (home / "cut" / "final.json").exists()
         succeed(script, "--resume cut", cwd=home)
 
     both(whole, cut)
-    assert_same_run(home / "cut", whole_dir)
-    final, last = json.loads((whole_dir / "final.json").read_text()), records(whole_dir)[-1]
+    assert_same_run(home / "cut", home / "whole")
+    final = json.loads((home / "whole" / "final.json").read_text())
+    last = records(home / "whole")[-1]
     score = last["eval/episodic_return"]
     assert last["eval/episodes"] == 3
     if script in ATARI:
-        assert -21 <= score <= 21 and last["eval/human_normalized"] == pytest.approx((score + 20.7) / (14.6 + 20.7))
+        assert -21 <= score <= 21
     else:
-        evaluated = [record["step"] for record in records(whole_dir) if "eval/episodic_return" in record]
+        evaluated = [r["step"] for r in records(home / "whole") if "eval/episodic_return" in r]
         assert evaluated == [100, 200, 300], "at the end of each epoch"
-        assert -1000 < score < 1000 and "eval/human_normalized" not in last
-    assert flatten(final).items() >= {key: last[key] for key in last if key.startswith("eval/")}.items()
+        assert -1000 < score < 1000
+    assert final.items() >= {key: last[key] for key in last if key.startswith("eval/")}.items()
 
-    import imageio_ffmpeg
 
-    video = whole_dir / "evaluation.mp4"
-    frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(video))
-    assert 500 < frames < 27_000 if script in ATARI else frames == 1000  # no game of Pong is lost in less
-    assert seconds == pytest.approx(frames / (15 if script in ATARI else 20), abs=1)
-    assert 10_000 < video.stat().st_size < 10_000_000
-    size = (160, 210) if script in ATARI else (480, 480)
-    assert next(imageio_ffmpeg.read_frames(str(video)))["size"] == size
+def test_the_evaluation_is_cut_off(script: str, tmp_path: Path) -> None:
+    """An untrained agent never serves in Breakout, and would play for 27,000 steps."""
+    if script in OFFLINE:
+        pytest.skip("its evaluation is that of the MuJoCo scripts")
+    output = succeed(
+        script, TINY[script], "--eval-episodes 1 --eval-steps 20 --run-dir run", cwd=tmp_path
+    )
+    last = records(tmp_path / "run")[-1]
+    assert last["eval/episodes"] == 1 and math.isfinite(last["eval/episodic_return"])
+    assert "evaluating" in output.stderr or script in MUJOCO
 
 
 # Damage
@@ -776,13 +914,16 @@ def mended(script: str, home: Path, killed: Path) -> dict[str, Future[tuple[Path
         folder = home / f"damaged_{where}"
         shutil.copytree(killed, folder)
         damaged, steps = newest(folder), saved_steps(folder)
-        flip_byte(damaged, damaged.read_bytes().index(b"{") if where == "facts" else damaged.stat().st_size // 2)
+        flip_byte(damaged, 700 if where == "facts" else damaged.stat().st_size // 2)
         process = Process(script, f"--resume {folder}", cwd=home)
-        process.when(lambda: "damaged" in process.err.read_text() and not damaged.exists())
-        output = process.when(lambda: "left" in process.err.read_text()).stop(signal.SIGTERM)
+        output = process.when(
+            lambda: "damaged" in process.err.read_text() and not damaged.exists()
+        ).stop(signal.SIGTERM)
         assert output.status == 75, output
-        assert any(damaged.name in line and "damaged" in line for line in output.complaints()), output
-        assert re.search(r"step \d+\b.*--resume", output.complaints()[-1]), f"{steps}: {output}"
+        assert any(damaged.name in line and "damaged" in line for line in output.complaints()), (
+            output
+        )
+        assert re.search(r"step \d+;.*--resume", output.complaints()[-1]), f"{steps}: {output}"
         succeed(script, f"--resume {folder}", cwd=home)
         return folder, output
 
@@ -790,9 +931,15 @@ def mended(script: str, home: Path, killed: Path) -> dict[str, Future[tuple[Path
         """Resume with a limit on the size of files: the tensors no longer fit, the records still do. Then without."""
         folder = home / "disk_full"
         shutil.copytree(killed, folder)
-        before = {name: digest for name, digest in contents(folder).items() if name.startswith("checkpoint")}
+        before = {
+            name: digest
+            for name, digest in contents(folder).items()
+            if name.startswith("checkpoint")
+        }
         process = Process(script, f"--resume {folder}", cwd=home)
-        resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+        resource.prlimit(
+            process.popen.pid, resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY)
+        )
         output = process.wait()
         assert contents(folder).items() >= before.items(), "the checkpoints before are kept"
         succeed(script, f"--resume {folder}", cwd=home)
@@ -826,12 +973,16 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     folder, output = mended["disk"].result()
     assert output.status == 1, output
     (line,) = output.complaints()
-    assert str(folder / "checkpoint") in line and "too large" in line  # the system's word for this kind of full
+    assert (
+        str(folder / "checkpoint") in line and "too large" in line
+    )  # the system's word for this kind of full
     assert_same_run(folder, straight[1].result()[0])
 
 
 @pytest.mark.shared
-def test_with_all_checkpoints_damaged_nothing_is_changed(script: str, killed: Path, tmp_path: Path) -> None:
+def test_with_all_checkpoints_damaged_nothing_is_changed(
+    script: str, killed: Path, tmp_path: Path
+) -> None:
     def work(how: str) -> None:
         folder = tmp_path / how
         shutil.copytree(killed, folder)
@@ -845,8 +996,7 @@ def test_with_all_checkpoints_damaged_nothing_is_changed(script: str, killed: Pa
         before = contents(folder)
         output = run(script, f"--resume {folder}", cwd=tmp_path)
         assert output.status == 1 and "Traceback" not in output.stderr, output
-        assert str(folder / "checkpoint") in output.complaints()[-1]
-        assert not any("is used" in line for line in output.complaints()), "none of them is"
+        assert output.complaints()[-1].endswith("checkpoint: no checkpoint is whole")
         assert contents(folder) == before
 
     for future in side_by_side(work, ["flipped", "cut", "emptied"]).values():
@@ -864,18 +1014,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(script: str, tmp_path: Path) ->
         assert output.status == 1, output
         (line,) = output.complaints()
         match = re.search(r"step (\d+)", line)
-        assert match and 21 <= int(match[1]) <= 40, "the first gradient step, at 21 or 24, makes weights infinite"
+        assert match and 21 <= int(match[1]) <= 40, (
+            "the first gradient step, at 21 or 24, makes weights infinite"
+        )
         assert "nan" in line or "inf" in line
         assert saved_steps(tmp_path / "run")[-1] == int(match[1]) - 1, "the last good one"
-        assert "run/checkpoint" in line
+        assert f"checkpoint {int(match[1]) - 1:012d} is kept" in line
         again = run(script, "--resume run", cwd=tmp_path)
-        assert again.status == 1 and again.complaints() == output.complaints(), "the checkpoint can be used"
+        assert again.status == 1 and again.complaints() == output.complaints(), (
+            "the checkpoint can be used"
+        )
 
     def without_a_checkpoint() -> None:
         output = run(script, flags, "--run-dir other", cwd=tmp_path)
         assert output.status == 1 and not saved_steps(tmp_path / "other")
         (line,) = output.complaints()
-        assert "kept" not in line, "nothing is promised that is not there"
+        assert "checkpoint none is kept" in line, "nothing is promised that is not there"
 
     both(with_a_checkpoint_at_each_step, without_a_checkpoint)
 
@@ -886,7 +1040,7 @@ def test_updates_of_the_same_step_survive_a_loss_that_is_not_finite(tmp_path: Pa
     flags = f"{TINY['rainbow_resnet_gmp']} --num-envs 16 --learning-rate 1e30 --run-dir run"
     output = run("rainbow_resnet_gmp", flags, cwd=tmp_path)
     (line,) = output.complaints()
-    assert output.status == 1 and "the losses became [nan] at step 112" in line
+    assert output.status == 1 and "step 112: the losses are [nan]" in line
 
 
 @variants
@@ -899,15 +1053,24 @@ def test_what_a_step_does_and_when_the_target_is_copied(
     """
     if script not in ATARI:
         pytest.skip("the target follows each update")
-    (kind,) = (c for c in vars(module).values() if inspect.isclass(c) and hasattr(c, "update_target"))
-    replay, copied, events = getattr(module, "PrioritisedReplay", module.FrameReplay), list[Any](), list[str]()
+    (kind,) = (
+        c for c in vars(module).values() if inspect.isclass(c) and hasattr(c, "update_target")
+    )
+    replay, copied, events = (
+        getattr(module, "PrioritisedReplay", module.FrameReplay),
+        list[Any](),
+        list[str](),
+    )
     add, learn = replay.add, kind.learn
     monkeypatch.setattr(replay, "add", lambda *what: events.append("store") or add(*what))
     monkeypatch.setattr(kind, "learn", lambda *what: events.append("learn") or learn(*what))
-    monkeypatch.setattr(kind, "update_target", lambda agent, *step: copied.append((agent.gradient_step, *step)))
+    monkeypatch.setattr(
+        kind, "update_target", lambda agent, *step: copied.append((agent.gradient_step, *step))
+    )
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # those of this process stay
     flags = f"{TINY[script]} --num-envs {num_envs} --run-dir {tmp_path / 'run'}"
-    module.main(module.parse(flags.split()))
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+    module.main(module.parse())
     steps = (150, 200, 250)
     wanted = zip({1: (12, 25, 37), 3: (12, 25, 38)}[num_envs], steps)
     assert copied == [pair if script == "eaudeqn_atari" else pair[:1] for pair in wanted]
@@ -920,7 +1083,7 @@ def test_what_a_step_does_and_when_the_target_is_copied(
 BAD = """
 --total-timesteps 0 | --batch-size 0
 --learning-rate 0 | --learning-rate -1 | --learning-rate nan | --learning-rate inf | --gamma 1.1
---gamma -0.1 | --gamma nan | --width 0 | --epoch-steps 0 | --checkpoint-minutes -1 | --eval-episodes -1
+--gamma -0.1 | --gamma nan | --epoch-steps 0 | --eval-steps 0 | --checkpoint-minutes -1 | --eval-episodes -1
 --seed -1 | --seed 99999999999999999999999 | --compile | --device gpu | --device cuda:99 | --env-id Pacmann
 """
 ONLINE_BAD = """
@@ -933,7 +1096,7 @@ SAC_BAD = """
 --tau 0 | --tau 1.1 | --tau nan | --target-entropy nan | --target-entropy inf
 --env-id CartPole-v1 | --env-id Blackjack-v1
 """
-MUJOCO_BAD = f"{ONLINE_BAD}{SAC_BAD}--reward-scale 0 | --reward-scale inf |"
+MUJOCO_BAD = f"{ONLINE_BAD}{SAC_BAD}--reward-scale 0 | --reward-scale inf | --width 0 |"
 EAU_DE_BAD = """
 --num-networks 0 | --num-networks -2 | --max-exponent -1 | --max-exponent nan | --max-exponent inf
 --max-sparsity-step 1.5 | --max-sparsity-step -0.1
@@ -941,38 +1104,51 @@ EAU_DE_BAD = """
 GMP_BAD = """
 --sparsity 1 | --sparsity -0.1 | --prune-start 1.1 | --prune-end 0.1 | --prune-end nan | --prune-every 0
 """
-EXPONENT_BAD = "--prune-exponent 0 | --prune-exponent inf"
-DQN_GMP_BAD = f"{ATARI_BAD}{GMP_BAD}{EXPONENT_BAD} | --n-step 0 | --n-step 51 | --analysis-every -1"
+DQN_GMP_BAD = f"{ATARI_BAD}{GMP_BAD}--width 0 | --n-step 0 | --n-step 51 | --analysis-every -1"
 OWN_BAD = {
     "eaudeqn_atari": ATARI_BAD + EAU_DE_BAD,
     "dqn_atari_gmp": DQN_GMP_BAD,
     "rainbow_resnet_gmp": DQN_GMP_BAD,
-    "dqn_atari_baselines": f"{ATARI_BAD}{GMP_BAD}--lottery-mask some/run",
+    "dqn_atari_baselines": f"{ATARI_BAD}{GMP_BAD}--width 0 | --lottery-mask some/run",
     "sac_mujoco_eaudeqn": f"{MUJOCO_BAD}{EAU_DE_BAD}--prune-every 0",
-    "sac_mujoco_gmp": f"{MUJOCO_BAD}{GMP_BAD}{EXPONENT_BAD} | --weight-decay -1 | --weight-decay inf",
+    "sac_mujoco_gmp": f"{MUJOCO_BAD}{GMP_BAD}--weight-decay -1 | --weight-decay inf",
     "cql_offline_snip": f"""{SAC_BAD}
---sparsity 1 | --sparsity -0.1 | --actor-learning-rate 0 | --actor-learning-rate inf | --cql-alpha -1 | --cql-alpha inf
+--width 0 | --sparsity 1 | --sparsity -0.1 | --actor-learning-rate 0 | --actor-learning-rate inf | --cql-alpha -1 | --cql-alpha inf
 --cql-actions 0 | --cql-gap nan | --layers 0 | --prune-batches 0 | --dataset nowhere.hdf5
 """,
 }
-CASES = [(name, case.strip()) for name in SCRIPTS for case in re.split(r"[|\n]", BAD + OWN_BAD[name]) if case.strip()]
+CASES = [
+    (name, case.strip())
+    for name in SCRIPTS
+    for case in re.split(r"[|\n]", BAD + OWN_BAD[name])
+    if case.strip()
+]
 
 
 def call(
-    module: ModuleType, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: ModuleType,
+    flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> Output:
     """Run a script's command line in this process, which saves the imports; it must end there, without training."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *flags])
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # those of this process stay
     with pytest.raises(SystemExit) as end:
-        module.command_line(module.main)
+        module.command_line()
     captured = capsys.readouterr()
-    return Output(end.value.code if isinstance(end.value.code, int) else 1, captured.out, captured.err)
+    return Output(
+        end.value.code if isinstance(end.value.code, int) else 1, captured.out, captured.err
+    )
 
 
 @pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}:{case}" for name, case in CASES])
 def test_a_value_out_of_range_is_refused(
-    name: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    case: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     module = sys.modules.get(name) or load_script(name)
     monkeypatch.chdir(tmp_path)
@@ -995,7 +1171,9 @@ def test_what_does_not_fit_in_memory_is_refused(
     monkeypatch.chdir(tmp_path)
     if script in OFFLINE and "--buffer-size" in flags:
         pytest.skip("it has no buffer")
-    flags = flags if script in ATARI else flags.replace("--feature-size 1000000000", "--width 10000000")
+    flags = (
+        flags if script in ATARI else flags.replace("--feature-size 1000000000", "--width 10000000")
+    )
     output = call(module, f"{TINY[script]} {flags}".split(), monkeypatch, capsys)
     assert output.status in (1, 2)
     (line,) = output.complaints()
@@ -1004,7 +1182,11 @@ def test_what_does_not_fit_in_memory_is_refused(
 
 
 def test_the_run_of_another_script_is_refused(
-    script: str, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: str,
+    module: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two scripts may have the same flags; their runs are not the same."""
     flags = {"script": "another.py"} | dataclasses.asdict(module.Args())
@@ -1016,31 +1198,40 @@ def test_the_run_of_another_script_is_refused(
 
 
 @pytest.mark.parametrize("flag", ["auto", "cpu", "cuda", "cuda:0", "cuda:1", "cuda:2", "gpu"])
-def test_devices_of_a_machine_with_two_gpus(module: ModuleType, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+def test_devices_of_a_machine_with_two_gpus(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
     chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
     if flag in ("cuda:2", "gpu"):
-        with pytest.raises(module.Exit):
+        with pytest.raises(SystemExit):
             module.find_device(module.Args(device=flag))
     else:
-        device = module.find_device(module.Args(device=flag))
+        args = module.Args(device=flag)
+        device = module.find_device(args)
+        assert args.device == str(device), "a run is resumed on the device that it began on"
         index = {"cuda:1": 1, "cpu": None}.get(flag, 0)
         assert device == torch.device("cpu" if flag == "cpu" else f"cuda:{index}")
         assert chosen == ([] if flag == "cpu" else [index])
 
 
+def is_numeric(kind: Any) -> bool:
+    """Tell whether a flag is a number: those with a range have types of their own."""
+    return kind in ("Count", "Index", "Amount", "Rate", "Share", "int", "float")
+
+
 def test_each_numeric_flag_has_a_bad_value(script: str, module: ModuleType) -> None:
     tried = {case.split()[0] for name, case in CASES if name == script}
-    numeric = {field.name for field in dataclasses.fields(module.Args) if field.type in ("int", "float")}
+    numeric = {field.name for field in dataclasses.fields(module.Args) if is_numeric(field.type)}
     assert {"--" + name.replace("_", "-") for name in numeric} <= tried
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--env-id Brekout", ["--env-id", "Brekout", "Breakout"]),
-        ("--env-id ALE/MsPackman-v5", ["--env-id", "MsPacman"]),
+        ("--env-id Brekout", ["--env-id", "Brekout", "breakout"]),
+        ("--env-id ALE/MsPackman-v5", ["--env-id", "mspacman"]),
         ("--buffer-size 31 --batch-size 32", ["--buffer-size", "31", "32"]),
         ("--num-envs 0", ["--num-envs", "0", "1"]),
         pytest.param("--device cuda", ["--device", "cuda", "cpu"],
@@ -1059,7 +1250,10 @@ def test_bad_input_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    for folder, name, text in (("full", "notes.txt", "mine"), ("other", "args.json", '{"learning": true}')):
+    for folder, name, text in (
+        ("full", "notes.txt", "mine"),
+        ("other", "args.json", '{"learning": true}'),
+    ):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).write_text(text)
     (tmp_path / "file").write_text("mine")
@@ -1068,7 +1262,7 @@ def test_bad_input_is_named(
         pytest.skip("it has no such flag")
     if script not in ATARI:  # misspelt
         flags = flags.replace("Brekout", "Hoper-v5").replace("ALE/MsPackman-v5", "HalfCheeta")
-        right = {"Brekout": "Hoper-v5", "Breakout": "Hopper-v5", "MsPacman": "HalfCheetah-v5"}
+        right = {"Brekout": "Hoper-v5", "breakout": "Hopper-v5", "mspacman": "HalfCheetah-v5"}
         words = [right.get(word, word) for word in words]
     small = "" if "--resume" in flags else f"{TINY[script]} "
     output = call(module, (small + flags).split(), monkeypatch, capsys)
@@ -1076,26 +1270,6 @@ def test_bad_input_is_named(
     (line,) = output.complaints()
     assert all(word in line for word in words), line
     assert contents(tmp_path) == before
-
-
-def test_a_replay_on_another_kind_of_device_is_refused(
-    script: str, module: ModuleType, straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    """The state of a GPU's random generator has 16 bytes."""
-    folder = tmp_path / "run"
-    shutil.copytree(straight[1].result()[0], folder)
-    (folder / "final.json").unlink()
-    path = newest(folder)
-    line, _, data = path.read_bytes().partition(b"\n")[2].partition(b"\n")
-    facts = json.loads(line)
-    facts["state"]["sampling"] = [0] * 16
-    body = json.dumps(facts).encode() + b"\n" + data
-    path.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-    output = call(module, ["--resume", str(folder)], monkeypatch, capsys)
-    (said,) = output.complaints()
-    assert output.status == 2 and f"--resume {folder}: its " in said and "on another kind of device" in said
-    assert newest(folder) == path and not (folder / "final.json").exists()
 
 
 @pytest.mark.parametrize("flags", [["--resume", ""], ["--resume="], ["--resume=", "--seed", "3"]])
@@ -1111,7 +1285,9 @@ def test_an_empty_resume_is_refused(
 
 
 @pytest.mark.shared
-def test_resume_refuses_other_flags_and_changes_nothing(script: str, killed: Path, tmp_path: Path) -> None:
+def test_resume_refuses_other_flags_and_changes_nothing(
+    script: str, killed: Path, tmp_path: Path
+) -> None:
     before = contents(killed)
     output = run(script, f"--resume {killed} --total-timesteps 9000", cwd=tmp_path)
     (line,) = output.complaints()
@@ -1123,9 +1299,15 @@ def test_resume_refuses_other_flags_and_changes_nothing(script: str, killed: Pat
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("flags", ["--no-such-flag 3", "--seed one", "--precision fp17", "--resume", "Breakout"])
+@pytest.mark.parametrize(
+    "flags", ["--no-such-flag 3", "--seed one", "--precision fp17", "--resume", "Breakout"]
+)
 def test_an_unknown_flag_or_type_is_refused(
-    module: ModuleType, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: ModuleType,
+    flags: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     output = call(module, flags.split(), monkeypatch, capsys)
@@ -1142,17 +1324,23 @@ def declared(module: ModuleType) -> dict[str, str]:
     comments = {}
     with open(str(module.__file__), "rb") as file:
         for token in tokenize.tokenize(file.readline):
-            if token.type == tokenize.COMMENT and (match := re.match(r"    (\w+): .*#", token.line)):
+            match = re.match(r"    (\w+): .*#", token.line)
+            if token.type == tokenize.COMMENT and match:
                 comments.setdefault(match[1], token.string.lstrip("# "))
     return {name: comments.get(name, "") for name in fields}
 
 
 @pytest.mark.shared
 @pytest.mark.parametrize("columns", [80, 200])
-def test_help_describes_every_flag(script: str, module: ModuleType, tmp_path: Path, columns: int) -> None:
+def test_help_describes_every_flag(
+    script: str, module: ModuleType, tmp_path: Path, columns: int
+) -> None:
     output = run(script, "--help", cwd=tmp_path, COLUMNS=str(columns), TERM="dumb")
     assert output.status == 0 and not output.stderr
-    assert max(len(line) for line in output.stdout.splitlines() if not line.startswith("usage:")) <= columns
+    assert (
+        max(len(line) for line in output.stdout.splitlines() if not line.startswith("usage:"))
+        <= columns
+    )
     text = re.sub(r"[\s│]", "", output.stdout)
     assert "…" not in text
     for name, comment in declared(module).items():
@@ -1161,18 +1349,22 @@ def test_help_describes_every_flag(script: str, module: ModuleType, tmp_path: Pa
         assert len(comment) > 10, f"{flag} has no help"
         assert re.sub(r"\s", "", comment) in text, f"the help of {flag} does not reach the user"
     for field in dataclasses.fields(module.Args):
-        if field.type in ("int", "float"):
-            help_text = declared(module)[field.name]
-            assert re.search(r">|in [\[(]", help_text), f"{field.name} has no range"
+        if is_numeric(field.type):
+            flag = re.escape("--" + field.name.replace("_", "-"))
+            ranged = re.search(rf"{flag}(INT>=|X>|X>=|Xin\[)|(at least|above)", text)
+            assert ranged, f"{field.name} has no range"
+    groups = re.findall(r"^ (\w+) options", output.stdout, re.MULTILINE)
+    in_order = groups[-3:] == ["method", "training", "running"]
+    assert in_order or columns > 80, "the method comes first"  # else in two columns
 
 
 def test_every_flag_is_read(module: ModuleType) -> None:
-    """Somewhere outside Args: args.NAME or self.args.NAME."""
+    """Somewhere outside Args: args.NAME, whatever holds the args."""
     read = set()
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             owner = node.value
-            name = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
+            name = getattr(owner, "id", "") or getattr(owner, "attr", "")
             if name == "args":
                 read.add(node.attr)
     assert {*declared(module)} - read == set()
@@ -1182,17 +1374,16 @@ def test_every_flag_is_read(module: ModuleType) -> None:
 # What the papers or the code that a script follows say; of Atari in steps of 4 frames.
 DOPAMINE = {"total_timesteps": 10_000_000, "learning_starts": 20_000, "buffer_size": 1_000_000, "batch_size": 32,
             "learning_rate": 6.25e-5, "adam_eps": 1.5e-4, "gamma": 0.99, "replay_ratio": 0.25, "target_every": 8000,
-            "epsilon_end": 0.01, "epsilon_steps": 250_000, "epoch_steps": 250_000, "feature_size": 512, "width": 1,
-            "scope": "erk"}  # fmt: skip
+            "epsilon_end": 0.01, "epsilon_steps": 250_000, "epoch_steps": 250_000, "feature_size": 512}  # fmt: skip
 SAC = {"total_timesteps": 1_000_000, "buffer_size": 1_000_000, "batch_size": 256, "gamma": 0.99, "tau": 0.005,
-       "replay_ratio": 1.0, "prune_every": 1000, "scope": "erk"}  # fmt: skip
+       "replay_ratio": 1.0, "prune_every": 1000}  # fmt: skip
 EAU_DE = {"num_networks": 5, "max_exponent": 3.0, "max_sparsity_step": 0.01}
 GMP = {"sparsity": 0.95, "prune_start": 0.2, "prune_end": 0.8, "prune_every": 1000}
 PAPERS = {
-    "eaudeqn_atari": DOPAMINE | EAU_DE | {"network": "cnn", "behaviour": "inverse-loss", "reset_optimizer": True},
-    "dqn_atari_gmp": DOPAMINE | GMP | {"network": "cnn", "n_step": 1, "prune_exponent": 3.0},
-    "rainbow_resnet_gmp": DOPAMINE | GMP | {"network": "impala", "n_step": 3, "prune_exponent": 3.0},
-    "dqn_atari_baselines": DOPAMINE | GMP | {"network": "cnn", "pruner": "gmp", "regulariser": "none"},
+    "eaudeqn_atari": DOPAMINE | EAU_DE | {"behaviour": "inverse-loss", "reset_optimizer": True},
+    "dqn_atari_gmp": DOPAMINE | GMP | {"network": "cnn", "width": 1, "n_step": 1},
+    "rainbow_resnet_gmp": DOPAMINE | GMP | {"network": "impala", "width": 1, "n_step": 3},
+    "dqn_atari_baselines": DOPAMINE | GMP | {"network": "cnn", "width": 1, "pruner": "gmp", "regulariser": "none"},
     "sac_mujoco_eaudeqn": SAC | EAU_DE | {
         "learning_starts": 5000, "learning_rate": 1e-3, "reward_scale": 1.0, "target_entropy": -1.0, "width": 1,
         "loss_aggregation": "ema", "prune_actor": False, "reset_optimizer": False},
@@ -1212,27 +1403,24 @@ def test_the_defaults_are_the_papers(script: str, module: ModuleType) -> None:
     flags = dataclasses.asdict(module.Args())
     assert {name: flags[name] for name in PAPERS[script]} == PAPERS[script]
     rest = {"seed", "env_id", "num_envs", "precision", "device", "compile", "run_dir", "resume", "checkpoint_minutes",
-            "eval_episodes", "capture_video", "track", "wandb_project", "analysis_every", "lottery_mask", "dataset",
+            "eval_episodes", "eval_steps", "track", "wandb_project", "analysis_every", "lottery_mask", "dataset",
             "epoch_steps"}  # fmt: skip
     assert {*flags} - {*PAPERS[script]} <= rest
 
 
-def test_a_script_is_short(script: str) -> None:
+def test_a_script_is_short_and_plain(script: str) -> None:
+    """Bars that a script may not pass on its way down to 600 lines; the method comes first."""
     lines = (FOLDER / f"{script}.py").read_text().splitlines()
-    assert max(map(len, lines)) <= 120
-    fences = itertools.accumulate(
-        1 if re.match(r"\s*# >>> ", line) else -1 if re.match(r"\s*# <<< ", previous) else 0
-        for previous, line in zip(["", *lines], lines)
+    assert len(lines) <= LINES[script] and max(map(len, lines)) <= 100
+    assert np.mean([len(line) for line in lines if line.strip()]) <= 60.5
+    assert not any("fmt: skip" in line or "fmt: off" in line for line in lines)
+    (main,) = (
+        node
+        for node in ast.parse("\n".join(lines)).body
+        if isinstance(node, ast.FunctionDef) and node.name == "main"
     )
-    assert sum(not inside for inside in fences) <= 400, "the part of its own"
-    (main,) = (n for n in ast.parse("\n".join(lines)).body if isinstance(n, ast.FunctionDef) and n.name == "main")
     (loop,) = (node for node in main.body if isinstance(node, ast.While))
     assert loop.end_lineno and loop.end_lineno - loop.lineno < 60, "the main loop"
-
-
-@pytest.mark.xfail(strict=True, reason="known: the scripts are longer than they should be, see CONTRIBUTING")
-def test_a_script_has_at_most_800_lines(script: str) -> None:
-    assert len((FOLDER / f"{script}.py").read_text().splitlines()) <= 800
 
 
 def test_a_script_imports_only_what_its_header_declares(script: str) -> None:
@@ -1243,7 +1431,9 @@ def test_a_script_imports_only_what_its_header_declares(script: str) -> None:
     tree = ast.parse(source)
 
     def imported(nodes: Iterable[ast.AST]) -> set[str]:
-        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names = [
+            alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+        ]
         froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
         assert all(node.level == 0 and node.module for node in froms), "nothing relative"
         return {name.partition(".")[0] for name in [*names, *(str(node.module) for node in froms)]}
@@ -1251,7 +1441,9 @@ def test_a_script_imports_only_what_its_header_declares(script: str) -> None:
     everywhere = imported([*ast.walk(tree)])
     assert everywhere - sys.stdlib_module_names <= packages
     folders = ("cleanrl_sparse", "benchmark", "tools", "tests")
-    ours = {path.stem for folder in folders for path in (FOLDER.parent / folder).glob("*.py")} | {*folders}
+    ours = {path.stem for folder in folders for path in (FOLDER.parent / folder).glob("*.py")} | {
+        *folders
+    }
     assert everywhere & ours == set()
     assert "wandb" not in imported(tree.body), "imported only with --track"
 
@@ -1265,7 +1457,11 @@ def assert_learned(folder: Path) -> None:
     assert json.loads((folder / "final.json").read_text())["status"] == "finished"
     last = next(record for record in reversed(records(folder)) if losses & record.keys())
     assert all(last[loss] > 0 for loss in losses & last.keys())
-    assert any(value > 0 for key, value in last.items() if key.startswith(("sparsity/prunable", "sparsity/candidate")))
+    assert any(
+        value > 0
+        for key, value in last.items()
+        if key.startswith(("sparsity/prunable", "sparsity/candidate"))
+    )
 
 
 def test_one_file_alone_trains(script: str, tmp_path: Path) -> None:
@@ -1275,7 +1471,9 @@ def test_one_file_alone_trains(script: str, tmp_path: Path) -> None:
         shutil.copy(FOLDER / f"{script}.py", tmp_path / folder / f"{name}.py")
     programs = tmp_path / "programs"
     programs.mkdir()
-    for program in itertools.chain(*(Path(path).glob("*") for path in os.environ["PATH"].split(os.pathsep))):
+    for program in itertools.chain(
+        *(Path(path).glob("*") for path in os.environ["PATH"].split(os.pathsep))
+    ):
         if program.stem != "git" and not (programs / program.name).exists():
             (programs / program.name).symlink_to(program)
     runs: list[tuple[Path, Path, dict[str, str]]] = [
@@ -1284,11 +1482,13 @@ def test_one_file_alone_trains(script: str, tmp_path: Path) -> None:
     ]
     before = time.time()
     flags = f"{TINY[script]} --seed 7"
-    both(*(partial(succeed, path, flags, cwd=cwd, **environment) for path, cwd, environment in runs))
+    both(
+        *(partial(succeed, path, flags, cwd=cwd, **environment) for path, cwd, environment in runs)
+    )
     for path, cwd, _ in runs:
         (folder,) = (cwd / "runs").iterdir()
         match = re.fullmatch(rf"{GAME[script]}__{path.stem}__7__(\d+)", folder.name)
-        assert match and int(before) <= int(match[1]) <= time.time()
+        assert match and before <= int(match[1]) / 1e6 <= time.time()
         assert_learned(folder)
         assert json.loads((folder / "versions.json").read_text())["commit"] is None
 
@@ -1298,8 +1498,9 @@ def test_what_weights_and_biases_refuses_leaves_no_folder(script: str, tmp_path:
     flags = f"{TINY[script]} --track --run-dir k=v,x:1"
     places = {"cwd": tmp_path, "HOME": str(tmp_path), "WANDB_MODE": "offline"}
     output = run(script, flags, "--wandb-project team/project", **places)  # type: ignore[arg-type]
-    assert output.status == 2 and "Traceback" not in output.stderr, output
-    assert "--wandb-project is team/project" in output.complaints()[-1]
+    assert output.status == 1 and "Traceback" not in output.stderr, output
+    assert "--wandb-project" in output.complaints()[-1]
+    assert "team/project" in output.complaints()[-1]
     assert not (tmp_path / "k=v,x:1").exists(), "so that the corrected command is accepted"
     succeed(script, flags, **places)  # type: ignore[arg-type]
 
@@ -1311,7 +1512,9 @@ def test_what_weights_and_biases_refuses_leaves_no_folder(script: str, tmp_path:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP], ids=["SIGINT", "SIGHUP"])
 def test_a_run_outlives_the_readers_of_its_output(script: str, tmp_path: Path, signum: int) -> None:
     """As at `| head` and `2>&1 | tee log` when tee dies of the same Ctrl-C: the signal alone stops it, resumably."""
-    flags = f"{SMALL[script]} --total-timesteps 10000000 --checkpoint-minutes 10 --run-dir run".split()
+    flags = (
+        f"{SMALL[script]} --total-timesteps 10000000 --checkpoint-minutes 10 --run-dir run".split()
+    )
     read, write = os.pipe()
     process = subprocess.Popen([sys.executable, str(FOLDER / f"{script}.py"), *flags], cwd=tmp_path, stdout=write,
                                stderr=write, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
@@ -1327,13 +1530,19 @@ def test_a_run_outlives_the_readers_of_its_output(script: str, tmp_path: Path, s
 
 @pytest.mark.shared
 def test_a_run_needs_no_output_at_all(script: str, tmp_path: Path) -> None:
-    command = shlex.join([sys.executable, str(FOLDER / f"{script}.py"), *TINY[script].split(), "--run-dir", "run"])
-    closed = subprocess.run(["bash", "-c", f"{command} >&- 2>&-"], cwd=tmp_path, check=False, timeout=TIMEOUT)
+    command = shlex.join(
+        [sys.executable, str(FOLDER / f"{script}.py"), *TINY[script].split(), "--run-dir", "run"]
+    )
+    closed = subprocess.run(
+        ["bash", "-c", f"{command} >&- 2>&-"], cwd=tmp_path, check=False, timeout=TIMEOUT
+    )
     assert closed.returncode == 0
     assert_learned(tmp_path / "run")
 
 
-def test_a_folder_that_another_process_writes_to_is_refused(script: str, killed: Path, tmp_path: Path) -> None:
+def test_a_folder_that_another_process_writes_to_is_refused(
+    script: str, killed: Path, tmp_path: Path
+) -> None:
     shutil.copytree(killed, tmp_path / "run")
     with open(tmp_path / "run" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -1346,17 +1555,15 @@ def test_a_folder_that_another_process_writes_to_is_refused(script: str, killed:
 
 def new_run(module: ModuleType, **flags: Any) -> Any:
     """Return the folder of a run that begins."""
-    return module.Run(module.Args(**flags), "Game", torch.device("cpu"), 0)
+    return module.Run(module.Args(device="cpu", **flags), "Game")
 
 
 def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
-    script: str, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    moments = itertools.chain([1000.2, 1000.7, 1000.9], itertools.repeat(1001.0))
-    monkeypatch.setattr(module.time, "time", lambda: next(moments))
-    first, second = new_run(module), new_run(module)
-    assert [run.path.name for run in (first, second)] == [f"Game__{script}__1__{n}" for n in (1000, 1001)]
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert new_run(module).path != new_run(module).path
 
 
 def test_the_versions_are_those_of_what_is_imported(
@@ -1364,29 +1571,13 @@ def test_the_versions_are_those_of_what_is_imported(
 ) -> None:
     """Of two copies of a package Python imports the first on its path."""
     (tmp_path / "tyro-0.0.1.dist-info").mkdir()
-    (tmp_path / "tyro-0.0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: tyro\nVersion: 0.0.1\n")
+    (tmp_path / "tyro-0.0.1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: tyro\nVersion: 0.0.1\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     run = new_run(module, run_dir=str(tmp_path / "run"))
     assert json.loads((run.path / "versions.json").read_text())["packages"]["tyro"] == "0.0.1"
-
-
-def test_a_film_that_fails_does_not_keep_a_run_from_its_end(
-    script: str, module: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = new_run(module, run_dir=str(tmp_path / "run"), capture_video=True)
-    run.load()
-    films = list[Path | None]()
-
-    def judge(video: Path | None) -> dict[str, float]:
-        films.append(video)
-        if video:
-            raise OSError("ffmpeg is ill")
-        return {"eval/episodic_return": 3.0}
-
-    run.finish(7, torch.nn.Linear(2, 2), judge, lambda: None)
-    assert films == [tmp_path / "run" / "evaluation.mp4", None]
-    assert flatten(json.loads((tmp_path / "run" / "final.json").read_text()))["eval/episodic_return"] == 3.0
-    assert "no film could be made (ffmpeg is ill)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", MUJOCO | OFFLINE)
@@ -1400,11 +1591,15 @@ def test_a_way_of_drawing_that_is_not_there_is_named(name: str, tmp_path: Path) 
 @pytest.mark.shared
 def test_track_works_offline_without_an_account(script: str, tmp_path: Path) -> None:
     output = succeed(
-        script, TINY[script], "--track --run-dir run", cwd=tmp_path, HOME=str(tmp_path), WANDB_MODE="offline"
+        script,
+        TINY[script],
+        "--track --run-dir run",
+        cwd=tmp_path,
+        HOME=str(tmp_path),
+        WANDB_MODE="offline",
     )
-    (log,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert LOSS[script].encode() in log.read_bytes()
-    assert not (tmp_path / "wandb").exists(), "it stays in the run's folder"
     assert_learned(tmp_path / "run")
     assert "finished" in output.stdout
 
@@ -1412,14 +1607,18 @@ def test_track_works_offline_without_an_account(script: str, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_track_without_an_account_says_what_to_do(script: str, tmp_path: Path) -> None:
     output = run(script, TINY[script], "--track --run-dir run", cwd=tmp_path, HOME=str(tmp_path))
-    assert output.status == 2 and "Traceback" not in output.stderr, output
-    assert output.complaints()[-1].startswith(f"{script}.py: --track: ")
+    assert output.status == 1 and "Traceback" not in output.stderr, output
+    assert output.complaints()[-1].startswith(f"{script}.py: --track ")
     assert "WANDB_MODE=offline" in output.complaints()[-1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--precision bf16", "--network impala", "--network impala --precision bf16"])
+@pytest.mark.parametrize(
+    "flags", ["--precision bf16", "--network impala", "--network impala --precision bf16"]
+)
 def test_a_variant_trains(script: str, flags: str, tmp_path: Path) -> None:
+    if "impala" in flags and script == "eaudeqn_atari":
+        pytest.skip("it has one network")
     flags = flags if script in ATARI else flags.replace("--network impala", "--width 2")
     succeed(script, TINY[script], flags, "--run-dir run", cwd=tmp_path)
     assert_learned(tmp_path / "run")
@@ -1431,7 +1630,9 @@ def test_games_train_and_resume(script: str, number: int, tmp_path: Path) -> Non
     if script in OFFLINE:
         pytest.skip("it does not play to learn")
     atari = ("MsPacman", "Qbert", "Pong", "Enduro", "VideoPinball")
-    game = (atari if script in ATARI else ("HalfCheetah", "Walker2d", "Ant", "Humanoid", "Pendulum-v1"))[number]
+    game = (
+        atari if script in ATARI else ("HalfCheetah", "Walker2d", "Ant", "Humanoid", "Pendulum-v1")
+    )[number]
     flags = f"{SMALL[script]} --env-id {game} --num-envs 2"
 
     def whole() -> None:
@@ -1465,7 +1666,9 @@ def test_kills_at_random_moments(script: str, num_envs: int, tmp_path: Path) -> 
             time.sleep(rng.uniform(0, 5))
             signum = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
             output = process.stop(signum)
-            assert output.status in (0, 75, -signal.SIGKILL, -signal.SIGTERM), output  # SIGTERM during the imports: -15
+            assert output.status in (0, 75, -signal.SIGKILL, -signal.SIGTERM), (
+                output
+            )  # SIGTERM during the imports: -15
             kills += 1
         else:
             assert process.wait().status == 0
@@ -1480,11 +1683,11 @@ def test_a_tracked_run_can_be_resumed(script: str, tmp_path: Path) -> None:
     process.when(lambda: has_saved(tmp_path / "run", 800)).stop(signal.SIGKILL)
     succeed(script, "--resume run", cwd=tmp_path, **environment)
     assert_tensorboard_equals_metrics(tmp_path / "run")
-    assert len([*(tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")]) >= 1
+    assert len([*(tmp_path / "wandb").glob("offline-run-*/*.wandb")]) >= 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("position", [0, 30, 64, 65, 0.01, 0.1, 0.5, 0.999], ids=str)
+@pytest.mark.parametrize("position", [0, 30, 700, 0.01, 0.1, 0.5, 0.999], ids=str)
 def test_damage_anywhere_in_a_checkpoint_is_noticed(
     script: str, position: float, killed: Path, straight: Straight, tmp_path: Path
 ) -> None:

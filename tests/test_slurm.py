@@ -1,4 +1,6 @@
-"""benchmark/launch.py on a real Slurm cluster: real training runs, a preemption, a time limit, a fault, 7,200 runs."""
+"""benchmark/launch.py on a real Slurm cluster: real training runs, a preemption, a time limit, a
+fault, 7,200 runs.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,21 @@ from pathlib import Path
 import pytest
 from conftest import SCRIPTS
 from slurm import Cluster, missing
-from test_runs import TINY, Output, Process, assert_learned, assert_same_run, saved_steps, wait_until
+from test_runs import (
+    TINY,
+    Output,
+    Process,
+    assert_learned,
+    assert_same_run,
+    saved_steps,
+    wait_until,
+)
 
 LACKS = missing()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(LACKS), reason=f"no Slurm: {', '.join(LACKS)}")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(LACKS), reason=f"no Slurm: {', '.join(LACKS)}"),
+]
 
 LAUNCHER = SCRIPTS.parent / "benchmark" / "launch.py"
 SCRIPT = "sac_mujoco_gmp"
@@ -30,7 +43,9 @@ STATES = dict.fromkeys(["waiting", "queued", "running", "stopped", "failed", "do
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster of four CPUs, which the machine need not have."""
-    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", cpus=4, grace=GRACE, kill_wait=KILL_WAIT) as cluster:
+    with Cluster(
+        tmp_path_factory.mktemp("slurm") / "cluster", cpus=4, grace=GRACE, kill_wait=KILL_WAIT
+    ) as cluster:
         yield cluster
 
 
@@ -44,7 +59,11 @@ class Place:
     def begin(self, command: str, **environment: str) -> Process:
         """Start the launcher."""
         there = self.cluster.environment
-        environment |= {"RUNS": str(self.runs), "SLURM_CONF": there["SLURM_CONF"], "PATH": there["PATH"]}
+        environment |= {
+            "RUNS": str(self.runs),
+            "SLURM_CONF": there["SLURM_CONF"],
+            "PATH": there["PATH"],
+        }
         self.begun.append(Process(LAUNCHER, command, cwd=self.folder, threads=1, **environment))
         return self.begun[-1]
 
@@ -78,7 +97,9 @@ def place(cluster: Cluster, tmp_path: Path) -> Iterator[Place]:
     for process in place.begun:
         process.popen.kill()
         process.popen.wait()
-    wait_until(lambda: not (cluster.call("scancel", "--user=root") or cluster.call("squeue", "--noheader")))
+    wait_until(
+        lambda: not (cluster.call("scancel", "--user=root") or cluster.call("squeue", "--noheader"))
+    )
 
 
 def facts(cluster: Cluster, job: str) -> list[dict[str, str]]:
@@ -107,7 +128,10 @@ def begun(folder: Path) -> bool:
 
 def stopped_at(folder: Path) -> list[int]:
     """Return the steps at which a run says that it stopped with a checkpoint."""
-    return [int(step) for step in re.findall(r"stopped at step (\d+); go on with", (folder / ".log").read_text())]
+    return [
+        int(step)
+        for step in re.findall(r"stopped at step (\d+); go on with", (folder / ".log").read_text())
+    ]
 
 
 def says(process: Process, pattern: str) -> bool:
@@ -126,10 +150,14 @@ def test_two_clusters_side_by_side(cluster: Cluster, tmp_path: Path) -> None:
     """They know nothing of each other, and what a job leaves behind ends with its cluster."""
     (before,) = facts(cluster, cluster.call("sbatch", "--parsable", "--hold", "--wrap=true"))
     with Cluster(tmp_path / "cluster", cpus=1) as other:
-        job = other.call("sbatch", "--parsable", "--output=/dev/null", "--wrap=setsid sleep 1000 & sleep 1000")
+        job = other.call(
+            "sbatch", "--parsable", "--output=/dev/null", "--wrap=setsid sleep 1000 & sleep 1000"
+        )
         wait_until(lambda: facts(other, job)[0]["JobState"] == "RUNNING")
         assert facts(other, job)[0]["NumCPUs"] == "1" and facts(other, job)[0]["JobName"] == "wrap"
-        wait_until(lambda: len([pid for pid in other.processes() if b"1000" in command_line(pid)]) >= 2)
+        wait_until(
+            lambda: len([pid for pid in other.processes() if b"1000" in command_line(pid)]) >= 2
+        )
         processes = other.processes()
         assert not {*processes} & {*cluster.processes()}
     assert not other.processes() and not [pid for pid in processes if b"1000" in command_line(pid)]
@@ -143,7 +171,9 @@ def test_an_array_runs_each_run_once(cluster: Cluster, place: Place) -> None:
     assert "once: all 3 runs are done" in output.stdout
     (job,) = place.jobs(output.stdout)
     tasks = ended(cluster, job)
-    assert [(task["JobState"], task["Restarts"], task["NumCPUs"]) for task in tasks] == [("COMPLETED", "0", "2")] * 2
+    assert [(task["JobState"], task["Restarts"], task["NumCPUs"]) for task in tasks] == [
+        ("COMPLETED", "0", "2")
+    ] * 2
     assert len(folders) == len({*folders}) == 3
     assert sorted(place.starts()) == sorted(("begin", folder.name) for folder in folders)
     for seed, folder in enumerate(folders, 1):
@@ -155,7 +185,9 @@ def test_an_array_runs_each_run_once(cluster: Cluster, place: Place) -> None:
 
 
 def test_a_launcher_inside_a_job_of_a_careful_site(place: Place) -> None:
-    """What its own job was given is no matter of those that it submits; and jobs do not inherit the environment."""
+    """What its own job was given is no matter of those that it submits; and jobs do not inherit the
+    environment.
+    """
     (folder,) = place.add("inside", "curve", FLAGS)
     launch = "launch inside --backend slurm --time 30 --poll-seconds 1"
     output = place.call(launch, SLURM_MEM_PER_CPU="100", SLURM_NTASKS="2", SBATCH_EXPORT="NONE")
@@ -168,9 +200,13 @@ def test_a_preempted_run_goes_on_as_if_nothing_had_been(cluster: Cluster, place:
     flags = LONG.format(steps) + " --seed 5"
     (folder,) = place.add("preempted", "curve", flags)
     alone = Process(SCRIPT, flags, f"--run-dir {straight}", cwd=place.folder)
-    process = place.begin("launch preempted --backend slurm --time 30 --partition low --poll-seconds 1")
+    process = place.begin(
+        "launch preempted --backend slurm --time 30 --partition low --poll-seconds 1"
+    )
     process.when(partial(begun, folder))
-    high = cluster.call("sbatch", "--parsable", "-p", "high", "-c", "4", "--output=/dev/null", "--wrap=true")
+    high = cluster.call(
+        "sbatch", "--parsable", "-p", "high", "-c", "4", "--output=/dev/null", "--wrap=true"
+    )
     output = process.wait()
     assert output.status == 0 and "preempted: all 1 runs are done" in output.stdout, output
     (step,) = stopped_at(folder)
@@ -180,23 +216,35 @@ def test_a_preempted_run_goes_on_as_if_nothing_had_been(cluster: Cluster, place:
     (task,), (other,) = ended(cluster, job), ended(cluster, high)
     assert (task["ArrayTaskId"], task["Restarts"], task["JobState"]) == ("0", "1", "COMPLETED")
     assert other["JobState"] == "COMPLETED"
-    waited = datetime.fromisoformat(other["StartTime"]) - datetime.fromisoformat(other["SubmitTime"])
-    assert waited.total_seconds() < GRACE / 2, "the run was told at the beginning of its grace, not at the end"
+    waited = datetime.fromisoformat(other["StartTime"]) - datetime.fromisoformat(
+        other["SubmitTime"]
+    )
+    assert waited.total_seconds() < GRACE / 2, (
+        "the run was told at the beginning of its grace, not at the end"
+    )
     assert alone.wait().status == 0
     assert_same_run(folder, straight)
 
 
-def test_a_run_at_its_time_limit_goes_on_and_a_cancelled_one_does_not(cluster: Cluster, place: Place) -> None:
-    """Slurm looks at the limits every half minute and tells half a minute early, here 30 to 60 s after a start."""
+def test_a_run_at_its_time_limit_goes_on_and_a_cancelled_one_does_not(
+    cluster: Cluster, place: Place
+) -> None:
+    """Slurm looks at the limits every half minute and tells half a minute early, here 30 to 60 s
+    after a start.
+    """
     (folder,) = place.add("limited", "curve", LONG.format(10**6))
-    process = place.begin("launch limited --backend slurm --time 2 --seconds-to-stop 60 --poll-seconds 1")
+    process = place.begin(
+        "launch limited --backend slurm --time 2 --seconds-to-stop 60 --poll-seconds 1"
+    )
     process.when(lambda: ("go on with", folder.name) in place.starts())
     (job,) = place.jobs(process.out.read_text())
     (step,) = stopped_at(folder)
     size = (folder / "metrics.jsonl").stat().st_size
     process.when(lambda: (folder / "metrics.jsonl").stat().st_size > size)
     (task,) = facts(cluster, job)
-    assert (task["JobState"], task["Restarts"]) == ("RUNNING", "1") and 0 < step <= saved_steps(folder)[0]
+    assert (task["JobState"], task["Restarts"]) == ("RUNNING", "1") and 0 < step <= saved_steps(
+        folder
+    )[0]
     cluster.call("scancel", job)
     wait_until(lambda: facts(cluster, job)[0]["JobState"] not in ("RUNNING", "COMPLETING"))
     (task,) = facts(cluster, job)
@@ -204,7 +252,10 @@ def test_a_run_at_its_time_limit_goes_on_and_a_cancelled_one_does_not(cluster: C
     output = process.wait()
     first, second = stopped_at(folder)
     assert first == step < second == saved_steps(folder)[-1], "it leaves a checkpoint all the same"
-    assert output.status == 75 and f"{folder.name} left the queue: {SCRIPT}.py: stopped" in output.stderr
+    assert (
+        output.status == 75
+        and f"{folder.name} left the queue: {SCRIPT}.py: stopped" in output.stderr
+    )
     assert table(place.call("status limited"))["curve"] == STATES | {"stopped": 1}
 
 
@@ -215,7 +266,10 @@ def test_a_failing_run_is_reported(cluster: Cluster, place: Place) -> None:
     output = place.call(launch, status=1)
     line = (bad / ".log").read_text().strip().splitlines()[-1]
     assert line.startswith(f"{SCRIPT}.py: the losses became [inf, ")
-    assert f"launch.py: {bad.name} failed: {line}\n" in output.stderr and good.name not in output.stderr
+    assert (
+        f"launch.py: {bad.name} failed: {line}\n" in output.stderr
+        and good.name not in output.stderr
+    )
     assert "1 of 2 runs failed" in output.stderr
     assert_learned(good)
     (job,) = place.jobs(output.stdout)
@@ -228,10 +282,14 @@ def test_a_failing_run_is_reported(cluster: Cluster, place: Place) -> None:
     refused = place.call(f"{launch} --partition nowhere", status=2)
     assert "launch.py: sbatch: " in refused.stderr and "nowhere" in refused.stderr
     assert table(place.call("status faulty")) == {
-        "good": STATES | {"done": 1}, "bad": STATES | {"stopped": 1}, "all": STATES | {"stopped": 1, "done": 1}
-    }  # fmt: skip
+        "good": STATES | {"done": 1},
+        "bad": STATES | {"stopped": 1},
+        "all": STATES | {"stopped": 1, "done": 1},
+    }
     assert len(place.jobs(place.call(launch, status=1).stdout)) == 1
-    assert Counter(place.starts()) == Counter([("begin", good.name), ("begin", bad.name), ("go on with", bad.name)])
+    assert Counter(place.starts()) == Counter(
+        [("begin", good.name), ("begin", bad.name), ("go on with", bad.name)]
+    )
 
 
 def test_7200_runs_are_arrays_that_slurm_accepts(cluster: Cluster, place: Place) -> None:
@@ -246,11 +304,16 @@ def test_7200_runs_are_arrays_that_slurm_accepts(cluster: Cluster, place: Place)
     assert len(cluster.call("squeue", "--noheader", "--array").splitlines()) == 7200
     files = (place.runs / ".slurm").glob("*.tasks")
     runs = [line for file in files for line in file.read_text().splitlines()]
-    assert len(runs) == len({*runs}) == 7200 and all(re.fullmatch("[0-9a-f]{12}", run) for run in runs)
+    assert len(runs) == len({*runs}) == 7200 and all(
+        re.fullmatch("[0-9a-f]{12}", run) for run in runs
+    )
     assert table(place.call("status large"))["curve"] == STATES | {"queued": 7200}
     cluster.call("scancel", "--partition=down")
     for process in launchers:
         output = process.wait()
-        assert output.status == 75 and "7200 of 7200 runs are unfinished; launch again" in output.stderr
+        assert (
+            output.status == 75
+            and "7200 of 7200 runs are unfinished; launch again" in output.stderr
+        )
     assert sorted(len(place.jobs(process.out.read_text())) for process in launchers) == [0, 8]
     assert table(place.call("status large"))["curve"] == STATES | {"waiting": 7200}

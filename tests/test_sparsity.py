@@ -1,7 +1,9 @@
-"""Tests of the shared blocks `sparsity` and `pruning`, through eaudeqn_atari.py, and of the networks.
+"""Tests of the shared blocks `sparsity` and `pruning`, through eaudeqn_atari.py, and of the
+networks.
 
-Masks are compared with a slow implementation of another kind: sorted (magnitude, index) pairs, and an
-Erdos-Renyi-Kernel rule that is solved by bisection. Torsos are compared with convolutions and pools that pad by hand.
+Masks are compared with a slow implementation of another kind: sorted (magnitude, index) pairs, and
+an Erdos-Renyi-Kernel rule that is solved by bisection. Torsos are compared with convolutions and
+pools that pad by hand.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ NATURE = [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 7744), (18, 512)]
 
 
 def impala_shapes(width: int) -> list[tuple[int, ...]]:
-    """Return the shapes of the Impala network's weights: per stack an entry convolution and four in two blocks."""
+    """Return the shapes of the Impala network's weights: per stack an entry convolution and four in
+    two blocks.
+    """
     shapes: list[tuple[int, ...]] = []
     for c_in, c in ((4, 16 * width), (16 * width, 32 * width), (32 * width, 32 * width)):
         shapes += [(c, c_in, 3, 3)] + 4 * [(c, c, 3, 3)]
@@ -29,7 +33,9 @@ def impala_shapes(width: int) -> list[tuple[int, ...]]:
 
 
 def slow_densities(shapes: list[tuple[int, ...]], sparsity: float) -> list[float]:
-    """Bisect on eps until the densities min(1, eps * sum(shape) / prod(shape)) leave the wanted number of weights."""
+    """Bisect on eps until the densities min(1, eps * sum(shape) / prod(shape)) leave the wanted
+    number of weights.
+    """
     sizes, ratios = [math.prod(s) for s in shapes], [sum(s) / math.prod(s) for s in shapes]
     low, high = 0.0, 2 / min(ratios)
     for _ in range(200):
@@ -136,13 +142,16 @@ def test_masks_with_ties(eaudeqn: ModuleType, sparsity: float) -> None:
 
 
 def test_masks_nest(eaudeqn: ModuleType) -> None:
-    """Generation after generation, with weights that change as in learning, nothing that was pruned comes back."""
+    """Generation after generation, with weights that change as in learning, nothing that was pruned
+    comes back.
+    """
     rng = np.random.default_rng(0)
     weights = made_up(99)
     masks = ones(weights)
     for sparsity in (0.1, 0.11, 0.3, 0.55, 0.8, 0.95, 0.99, 1.0):
         parents = masks
-        # The pruned weights grow, those that are left shrink, some to exactly 0: still only the latter may be kept.
+        # The pruned weights grow, those that are left shrink, some to exactly 0: still only the
+        # latter may be kept.
         weights = [
             torch.from_numpy(rng.integers(-2, 3, w.shape).astype(np.float32)) for w in weights
         ]
@@ -197,7 +206,9 @@ def test_masks_of_channels_last_weights(eaudeqn: ModuleType) -> None:
 def test_any_score_may_take_the_place_of_the_magnitude(
     eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Signed, and drawn from the generator that it is given; what is pruned stays so whatever its score."""
+    """Signed, and drawn from the generator that it is given; what is pruned stays so whatever its
+    score.
+    """
     weights = [torch.tensor([[3.0, -1.0, 2.0, -5.0, 4.0]])]
     parents = [torch.tensor([[True, True, True, True, False]])]
 
@@ -227,9 +238,11 @@ def test_erk_by_hand(eaudeqn: ModuleType) -> None:
     # Two tensors: sums 5 and 9, sizes 6 and 20. Half of 26 weights is 13; eps = 13 / 14.
     densities = erk(eaudeqn, [(2, 3), (4, 5)], 0.5)
     assert densities == pytest.approx([13 / 14 * 5 / 6, 13 / 14 * 9 / 20])
-    # A quarter less: 19.5 / 14 * 5 = 6.96 of 6, so the first is dense and the second holds the other 13.5 of 20.
+    # A quarter less: 19.5 / 14 * 5 = 6.96 of 6, so the first is dense and the second holds the
+    # other 13.5 of 20.
     assert erk(eaudeqn, [(2, 3), (4, 5)], 0.25) == pytest.approx([1, 13.5 / 20])
-    # Kernel dimensions count: sums 2 + 2 + 3 + 3 = 10 and 20, sizes 36 and 100; 10 % is 13.6, eps = 13.6 / 30.
+    # Kernel dimensions count: sums 2 + 2 + 3 + 3 = 10 and 20, sizes 36 and 100; 10 % is 13.6, eps =
+    # 13.6 / 30.
     densities = erk(eaudeqn, [(2, 2, 3, 3), (10, 10)], 0.9)
     assert densities == pytest.approx([13.6 / 3 / 36, 13.6 * 2 / 3 / 100])
 
@@ -237,14 +250,17 @@ def test_erk_by_hand(eaudeqn: ModuleType) -> None:
 def test_erk_is_solved_again_more_than_once(eaudeqn: ModuleType) -> None:
     """With the first tensor dense, the second exceeds 1 in its turn."""
     shapes = [(1, 1), (4, 5), (100, 100)]
-    # 30 % of 10,021 is 3006.3; eps = 3006.3 / 211 = 14.2: 28 of 1 and 128 of 20. Both are dense; left 2985.3 of 10,000.
+    # 30 % of 10,021 is 3006.3; eps = 3006.3 / 211 = 14.2: 28 of 1 and 128 of 20. Both are dense;
+    # left 2985.3 of 10,000.
     assert erk(eaudeqn, shapes, 0.7) == pytest.approx([1, 1, 0.29853])
-    # Sums 2, 4, 29; sizes 1, 3, 100; 21 to keep. eps = 21 / 35: 1.2 of 1, 2.4 of 3. Then 20 / 33: 2.42, 17.6.
+    # Sums 2, 4, 29; sizes 1, 3, 100; 21 to keep. eps = 21 / 35: 1.2 of 1, 2.4 of 3. Then 20 / 33:
+    # 2.42, 17.6.
     shapes = [(1, 1), (1, 3), (4, 25)]
     assert erk(eaudeqn, shapes, 1 - 21 / 104) == pytest.approx(
         [1, 20 / 33 * 4 / 3, 20 / 33 * 29 / 100]
     )
-    # 26 to keep: eps = 26 / 35: 1.5 of 1, 2.97 of 3 (not yet dense). Then 25 / 33: 3.03 of 3. The third holds 22.
+    # 26 to keep: eps = 26 / 35: 1.5 of 1, 2.97 of 3 (not yet dense). Then 25 / 33: 3.03 of 3. The
+    # third holds 22.
     assert erk(eaudeqn, shapes, 1 - 26 / 104) == pytest.approx([1, 1, 0.22])
 
 
@@ -447,7 +463,8 @@ def test_parameter_counts(eaudeqn: ModuleType, dqn: ModuleType) -> None:
     assert sum(p.numel() for p in own.parameters()) == 4_052_658
     # 592 + 4 * 2,320, 4,640 + 4 * 9,248, 9,248 + 4 * 9,248, dense 1,982,976, output 9,234.
     assert count("impala", 1) == 2_089_954
-    # 48 and 96 channels: 1,776 + 4 * 20,784, 41,568 + 4 * 83,040, 83,040 + 4 * 83,040, dense 5,947,904, output 9,234.
+    # 48 and 96 channels: 1,776 + 4 * 20,784, 41,568 + 4 * 83,040, 83,040 + 4 * 83,040, dense
+    # 5,947,904, output 9,234.
     assert count("impala", 3) == 6_830_978
 
 
