@@ -111,7 +111,7 @@ class Training:
     batch_size: Count = 256  # transitions per gradient step
     learning_rate: Rate = 3e-4  # Adam's step size for the critics
     actor_learning_rate: Rate = 3e-5  # Adam's step size for actor and temperature
-    gamma: Share = 0.99  # discount
+    gamma: Share = 0.99  # discount factor
     tau: Share = 0.005  # share of the critics that goes into the targets at each gradient step
     target_entropy: Real = -1.0  # what the temperature aims at, per action dimension
     entropy_backup: bool = False  # bootstrap from the soft value, with the entropy, as SAC does
@@ -498,13 +498,13 @@ def main(args: Args) -> None:
         for _ in range(step - previous):
             agent.captured_update(dataset)
         if not agent.latest.isfinite().all():
-            kept = f"checkpoint {run.newest or 'none'} is kept"
+            kept = f"checkpoint {run.newest[:12] or 'none'} is kept"
             require(False, f"step {step}: the losses are {agent.latest.tolist()}; {kept}", 1)
         # Log.
         bar.update(step - previous)
         if ended or step % args.epoch_steps == 0 or step % 1000 == 0:
             record = agent.report() | {
-                "charts/SPS": bar.format_dict["rate"] or 0.0,
+                "charts/SPS": (bar.n - bar.initial) / bar.format_dict["elapsed"],
                 "charts/learning_rate": args.learning_rate,
                 "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             }

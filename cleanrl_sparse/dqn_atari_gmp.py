@@ -106,7 +106,7 @@ class Training:
     batch_size: Count = 32  # transitions per gradient step
     learning_rate: Rate = 6.25e-5  # Adam's step size
     adam_eps: Rate = 1.5e-4  # Adam's epsilon
-    gamma: Share = 0.99  # discount
+    gamma: Share = 0.99  # discount factor
     n_step: Count = 1  # steps of the return before the bootstrap
     replay_ratio: Rate = 0.25  # gradient steps per step
     target_every: Count = 8_000  # steps between target updates
@@ -142,7 +142,7 @@ class Args(Running, Training, Method):
         check_ranges(self)
         least = max(self.batch_size, self.num_envs)
         smallest = min(self.learning_starts, self.buffer_size)
-        require(smallest >= least, f"--learning-starts, --buffer-size: must be at least {least}")
+        require(smallest >= least, f"--learning-starts, --buffer-size {smallest}: at least {least}")
         require(self.target_every >= self.num_envs, "--target-every: must be at least --num-envs")
         most = self.learning_starts // self.num_envs
         require(self.n_step <= most, "--n-step: must be at most --learning-starts / --num-envs")
@@ -477,7 +477,7 @@ def main(args: Args) -> None:
         bar.update(min(step, args.total_timesteps) - previous)
         if ended or passed(args.epoch_steps) or passed(max(args.target_every, 1000)):
             record = agent.report() | {
-                "charts/SPS": bar.format_dict["rate"] or 0.0,
+                "charts/SPS": (bar.n - bar.initial) / bar.format_dict["elapsed"],
                 "charts/epsilon": epsilon,
                 "charts/learning_rate": args.learning_rate,
                 "charts/buffer_size": replay.count,
@@ -485,7 +485,7 @@ def main(args: Args) -> None:
                 "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             }
             if passed(args.epoch_steps):
-                epoch_return, returns = float(np.mean(returns)) if returns else None, []
+                epoch_return, returns = sum(returns) / len(returns) if returns else None, []
                 record |= {} if epoch_return is None else {"charts/epoch_return": epoch_return}
             run.log(step, record)
         # <<< shared: gmp-loop

@@ -427,7 +427,7 @@ def main(args: Args) -> None:
                 "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             }
             if passed(args.epoch_steps):
-                epoch_return, returns = float(np.mean(returns)) if returns else None, []
+                epoch_return, returns = sum(returns) / len(returns) if returns else None, []
                 record |= {} if epoch_return is None else {"charts/epoch_return": epoch_return}
             run.log(step, record)
         # Save.

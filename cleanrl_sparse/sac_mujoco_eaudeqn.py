@@ -110,7 +110,7 @@ class Training:
     buffer_size: Count = 1_000_000  # transitions in the replay
     batch_size: Count = 256  # transitions per gradient step
     learning_rate: Rate = 1e-3  # Adam's step size for actor, critics and temperature
-    gamma: Share = 0.99  # discount
+    gamma: Share = 0.99  # discount factor
     tau: Share = 0.005  # share of the critics that goes into the targets at each gradient step
     replay_ratio: Rate = 1.0  # gradient steps per step
     reward_scale: Rate = 1.0  # multiplies the rewards that are learned from
@@ -144,7 +144,7 @@ class Args(Running, Training, Method):
         check_ranges(self)
         least = max(self.batch_size, self.num_envs)
         smallest = min(self.learning_starts, self.buffer_size)
-        require(smallest >= least, f"--learning-starts, --buffer-size: must be at least {least}")
+        require(smallest >= least, f"--learning-starts, --buffer-size {smallest}: at least {least}")
         require(self.tau > 0, "--tau: must be above 0")
 
 
@@ -534,13 +534,13 @@ def main(args: Args) -> None:
         # Learn and prune; the targets follow at every gradient step.
         agent.learn(replay, step)
         if agent.lost():
-            kept = f"checkpoint {run.newest or 'none'} is kept"
+            kept = f"checkpoint {run.newest[:12] or 'none'} is kept"
             require(False, f"step {step}: the losses are {agent.latest.tolist()}; {kept}", 1)
         # Log.
         bar.update(min(step, args.total_timesteps) - previous)
         if ended or passed(args.epoch_steps) or passed(1000):
             record = agent.report() | {
-                "charts/SPS": bar.format_dict["rate"] or 0.0,
+                "charts/SPS": (bar.n - bar.initial) / bar.format_dict["elapsed"],
                 "charts/learning_rate": args.learning_rate,
                 "charts/buffer_size": replay.count,
                 "memory/replay_bytes": replay.table.nbytes,
