@@ -19,7 +19,9 @@ SCRIPTS = Path(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is `shared` is text that all scripts have in common: the quick suite tries it through
+    """Mark what is quick, and what takes minutes.
+
+    What is `shared` is text that all scripts have in common: the quick suite tries it through
     the first one only.
 
     Of what test_runs.py does, some is slow too: all with the baselines, which have most in common
@@ -27,7 +29,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     environments and training alone. Killing and damaging is a suite of its own, `kill`; of the
     scripts that have most in common with another one, sac_mujoco_gmp is killed there too.
     """
+    alone = "test_one_file_alone_trains[eaudeqn_atari]"
     for item in items:
+        if item.path.name in ("test_blocks.py", "test_sparsity.py") or item.name == alone:
+            item.add_marker(pytest.mark.quick)
         runs = item.path.name == "test_runs.py"
         baselines = runs and "dqn_atari_baselines" in item.name
         twin = runs and any(
