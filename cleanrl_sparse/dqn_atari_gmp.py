@@ -347,7 +347,7 @@ class DQN(nn.Module):
         """Take one gradient step on a batch. Nothing waits for the device."""
         losses, q_values = self.loss(*batch)
         losses.mean().backward()
-        self.optimizer.step()  # gradients and moments are dense
+        self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_mul_(self.weights, self.masks)

@@ -54,6 +54,7 @@ def test_movement_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert any((score < 0).any() for score in scores), "a score of any sign"
 
 
+@pytest.mark.kill
 def test_the_fork_trains_and_is_resumed_exactly(tmp_path: Path) -> None:
     path = tmp_path / "dqn_movement.py"
     path.write_text(fork("dqn_atari_gmp"))
