@@ -132,7 +132,8 @@ class Args(Running, Training, Method):
         check_ranges(self)
         least = max(self.batch_size, self.num_envs)
         smallest = min(self.learning_starts, self.buffer_size)
-        require(smallest >= least, f"--learning-starts, --buffer-size {smallest}: at least {least}")
+        text = f"--learning-starts, --buffer-size {smallest}: at least --batch-size and --num-envs"
+        require(smallest >= least, f"{text}, {least}")
         require(self.target_every >= self.num_envs, "--target-every: must be at least --num-envs")
 
 

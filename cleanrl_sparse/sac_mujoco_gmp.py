@@ -137,7 +137,8 @@ class Args(Running, Training, Method):
         check_ranges(self)
         least = max(self.batch_size, self.num_envs)
         smallest = min(self.learning_starts, self.buffer_size)
-        require(smallest >= least, f"--learning-starts, --buffer-size {smallest}: at least {least}")
+        text = f"--learning-starts, --buffer-size {smallest}: at least --batch-size and --num-envs"
+        require(smallest >= least, f"{text}, {least}")
         require(self.tau > 0, "--tau: must be above 0")
         require(self.sparsity < 1, "--sparsity: must be below 1")
         require(self.prune_end >= self.prune_start, "--prune-end: must be at least --prune-start")
