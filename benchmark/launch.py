@@ -385,7 +385,8 @@ def find(runs: list[TrainingRun], curve: str, flags: dict[str, str], grid: str) 
     ]
     if len(same) != 1:
         refuse(
-            f"@{curve}: {grid} must have one run of that curve with the same flags, it has {len(same)}"
+            f"@{curve}: {grid} must have one run of that curve with the same flags, it has "
+            f"{len(same)}"
         )
     return same[0].folder
 
@@ -454,7 +455,9 @@ def begin(run: TrainingRun, slot: int, environment: dict[str, str]) -> Child | N
     os.ftruncate(lock, 0)
     os.write(
         lock,
-        f"{socket.gethostname()} {process.pid} {environment.get('CUDA_VISIBLE_DEVICES', '')}\n".encode(),
+        (
+            f"{socket.gethostname()} {process.pid} {environment.get('CUDA_VISIBLE_DEVICES', '')}\n"
+        ).encode(),
     )
     return Child(run, process, lock, slot)
 
@@ -735,7 +738,10 @@ def submit_array(tasks: list[str], known: list[TrainingRun], args: argparse.Name
     step = f"srun --ntasks=1 --cpus-per-task={runs * args.cpus_per_run} --mpi=none --export=ALL"
     command += ["--threads", str(args.cpus_per_run)]
     # RUNS is the folder of a tiny grid already.
-    script = f"#!/bin/bash\nexport RUNS={shlex.quote(str(RUNS))} SMOKE=\nexec {step} {shlex.join(command)}\n"
+    script = (
+        f"#!/bin/bash\nexport RUNS={shlex.quote(str(RUNS))} SMOKE=\nexec {step} "
+        f"{shlex.join(command)}\n"
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     ids = {*text.split()}
@@ -887,7 +893,8 @@ def main(argv: list[str]) -> int:
     elif args.command == "remove":
         if args.curve not in {run.curve for run in runs}:
             refuse(
-                f"{args.curve}: {args.grid} has the curves {', '.join(dict.fromkeys(run.curve for run in runs))}"
+                f"{args.curve}: {args.grid} has the curves "
+                f"{', '.join(dict.fromkeys(run.curve for run in runs))}"
             )
         replace(args.grid, args.curve, [])
     else:

@@ -2,7 +2,7 @@
 
     python benchmark/plot.py curves GRID --reference Impala-DQN
     python benchmark/plot.py sweep GRID --x width --flat "DQN dense"
-    python benchmark/plot.py curves benchmark/results/GRID.csv --out x    # from an earlier call's file
+    python benchmark/plot.py curves benchmark/results/GRID.csv --out x  # from an earlier file
 
 KIND is one of
     curves      score over the steps
@@ -317,7 +317,8 @@ def collect(path: Path, args: Args) -> list[Row]:
         )
         if tuple(run.values()) in seen:
             fail(
-                f"{path}: line {i}: {curve}, {env_id}, seed {run['seed']} once more; --x must be what differs"
+                f"{path}: line {i}: {curve}, {env_id}, seed {run['seed']} once more; --x must be "
+                "what differs"
             )
         seen.add(tuple(run.values()))
         families.add(atari)
@@ -385,7 +386,8 @@ def read_runs(path: Path, args: Args) -> list[Run]:
             }
             if args.kind != "covariance" and (np.diff(columns["step"]) <= 0).any():
                 fail(
-                    f"{path}: {curve}, {env_id}, seed {seed} is there more than once; --x must be what differs"
+                    f"{path}: {curve}, {env_id}, seed {seed} is there more than once; --x must "
+                    "be what differs"
                 )
             if x and args.kind != "sweep":
                 curve = f"{curve}, {args.x} {x}"
@@ -748,7 +750,8 @@ def draw_sweep(runs: list[Run], args: Args) -> Drawing:
     values = list(dict.fromkeys(run.x for run in runs if run.curve not in flat))
     if not values:
         fail(
-            f"--x {args.x}: no run of {args.grid} has that flag, in the manifest or in its args.json"
+            f"--x {args.x}: no run of {args.grid} has that flag, in the manifest or in its "
+            "args.json"
         )
     values, places = places_of(values, args.x)
     panels, looks, rows = panels_of(runs, args), looks_of(runs), list[Row]()
@@ -817,7 +820,8 @@ def draw_metrics(runs: list[Run], args: Args) -> Drawing:
     )
     if missing := [name for name in words(args.keys) if not matching(logged, [name])]:
         fail(
-            f"--keys {missing[0]}: no run of {args.grid} has logged it; there are {', '.join(logged)}"
+            f"--keys {missing[0]}: no run of {args.grid} has logged it; there are "
+            f"{', '.join(logged)}"
         )
     keys, env_ids = matching(logged, words(args.keys)), sorted({run.env_id for run in runs})
     looks, (scale, unit), rows = looks_of(runs), unit_of(runs), list[Row]()
@@ -845,7 +849,8 @@ def draw_layers(runs: list[Run], args: Args) -> Drawing:
     )
     if not layers:
         fail(
-            f"{args.grid}: no sparsity/layer/NAME is in it; a .csv file must come from an earlier plot.py layers"
+            f"{args.grid}: no sparsity/layer/NAME is in it; a .csv file must come from an "
+            "earlier plot.py layers"
         )
     figure, axes = new_figure(len(curves_of(runs)))
     shades, (scale, unit), rows = matplotlib.colormaps["viridis"], unit_of(runs), list[Row]()
@@ -864,7 +869,10 @@ def draw_layers(runs: list[Run], args: Args) -> Drawing:
                     | range_row([run.final(key, args.last) for run in curve])
                 )
         axis.set(title=textwrap.fill(name, 40), xlabel=unit, ylabel="sparsity", ylim=(-0.03, 1.03))
-    what = f"Mean, bands from lowest to highest run; environments: {', '.join(sorted({run.env_id for run in runs}))}"
+    what = (
+        "Mean, bands from lowest to highest run; environments: "
+        f"{', '.join(sorted({run.env_id for run in runs}))}"
+    )
     return figure, rows, caption_of(runs, args, what, "")
 
 
@@ -1004,7 +1012,8 @@ def make(args: Args) -> None:
     atari = any(run.env_id in GAMES for run in runs)
     if not atari and (args.reference or args.score == "human"):
         fail(
-            f"--{'reference' if args.reference else 'score human'}: {args.grid} is not of Atari games"
+            f"--{'reference' if args.reference else 'score human'}: {args.grid} is not of Atari "
+            "games"
         )
     if args.score == "auto":
         args = replace(
@@ -1018,7 +1027,8 @@ def make(args: Args) -> None:
     add_scores(runs, args)
     if not any(run.scored for run in runs):
         fail(
-            f"--score human: no game of {args.grid} has a human score; --per-env shows their returns"
+            f"--score human: no game of {args.grid} has a human score; --per-env shows their "
+            "returns"
         )
     figure, table, caption = KINDS[args.kind](runs, args)
     save_picture(figure, caption, args.title, out)

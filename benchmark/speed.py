@@ -1,7 +1,7 @@
 """Speed of the scripts: steps per second after warm-up, and where the time goes.
 
-    python benchmark/speed.py                                  # the whole table, about 12 minutes on 2 CPU cores
-    python benchmark/speed.py --scripts eaudeqn_atari --networks cnn --num-networks 1 --precisions fp32 --repeats 5
+    python benchmark/speed.py                # the whole table, about 12 minutes on 2 CPU cores
+    python benchmark/speed.py --scripts eaudeqn_atari --num-networks 1 --precisions fp32
     python benchmark/speed.py --device cuda --num-envs 8 --compile
 
 Each row runs a script's own parts (act, environment, replay, update) in the order of its main loop,
@@ -167,7 +167,8 @@ class MujocoRow(AtariRow):
     def __init__(
         self, script: ModuleType, args: Args, k: int, precision: str, num_envs: int
     ) -> None:
-        self.name = f"{script.__name__} | {256 * args.width}-{256 * args.width} | {k} | {precision} | {num_envs}"
+        sizes = f"{256 * args.width}-{256 * args.width}"
+        self.name = f"{script.__name__} | {sizes} | {k} | {precision} | {num_envs}"
         self.num_envs, self.device, self.updates = (
             num_envs,
             torch.device(args.device),
@@ -216,7 +217,8 @@ def main(args: Args) -> None:
     )
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
     print(
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, F = {args.feature_size}\n"
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, F = "
+        f"{args.feature_size}\n"
     )
     rows = list[AtariRow]()
     for script in scripts:
@@ -235,7 +237,10 @@ def main(args: Args) -> None:
     for _ in range(args.repeats):
         for row in rows:
             row.times.append(row.run(row.updates))
-    columns = "script|network|K|precision|envs|steps/s|update ms|sample ms|act ms/step|env ms/step|store ms/step"
+    columns = (
+        "script|network|K|precision|envs|steps/s|update ms|sample ms|act ms/step|env "
+        "ms/step|store ms/step"
+    )
     print(f"| {columns.replace('|', ' | ')} |\n{'|---' * 11}|")
     for row in rows:
         print(row.table_row())

@@ -1,6 +1,6 @@
 """How much sooner a grid is finished with runs side by side than one after another.
 
-    python benchmark/speed_packed.py                    # four short SAC runs, 1 and 4 at a time, on all cores
+    python benchmark/speed_packed.py           # four short SAC runs, 1 and 4 at a time
     python benchmark/speed_packed.py --workers 1 2 8 --runs 8 --repeats 5
 
 The runs are real ones, started by launch.py, which shares the cores among them: one run at a time
@@ -47,7 +47,8 @@ def seconds(args: Args, workers: int) -> float:
         flags = (
             f"--env-id HalfCheetah-v5 --width 1 --eval-episodes 0 --total-timesteps {args.steps}"
         )
-        flags += f" --learning-starts {args.steps // 2} --seed {' '.join(map(str, range(1, args.runs + 1)))}"
+        seeds = " ".join(map(str, range(1, args.runs + 1)))
+        flags += f" --learning-starts {args.steps // 2} --seed {seeds}"
         add = [*LAUNCH, "add", "packed", "SAC", "sac_mujoco_gmp.py", *flags.split()]
         subprocess.run(add, check=True, stdout=subprocess.DEVNULL, env=environment)
         start = time.perf_counter()
@@ -68,12 +69,14 @@ def main(args: Args) -> None:
         f"{args.runs} runs of {args.steps} steps, {cores} cores, {args.repeats} repeats in turn\n"
     )
     print(
-        "| runs at a time | seconds, median | lowest | highest | times sooner |\n|---|---|---|---|---|"
+        "| runs at a time | seconds, median | lowest | highest | times sooner "
+        "|\n|---|---|---|---|---|"
     )
     for workers, found in times.items():
         median = statistics.median(found)
         print(
-            f"| {workers} | {median:.1f} | {min(found):.1f} | {max(found):.1f} | {base / median:.2f} |"
+            f"| {workers} | {median:.1f} | {min(found):.1f} | {max(found):.1f} | "
+            f"{base / median:.2f} |"
         )
 
 

@@ -1,6 +1,7 @@
 """Steps per second of our scripts against CleanRL's, in turn on one machine.
 
-    python benchmark/speed_vs_cleanrl.py --cleanrl ../cleanrl --cleanrl-python ../cleanrl/.venv/bin/python
+    python benchmark/speed_vs_cleanrl.py --cleanrl ../cleanrl \\
+        --cleanrl-python ../cleanrl/.venv/bin/python
     python benchmark/speed_vs_cleanrl.py --peers sac_continuous_action --repeats 3 ...
 
 CLEANRL is a checkout of github.com/vwxyzjn/cleanrl, CLEANRL_PYTHON an interpreter that can run
@@ -165,7 +166,8 @@ def main(args: Args) -> None:
         for name, measure in programs.items():
             speeds[name].append(measure())
             print(
-                f"{time.strftime('%H:%M:%S')} run {repeat + 1}: {name}: {speeds[name][-1]:.0f} steps/s",
+                f"{time.strftime('%H:%M:%S')} run {repeat + 1}: {name}: {speeds[name][-1]:.0f} "
+                "steps/s",
                 flush=True,
             )
     print("\n| program | steps/s, median | lowest | highest | ratio |\n|---|---|---|---|---|")
@@ -174,7 +176,8 @@ def main(args: Args) -> None:
         median = statistics.median(values)
         base = median if name.startswith("CleanRL") else base
         print(
-            f"| {name} | {median:.0f} | {min(values):.0f} | {max(values):.0f} | {median / base:.2f} |"
+            f"| {name} | {median:.0f} | {min(values):.0f} | {max(values):.0f} | "
+            f"{median / base:.2f} |"
         )
 
 

@@ -148,7 +148,8 @@ def main(args: Args) -> None:
     for name, values in speeds.items():
         median = statistics.median(values)
         print(
-            f"| {name} | {median:.1f} | {min(values):.1f} | {max(values):.1f} | {median / base:.2f} |"
+            f"| {name} | {median:.1f} | {min(values):.1f} | {max(values):.1f} | "
+            f"{median / base:.2f} |"
         )
 
 

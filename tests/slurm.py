@@ -86,7 +86,8 @@ MaxArraySize={max_array_size}
 ReturnToService=2
 KillWait={kill_wait}
 NodeName=node NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=1000000
-PartitionName=low Nodes=node Default=YES PriorityTier=1 PreemptMode={preempt_mode} GraceTime={grace} MaxTime=60
+PartitionName=low Nodes=node Default=YES PriorityTier=1 PreemptMode={preempt_mode} \
+GraceTime={grace} MaxTime=60
 PartitionName=high Nodes=node PriorityTier=10 PreemptMode=OFF MaxTime=60
 PartitionName=down Nodes=node State=DOWN
 """

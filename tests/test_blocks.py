@@ -98,7 +98,10 @@ def test_equal_copies_pass(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     one line.
     """
     (folder / "c.py").write_bytes(C_REPAIRED)
-    single = "class Args:\n    # >>> shared: flags\n    seed: int = 1\n    # <<< shared: flags\n    own: int = 2\n"
+    single = (
+        "class Args:\n    # >>> shared: flags\n    seed: int = 1\n    # <<< shared: flags\n    "
+        "own: int = 2\n"
+    )
     (folder / "e.py").write_text(single)
     assert blocks.main(["--root", str(folder)]) == 0
     assert capsys.readouterr().out == (
@@ -234,7 +237,10 @@ def test_a_folder_without_scripts_is_refused(
     assert capsys.readouterr() == ("", f"blocks.py: no *.py file in {tmp_path}/none\n")
 
 
-ACCEPTED = '"# >>> shared: NAME", "# >>> forked: NAME (reason)", "# <<< shared: NAME" or "# <<< forked: NAME"'
+ACCEPTED = (
+    '"# >>> shared: NAME", "# >>> forked: NAME (reason)", "# <<< shared: NAME" or "# <<< forked: '
+    'NAME"'
+)
 MALFORMED = {
     "unclosed": (
         b"x = 1\n# >>> shared: n\ny = 2\n",
@@ -266,7 +272,8 @@ MALFORMED = {
     ),
     "empty reason": (
         b"# >>> forked: n ( )\n# <<< forked: n\n",
-        '1: "# >>> forked: n ( )" lacks a name or a reason; accepted: "# >>> forked: NAME (reason)"',
+        '1: "# >>> forked: n ( )" lacks a name or a reason; accepted: "# >>> forked: NAME '
+        '(reason)"',
     ),
     "misspelt": (
         b"#>> share: n\nx = 1\n",

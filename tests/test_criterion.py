@@ -1,4 +1,6 @@
-"""The fork of docs/pruning_criterion.md, made from the page's own edits, trains and is resumed exactly."""
+"""The fork of docs/pruning_criterion.md, made from the page's own edits, trains and is resumed
+exactly.
+"""
 
 from __future__ import annotations
 

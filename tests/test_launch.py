@@ -58,7 +58,8 @@ else:
 with open(folder / "starts", "a") as starts, open(folder / "metrics.jsonl", "a") as metrics:
     starts.write("start\\n")
     starts.flush()
-    for step in range(len((folder / "metrics.jsonl").read_text().splitlines()), int(flags["ticks"])):
+    begun = len((folder / "metrics.jsonl").read_text().splitlines())
+    for step in range(begun, int(flags["ticks"])):
         time.sleep(0.1)
         metrics.write(json.dumps({"step": step + 1, "charts/SPS": 0.001}) + "\\n")
         metrics.flush()
@@ -490,7 +491,10 @@ def test_status_without_slurm_says_so(place: Place, tmp_path: Path) -> None:
 
 
 def test_what_slurm_does_not_take_waits_for_a_later_launch(place: Place, tmp_path: Path) -> None:
-    once = "[ -e submitted ] && { echo sbatch: error: too many jobs >&2; exit 1; }; cat > submitted; echo 1"
+    once = (
+        "[ -e submitted ] && { echo sbatch: error: too many jobs >&2; exit 1; }; cat > "
+        "submitted; echo 1"
+    )
     environment = stand_ins(tmp_path, scontrol="echo MaxArraySize = 2", sbatch=once)
     place.add("a", "--seed", "1", "2", "3", "4", "5")
     status, _, err = place.launch(*SLURM, **environment)
@@ -684,13 +688,15 @@ LISTS: dict[str, tuple[str, object, str]] = {
     "cql_pruners": (
         "CQL 90",
         set(),
-        "dataset local/hopper/medium-v0 local/hopper/medium-expert-v0, seed 1 2 3, total-timesteps 1000000, "
+        "dataset local/hopper/medium-v0 local/hopper/medium-expert-v0, seed 1 2 3, "
+        "total-timesteps 1000000, "
         "precision fp32, pruner none snip grasp random magnitude, sparsity 0.5 0.7 0.9 0.95 0.99",
     ),
     "eaudesac_mujoco": (
         "SAC 100 EAUSAC 50",
         TASKS,
-        "total-timesteps 1000000, precision fp32, width 1, learning-starts 5000, learning-rate 1e-3, "
+        "total-timesteps 1000000, precision fp32, width 1, learning-starts 5000, learning-rate "
+        "1e-3, "
         "reward-scale 1, target-entropy -1, weight-decay 0, sparsity 0 0.8 0.95 0.99, prune-actor",
     ),
 }

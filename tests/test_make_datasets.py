@@ -30,8 +30,12 @@ def test_steps_become_episodes(datasets: ModuleType) -> None:
     """One that terminates, one that is truncated, one that is cut where the recording ends."""
 
     def steps() -> Any:
-        for obs, last, terminated, ended in ((0, 1, False, False), (1, 2, True, True), (5, 6, False, True),
-                                             (8, 9, False, False)):  # fmt: skip
+        for obs, last, terminated, ended in (
+            (0, 1, False, False),
+            (1, 2, True, True),
+            (5, 6, False, True),
+            (8, 9, False, False),
+        ):
             action = np.array([[obs / 10]], np.float32)
             yield (
                 np.array([[obs]], np.float32),
@@ -209,9 +213,12 @@ def test_what_is_stopped_goes_on(tmp_path: Path, number: signal.Signals) -> None
     ],
 )
 def test_bad_input_is_refused_in_one_line(
-    datasets: ModuleType, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    datasets: ModuleType,
+    flags: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["make_datasets.py", *flags.split()])
     with pytest.raises(SystemExit) as end:

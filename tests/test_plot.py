@@ -694,7 +694,8 @@ def test_what_cannot_be_drawn_is_named(
         "empty.jsonl": "",
         "broken.jsonl": '{"curve": "a", "flags": {}}\n',
         "other.csv": "curve,b\n1,2\n",
-        "seedless.jsonl": '{"curve": "a", "script": "s", "flags": {"env-id": "Pong"}, "folder": "f"}\n',
+        "seedless.jsonl": '{"curve": "a", "script": "s", "flags": {"env-id": "Pong"}, '
+        '"folder": "f"}\n',
         "text.csv": header + "a,Pong,1,1,250000,much,0,0\n",
         "good.csv": header + "a,Pong,1,1,250000,1,0,0\n",
         "unbegun.csv": header + "a,Pong,1,0,,,,\n",

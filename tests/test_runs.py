@@ -1,8 +1,10 @@
-"""The training scripts as a user runs them: what a run leaves, kill and resume, damage, bad input, one file alone.
+"""The training scripts as a user runs them: what a run leaves, kill and resume, damage, bad input,
+one file alone.
 
-ATARI, MUJOCO and OFFLINE are the only places that know which scripts there are. Runs are real and small, on Breakout,
-Hopper or 600 recorded transitions of a random policy on Hopper, and the CPU; one that several tests look at is made
-once per session. Two run side by side wherever the tests allow it, one thread each.
+ATARI, MUJOCO and OFFLINE are the only places that know which scripts there are. Runs are real and
+small, on Breakout, Hopper or 600 recorded transitions of a random policy on Hopper, and the CPU;
+one that several tests look at is made once per session. Two run side by side wherever the tests
+allow it, one thread each.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ ATARI = {
     "dqn_atari_baselines": "--feature-size 16 --pruner rigl --regulariser redo --prune-every 9",
 }
 MUJOCO = {
-    "sac_mujoco_eaudeqn": "--num-networks 3 --max-exponent 1 --max-sparsity-step 0.1 --prune-every 70 --prune-actor",
+    "sac_mujoco_eaudeqn": "--num-networks 3 --max-exponent 1 --max-sparsity-step 0.1"
+    " --prune-every 70 --prune-actor",
     "sac_mujoco_gmp": "--width 1 --prune-every 7",
 }
 DATA = Path(__file__).parent / "data" / "hopper-random.hdf5"
@@ -72,7 +75,8 @@ def flags_of(
     return {name: f"{common} {parts[name]} {own}" for name, own in SCRIPTS.items()}
 
 
-# 2,000 steps with nine target updates or more, a replay that wraps round and a checkpoint now and then: about 10 s.
+# 2,000 steps with nine target updates or more, a replay that wraps round and a checkpoint now and
+# then: about 10 s.
 SMALL = flags_of(
     "--total-timesteps 2000 --batch-size 8 --epoch-steps 600 --eval-episodes 0",
     online="--learning-starts 300 --buffer-size 1000",
@@ -90,12 +94,15 @@ TINY = flags_of(TINY_COMMON, TINY_ONLINE, atari="--target-every 50")
 TIMEOUT = 240.0  # seconds for one process; a run takes ten on a quiet machine
 
 KEYS = """
-charts/episodic_return charts/episodic_length charts/epoch_return charts/SPS charts/epsilon charts/learning_rate
+charts/episodic_return charts/episodic_length charts/epoch_return charts/SPS charts/epsilon
+charts/learning_rate
 charts/buffer_size
-losses/td_loss losses/q_values losses/qf1_loss losses/qf2_loss losses/actor_loss losses/alpha losses/alpha_loss
+losses/td_loss losses/q_values losses/qf1_loss losses/qf2_loss losses/actor_loss losses/alpha
+losses/alpha_loss
 losses/cql_loss
 sparsity/target sparsity/prunable sparsity/total sparsity/active_params sparsity/selected
-analysis/dormant_0 analysis/dormant_0.1 analysis/srank analysis/q_variance analysis/q_norm analysis/param_norm
+analysis/dormant_0 analysis/dormant_0.1 analysis/srank analysis/q_variance analysis/q_norm
+analysis/param_norm
 eval/episodic_return eval/episodes eval/human_normalized eval/d4rl_score
 time/seconds memory/replay_bytes memory/peak_bytes
 """
@@ -214,7 +221,9 @@ def succeed(script: str | Path, *flags: str | Path, cwd: Path, **environment: st
 
 
 def side_by_side(work: Callable[[T], R], items: Iterable[T]) -> dict[T, Future[R]]:
-    """Call work(item) for all items, two at a time; a failure is raised by its own result() only."""
+    """Call work(item) for all items, two at a time; a failure is raised by its own result()
+    only.
+    """
     with ThreadPoolExecutor(2) as pool:
         return {item: pool.submit(work, item) for item in items}
 
@@ -251,7 +260,9 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values under joined names: {"sparsity": {"total": 0}} -> {"sparsity/total": 0}."""
+    """Return nested values under joined names: {"sparsity": {"total": 0}} -> {"sparsity/total":
+    0}.
+    """
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= (
@@ -301,7 +312,9 @@ def assert_same_run(resumed: Path, straight: Path) -> None:
 
 
 def assert_tensorboard_equals_metrics(folder: Path) -> None:
-    """The events, cut back where a run was resumed, are the scalars of metrics.jsonl (which are doubles) in float32."""
+    """The events, cut back where a run was resumed, are the scalars of metrics.jsonl (which are
+    doubles) in float32.
+    """
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     wanted: dict[str, list[tuple[int, float]]] = {}
     for record in records(folder):
@@ -334,7 +347,9 @@ def home(script: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def straight(script: str, home: Path, request: pytest.FixtureRequest) -> Straight:
-    """Return, per number of environments that tests ask for, a run that nothing disturbed, and what it printed."""
+    """Return, per number of environments that tests ask for, a run that nothing disturbed, and what
+    it printed.
+    """
 
     def work(num_envs: int) -> tuple[Path, Output]:
         folder = home / f"straight{num_envs}"
@@ -351,7 +366,8 @@ def straight(script: str, home: Path, request: pytest.FixtureRequest) -> Straigh
 def broken_off(script: str, home: Path) -> BrokenOff:
     """Return, per number of environments, a run killed three times and resumed.
 
-    With it: of each kill the signal, what the process said, and a copy of the folder as the kill left it.
+    With it: of each kill the signal, what the process said, and a copy of the folder as the kill
+    left it.
     """
 
     def early(folder: Path) -> bool:
@@ -361,10 +377,17 @@ def broken_off(script: str, home: Path) -> BrokenOff:
         return (has_saved(folder, 600) and (folder / ".tmp").exists()) or has_saved(folder, 1600)
 
     kills: dict[int, list[tuple[Callable[[Path], bool], int]]] = {
-        1: [(early, signal.SIGKILL), (partial(has_saved, step=1000), signal.SIGKILL),
-            (partial(has_saved, step=1400), signal.SIGTERM)],
-        3: [(early, signal.SIGTERM), (writing, signal.SIGKILL), (partial(has_saved, step=1200), signal.SIGINT)],
-    }  # fmt: skip
+        1: [
+            (early, signal.SIGKILL),
+            (partial(has_saved, step=1000), signal.SIGKILL),
+            (partial(has_saved, step=1400), signal.SIGTERM),
+        ],
+        3: [
+            (early, signal.SIGTERM),
+            (writing, signal.SIGKILL),
+            (partial(has_saved, step=1200), signal.SIGINT),
+        ],
+    }
 
     def work(num_envs: int) -> tuple[Path, list[tuple[int, Output, Path]]]:
         folder, left = home / f"broken_off{num_envs}", []
@@ -389,7 +412,9 @@ def half_way(broken_off: BrokenOff) -> dict[int, Path]:
 
 @pytest.fixture(scope="session")
 def killed(broken_off: BrokenOff) -> Path:
-    """Return a run of one environment as SIGKILL left it half-way, with two checkpoints. Copy it, do not change it."""
+    """Return a run of one environment as SIGKILL left it half-way, with two checkpoints. Copy it,
+    do not change it.
+    """
     _, left = broken_off[1].result()
     return left[1][2]
 
@@ -534,7 +559,9 @@ def test_the_records_have_the_names_and_the_cadence_of_the_protocol(
 def test_each_episode_that_ended_has_a_record(
     script: str, straight: Straight, num_envs: int
 ) -> None:
-    """An episode of L steps that ended at step s began at s - L * num_envs: at step 0, or where another had ended."""
+    """An episode of L steps that ended at step s began at s - L * num_envs: at step 0, or where
+    another had ended.
+    """
     if script in OFFLINE:
         pytest.skip("it plays no episodes to learn from")
     starts, ends = [0] * num_envs, 0
@@ -574,14 +601,16 @@ def test_the_sparsity_records_follow_the_algorithm(
         assert candidates[0] == target
         assert all(target <= candidate <= target + 0.1 + 1e-9 for candidate in candidates)
         assert record.get("sparsity/selected", 1) in (1, 2, 3)
-        # Measured, of the network that would be saved, within the rounding of five layers' counts to whole weights.
+        # Measured, of the network that would be saved, within the rounding of five layers' counts
+        # to whole weights.
         assert min(abs(record["sparsity/prunable"] - candidate) for candidate in candidates) < 1e-4
     assert learner[-1]["sparsity/target"] > 0 and "sparsity/selected" in learner[-1]
     first = next(record["step"] for record in learner if "sparsity/selected" in record)
     assert num_envs == 1 or first == 402, "the first multiple of 200 after the first gradient step"
     for earlier, later in itertools.pairwise(learner):
         assert later["sparsity/target"] >= earlier["sparsity/target"]
-        # With three environments there is a record at each target update: the chosen candidate became the target.
+        # With three environments there is a record at each target update: the chosen candidate
+        # became the target.
         # None takes place at the end of the run.
         if num_envs == 3 and "sparsity/selected" in later and later["step"] < 2000:
             t, target = (
@@ -589,7 +618,8 @@ def test_the_sparsity_records_follow_the_algorithm(
                 earlier[f"sparsity/candidate_{later['sparsity/selected']}"],
             )
             assert later["sparsity/target"] == pytest.approx(target, abs=1e-12)
-            # An exponent n leaves ((2000 - t - 200) / (2000 - t)) ** n of the density, and takes 0.1 at most.
+            # An exponent n leaves ((2000 - t - 200) / (2000 - t)) ** n of the density, and takes
+            # 0.1 at most.
             drawn = [
                 1 - (1 - target) * ((1800 - t) / (2000 - t)) ** exponents.uniform(0, 1)
                 for _ in range(2)
@@ -711,9 +741,13 @@ def test_evaluate_knows_all_networks(name: str, flags: dict[str, Any]) -> None:
 
 
 def test_evaluate_prints_the_score(
-    script: str, module: ModuleType, straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    module: ModuleType,
+    straight: Straight,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     """Its episodes have seeds of their own, 2,000,000 above --seed."""
     if script != "sac_mujoco_eaudeqn":
         pytest.skip(
@@ -912,7 +946,9 @@ def test_the_evaluation_is_cut_off(script: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def mended(script: str, home: Path, killed: Path) -> dict[str, Future[tuple[Path, Output]]]:
-    """Return, per misfortune of a killed run, the run's folder in the end, and what was said when it struck."""
+    """Return, per misfortune of a killed run, the run's folder in the end, and what was said when
+    it struck.
+    """
 
     def damage(where: str) -> tuple[Path, Output]:
         """Damage the newest checkpoint, resume, stop as soon as it is noticed, resume.
@@ -936,7 +972,9 @@ def mended(script: str, home: Path, killed: Path) -> dict[str, Future[tuple[Path
         return folder, output
 
     def fill_the_disk(_: str) -> tuple[Path, Output]:
-        """Resume with a limit on the size of files: the tensors no longer fit, the records still do. Then without."""
+        """Resume with a limit on the size of files: the tensors no longer fit, the records still
+        do. Then without.
+        """
         folder = home / "disk_full"
         shutil.copytree(killed, folder)
         before = {
@@ -1057,7 +1095,8 @@ def test_what_a_step_does_and_when_the_target_is_copied(
 ) -> None:
     """One environment: store, then learn, as in the paper; several step while the networks learn.
 
-    The target is copied at each multiple of --target-every after the first gradient step, not at the run's end.
+    The target is copied at each multiple of --target-every after the first gradient step, not at
+    the run's end.
     """
     if script not in ATARI:
         pytest.skip("the target follows each update")
@@ -1091,11 +1130,14 @@ def test_what_a_step_does_and_when_the_target_is_copied(
 BAD = """
 --total-timesteps 0 | --batch-size 0
 --learning-rate 0 | --learning-rate -1 | --learning-rate nan | --learning-rate inf | --gamma 1.1
---gamma -0.1 | --gamma nan | --epoch-steps 0 | --eval-steps 0 | --checkpoint-minutes -1 | --eval-episodes -1
---seed -1 | --seed 99999999999999999999999 | --compile | --device gpu | --device cuda:99 | --env-id Pacmann
+--gamma -0.1 | --gamma nan | --epoch-steps 0 | --eval-steps 0
+--checkpoint-minutes -1 | --eval-episodes -1
+--seed -1 | --seed 99999999999999999999999 | --compile | --device gpu
+--device cuda:99 | --env-id Pacmann
 """
 ONLINE_BAD = """
---learning-starts 3 | --buffer-size 7 | --replay-ratio 0 | --replay-ratio inf | --num-envs 0 | --num-envs 201
+--learning-starts 3 | --buffer-size 7 | --replay-ratio 0 | --replay-ratio inf
+--num-envs 0 | --num-envs 201
 """
 ATARI_BAD = f"""{ONLINE_BAD}
 --adam-eps 0 | --target-every 0 | --epsilon-end 2 | --epsilon-steps 0 | --feature-size 0
@@ -1110,7 +1152,8 @@ EAU_DE_BAD = """
 --max-sparsity-step 1.5 | --max-sparsity-step -0.1
 """
 GMP_BAD = """
---sparsity 1 | --sparsity -0.1 | --prune-start 1.1 | --prune-end 0.1 | --prune-end nan | --prune-every 0
+--sparsity 1 | --sparsity -0.1 | --prune-start 1.1 | --prune-end 0.1
+--prune-end nan | --prune-every 0
 """
 DQN_GMP_BAD = f"{ATARI_BAD}{GMP_BAD}--width 0 | --n-step 0 | --n-step 51 | --analysis-every -1"
 OWN_BAD = {
@@ -1121,7 +1164,8 @@ OWN_BAD = {
     "sac_mujoco_eaudeqn": f"{MUJOCO_BAD}{EAU_DE_BAD}--prune-every 0",
     "sac_mujoco_gmp": f"{MUJOCO_BAD}{GMP_BAD}--weight-decay -1 | --weight-decay inf",
     "cql_offline_snip": f"""{SAC_BAD}
---width 0 | --sparsity 1 | --sparsity -0.1 | --actor-learning-rate 0 | --actor-learning-rate inf | --cql-alpha -1 | --cql-alpha inf
+--width 0 | --sparsity 1 | --sparsity -0.1 | --actor-learning-rate 0 | --actor-learning-rate inf
+--cql-alpha -1 | --cql-alpha inf
 --cql-actions 0 | --cql-gap nan | --layers 0 | --prune-batches 0 | --dataset nowhere.hdf5
 """,
 }
@@ -1139,7 +1183,9 @@ def call(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Output:
-    """Run a script's command line in this process, which saves the imports; it must end there, without training."""
+    """Run a script's command line in this process, which saves the imports; it must end there,
+    without training.
+    """
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *flags])
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # those of this process stay
     with pytest.raises(SystemExit) as end:
@@ -1173,9 +1219,13 @@ def test_a_value_out_of_range_is_refused(
 @pytest.mark.shared
 @pytest.mark.parametrize("flags", ["--buffer-size 100000000000000", "--feature-size 1000000000"])
 def test_what_does_not_fit_in_memory_is_refused(
-    script: str, module: ModuleType, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    module: ModuleType,
+    flags: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     if script in OFFLINE and "--buffer-size" in flags:
         pytest.skip("it has no buffer")
@@ -1242,8 +1292,11 @@ def test_each_numeric_flag_has_a_bad_value(script: str, module: ModuleType) -> N
         ("--env-id ALE/MsPackman-v5", ["--env-id", "mspacman"]),
         ("--buffer-size 31 --batch-size 32", ["--buffer-size", "31", "32"]),
         ("--num-envs 0", ["--num-envs", "0", "1"]),
-        pytest.param("--device cuda", ["--device", "cuda", "cpu"],
-                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")),
+        pytest.param(
+            "--device cuda",
+            ["--device", "cuda", "cpu"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
         ("--run-dir full", ["--run-dir", "full", "--resume full"]),
         ("--run-dir file", ["--run-dir", "file"]),
         ("--resume full", ["--resume", "full"]),
@@ -1252,11 +1305,16 @@ def test_each_numeric_flag_has_a_bad_value(script: str, module: ModuleType) -> N
         ("--resume other --seed 3 --no-compile", ["--resume", "--seed", "--no-compile"]),
         ("--resume=other --total-timesteps=9000", ["--resume", "--total-timesteps"]),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(
-    script: str, module: ModuleType, flags: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    module: ModuleType,
+    flags: str,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     for folder, name, text in (
         ("full", "notes.txt", "mine"),
@@ -1282,9 +1340,12 @@ def test_bad_input_is_named(
 
 @pytest.mark.parametrize("flags", [["--resume", ""], ["--resume="], ["--resume=", "--seed", "3"]])
 def test_an_empty_resume_is_refused(
-    module: ModuleType, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     """`--resume "$RUN"` with RUN unset must not start a run of 40M frames."""
     monkeypatch.setattr(module, "main", lambda _: sys.exit("it ran"))
     monkeypatch.chdir(tmp_path)
@@ -1380,39 +1441,109 @@ def test_every_flag_is_read(module: ModuleType) -> None:
 
 
 # What the papers or the code that a script follows say; of Atari in steps of 4 frames.
-DOPAMINE = {"total_timesteps": 10_000_000, "learning_starts": 20_000, "buffer_size": 1_000_000, "batch_size": 32,
-            "learning_rate": 6.25e-5, "adam_eps": 1.5e-4, "gamma": 0.99, "replay_ratio": 0.25, "target_every": 8000,
-            "epsilon_end": 0.01, "epsilon_steps": 250_000, "epoch_steps": 250_000, "feature_size": 512}  # fmt: skip
-SAC = {"total_timesteps": 1_000_000, "buffer_size": 1_000_000, "batch_size": 256, "gamma": 0.99, "tau": 0.005,
-       "replay_ratio": 1.0, "prune_every": 1000}  # fmt: skip
+DOPAMINE = {
+    "total_timesteps": 10_000_000,
+    "learning_starts": 20_000,
+    "buffer_size": 1_000_000,
+    "batch_size": 32,
+    "learning_rate": 6.25e-5,
+    "adam_eps": 1.5e-4,
+    "gamma": 0.99,
+    "replay_ratio": 0.25,
+    "target_every": 8000,
+    "epsilon_end": 0.01,
+    "epsilon_steps": 250_000,
+    "epoch_steps": 250_000,
+    "feature_size": 512,
+}
+SAC = {
+    "total_timesteps": 1_000_000,
+    "buffer_size": 1_000_000,
+    "batch_size": 256,
+    "gamma": 0.99,
+    "tau": 0.005,
+    "replay_ratio": 1.0,
+    "prune_every": 1000,
+}
 EAU_DE = {"num_networks": 5, "max_exponent": 3.0, "max_sparsity_step": 0.01}
 GMP = {"sparsity": 0.95, "prune_start": 0.2, "prune_end": 0.8, "prune_every": 1000}
 PAPERS = {
     "eaudeqn_atari": DOPAMINE | EAU_DE | {"behaviour": "inverse-loss", "reset_optimizer": True},
     "dqn_atari_gmp": DOPAMINE | GMP | {"network": "cnn", "width": 1, "n_step": 1},
     "rainbow_resnet_gmp": DOPAMINE | GMP | {"network": "impala", "width": 1, "n_step": 3},
-    "dqn_atari_baselines": DOPAMINE | GMP | {"network": "cnn", "width": 1, "pruner": "gmp", "regulariser": "none"},
-    "sac_mujoco_eaudeqn": SAC | EAU_DE | {
-        "learning_starts": 5000, "learning_rate": 1e-3, "reward_scale": 1.0, "target_entropy": -1.0, "width": 1,
-        "loss_aggregation": "ema", "prune_actor": False, "reset_optimizer": False},
-    "sac_mujoco_gmp": SAC | GMP | {
-        "learning_starts": 1000, "learning_rate": 3e-4, "reward_scale": 0.1, "target_entropy": -0.5, "width": 5,
-        "weight_decay": 1e-4, "prune_exponent": 3.0},
+    "dqn_atari_baselines": DOPAMINE
+    | GMP
+    | {"network": "cnn", "width": 1, "pruner": "gmp", "regulariser": "none"},
+    "sac_mujoco_eaudeqn": SAC
+    | EAU_DE
+    | {
+        "learning_starts": 5000,
+        "learning_rate": 1e-3,
+        "reward_scale": 1.0,
+        "target_entropy": -1.0,
+        "width": 1,
+        "loss_aggregation": "ema",
+        "prune_actor": False,
+        "reset_optimizer": False,
+    },
+    "sac_mujoco_gmp": SAC
+    | GMP
+    | {
+        "learning_starts": 1000,
+        "learning_rate": 3e-4,
+        "reward_scale": 0.1,
+        "target_entropy": -0.5,
+        "width": 5,
+        "weight_decay": 1e-4,
+        "prune_exponent": 3.0,
+    },
     "cql_offline_snip": {
-        "total_timesteps": 1_000_000, "batch_size": 256, "gamma": 0.99, "tau": 0.005, "target_entropy": -1.0,
-        "learning_rate": 3e-4, "actor_learning_rate": 3e-5, "entropy_backup": False, "cql_actions": 10, "cql_gap": -1.0,
-        "cql_alpha": 10.0, "layers": 3, "width": 1, "normalize_rewards": False, "pruner": "snip", "sparsity": 0.95,
-        "prune_batches": 1},
-}  # fmt: skip
+        "total_timesteps": 1_000_000,
+        "batch_size": 256,
+        "gamma": 0.99,
+        "tau": 0.005,
+        "target_entropy": -1.0,
+        "learning_rate": 3e-4,
+        "actor_learning_rate": 3e-5,
+        "entropy_backup": False,
+        "cql_actions": 10,
+        "cql_gap": -1.0,
+        "cql_alpha": 10.0,
+        "layers": 3,
+        "width": 1,
+        "normalize_rewards": False,
+        "pruner": "snip",
+        "sparsity": 0.95,
+        "prune_batches": 1,
+    },
+}
 
 
 def test_the_defaults_are_the_papers(script: str, module: ModuleType) -> None:
-    """Every flag that changes what is learned is named here, but for the seed, the game, its copies and precision."""
+    """Every flag that changes what is learned is named here, but for the seed, the game, its copies
+    and precision.
+    """
     flags = dataclasses.asdict(module.Args())
     assert {name: flags[name] for name in PAPERS[script]} == PAPERS[script]
-    rest = {"seed", "env_id", "num_envs", "precision", "device", "compile", "run_dir", "resume", "checkpoint_minutes",
-            "eval_episodes", "eval_steps", "track", "wandb_project", "analysis_every", "lottery_mask", "dataset",
-            "epoch_steps"}  # fmt: skip
+    rest = {
+        "seed",
+        "env_id",
+        "num_envs",
+        "precision",
+        "device",
+        "compile",
+        "run_dir",
+        "resume",
+        "checkpoint_minutes",
+        "eval_episodes",
+        "eval_steps",
+        "track",
+        "wandb_project",
+        "analysis_every",
+        "lottery_mask",
+        "dataset",
+        "epoch_steps",
+    }
     assert {*flags} - {*PAPERS[script]} <= rest
 
 
@@ -1473,7 +1604,9 @@ def assert_learned(folder: Path) -> None:
 
 
 def test_one_file_alone_trains(script: str, tmp_path: Path) -> None:
-    """Copied to an empty folder: run there, and from elsewhere under another name on a machine without git."""
+    """Copied to an empty folder: run there, and from elsewhere under another name on a machine
+    without git.
+    """
     for folder, name in (("alone", script), ("other", "my_variant")):
         (tmp_path / folder).mkdir()
         shutil.copy(FOLDER / f"{script}.py", tmp_path / folder / f"{name}.py")
@@ -1519,13 +1652,20 @@ def test_what_weights_and_biases_refuses_leaves_no_folder(script: str, tmp_path:
 @pytest.mark.shared
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP], ids=["SIGINT", "SIGHUP"])
 def test_a_run_outlives_the_readers_of_its_output(script: str, tmp_path: Path, signum: int) -> None:
-    """As at `| head` and `2>&1 | tee log` when tee dies of the same Ctrl-C: the signal alone stops it, resumably."""
+    """As at `| head` and `2>&1 | tee log` when tee dies of the same Ctrl-C: the signal alone stops
+    it, resumably.
+    """
     flags = (
         f"{SMALL[script]} --total-timesteps 10000000 --checkpoint-minutes 10 --run-dir run".split()
     )
     read, write = os.pipe()
-    process = subprocess.Popen([sys.executable, str(FOLDER / f"{script}.py"), *flags], cwd=tmp_path, stdout=write,
-                               stderr=write, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, str(FOLDER / f"{script}.py"), *flags],
+        cwd=tmp_path,
+        stdout=write,
+        stderr=write,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     os.close(write)
     os.close(read)
     wait_until((tmp_path / "run" / "metrics.jsonl").exists)
@@ -1659,7 +1799,9 @@ def test_games_train_and_resume(script: str, number: int, tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("num_envs", [1, 2, 3, 8])
 def test_kills_at_random_moments(script: str, num_envs: int, tmp_path: Path) -> None:
-    """Eight kills each, with as many checkpoints as the disk takes; there are records between two gradient steps."""
+    """Eight kills each, with as many checkpoints as the disk takes; there are records between two
+    gradient steps.
+    """
     if script in OFFLINE:
         pytest.skip("it has no environments to count")
     often = "--checkpoint-minutes 0.003 --epoch-steps 40 --replay-ratio 0.03"

@@ -11,8 +11,8 @@ Shared copies of one name must be equal byte for byte, fences, indentation and l
 included. A copy which must differ is forked; it needs a reason and is not compared. Blocks do not
 nest, and a file has at most one of each name.
 
-    python tools/blocks.py                            check: list the blocks, print a diff where copies differ
-    python tools/blocks.py write NAME --from FILE     write the copy in FILE to the other files which share NAME
+    python tools/blocks.py                         check: list blocks, print differences
+    python tools/blocks.py write NAME --from FILE  write FILE's copy to the others which share NAME
 
 Exit status: 0 all equal or written; 1 copies differ or a fence is malformed; 2 the request cannot
 be followed.
@@ -35,7 +35,10 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "cleanrl_sparse"
 FENCE_LIKE = re.compile(r"\s*#\s*(<<|>>)")
 START = re.compile(r"\s*# >>> (?:shared: (\S+)|forked: (\S+) \((.*\S.*)\))")
 END = re.compile(r"\s*(# <<< (?:shared|forked): \S+)")
-ACCEPTED = '"# >>> shared: NAME", "# >>> forked: NAME (reason)", "# <<< shared: NAME" or "# <<< forked: NAME"'
+ACCEPTED = (
+    '"# >>> shared: NAME", "# >>> forked: NAME (reason)", "# <<< shared: NAME" or "# <<< forked: '
+    'NAME"'
+)
 
 
 class Malformed(ValueError):
@@ -92,9 +95,15 @@ def parse(path: Path) -> dict[str, Block]:
         ):  # written into the middle of another file, it would swallow the next line there
             wrong = "the fence ends the file without a line ending; one must follow it"
         elif start and block:
-            wrong = f'{name} starts inside {block.name}; blocks do not nest, "{block.closing}" must come first'
+            wrong = (
+                f'{name} starts inside {block.name}; blocks do not nest, "{block.closing}" must '
+                "come first"
+            )
         elif start and name in blocks:
-            wrong = f"a second block {name}, after line {blocks[name].start + 1}; a file has at most one of a name"
+            wrong = (
+                f"a second block {name}, after line {blocks[name].start + 1}; a file has at most "
+                "one of a name"
+            )
         elif start:
             block = Block(path, source, name, start[3], index)
             continue
@@ -104,13 +113,19 @@ def parse(path: Path) -> dict[str, Block]:
             block = None
             continue
         elif end and block:
-            wrong = f'"{end[1]}" cannot end the block of line {block.start + 1}; accepted: "{block.closing}"'
+            wrong = (
+                f'"{end[1]}" cannot end the block of line {block.start + 1}; accepted: '
+                f'"{block.closing}"'
+            )
         elif end:
             wrong = (
                 f'"{end[1]}" ends no block; "{end[1].replace("<<<", ">>>")}" must come before it'
             )
         elif text.lstrip().startswith("# >>> forked: "):
-            wrong = f'"{text.strip()}" lacks a name or a reason; accepted: "# >>> forked: NAME (reason)"'
+            wrong = (
+                f'"{text.strip()}" lacks a name or a reason; accepted: "# >>> forked: NAME '
+                '(reason)"'
+            )
         else:
             wrong = f'"{text.strip()}" is not a fence; accepted: {ACCEPTED}'
         raise Malformed(f"{path}:{index + 1}: {wrong}")
