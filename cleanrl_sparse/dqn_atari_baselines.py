@@ -1,32 +1,39 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12.1", "tyro>=0.9", "safetensors>=0.5",
-#                 "tensorboard>=2.18", "tqdm>=4.66", "imageio-ffmpeg>=0.5", "wandb>=0.18"]
+# dependencies = ["torch>=2.13", "numpy>=1.26", "ale-py>=0.12.1", "gymnasium>=1.2", "tyro>=0.9",
+#                 "safetensors>=0.5", "tensorboard>=2.18", "tqdm>=4.66", "wandb>=0.18"]
 # ///
 """DQN on Atari with the baselines that gradual magnitude pruning is compared to.
 
-Paper: Obando-Ceron, Courville, Castro, "In value-based deep reinforcement learning, a pruned network is a good
-network", ICML 2024, arXiv 2402.12479, figures 12, 13 and 22. The agent is that of dqn_atari_gmp.py.
+Paper: Obando-Ceron, Courville, Castro, "In value-based deep reinforcement learning, a pruned
+network is a good network", ICML 2024, arXiv 2402.12479, figures 12, 13 and 22. The agent is that of
+dqn_atari_gmp.py.
 
-    python dqn_atari_baselines.py --sparsity 0 --regulariser redo --network impala --width 3          # figure 12
-    python dqn_atari_baselines.py --pruner rigl --prune-every 5000 --network impala --width 3         # figure 22
-    python dqn_atari_baselines.py --pruner lottery --lottery-mask RUN_DIR --network impala --width 3  # figure 13
+    python dqn_atari_baselines.py --sparsity 0 --regulariser redo --network impala --width 3
+    python dqn_atari_baselines.py --pruner rigl --prune-every 5000 --network impala --width 3
+    python dqn_atari_baselines.py --pruner lottery --lottery-mask RUN_DIR --network impala --width 3
     python dqn_atari_baselines.py --resume runs/Breakout__dqn_atari_baselines__1__1790000000
 
-Sparse training (--pruner), all at --sparsity: gmp, gradual magnitude pruning as in dqn_atari_gmp.py; static, random
-masks from the start; set (Mocanu et al. 2018) and rigl (Evci et al. 2020), which begin as static and replace the
-smallest weights every --prune-every gradient steps, by random ones or by those of the largest gradient; lottery
-(Frankle and Carbin 2019), the final mask of another run on that run's initial weights.
+Sparse training (--pruner), all at --sparsity: gmp, gradual magnitude pruning; static, random masks
+from the start; set (Mocanu et al. 2018) and rigl (Evci et al. 2020), which begin as static and
+replace the smallest weights every --prune-every gradient steps, by random ones or by those of the
+largest gradient; lottery (Frankle and Carbin 2019), the final mask of another run on that run's
+initial weights.
 
-Regularisation (--regulariser): weight-decay, 1e-5 within Adam; l2-features, features scaled to length 1 (Kumar et al.
-2021); redo, dormant units are made anew (Sokar et al. 2023); reset, the last layer is made anew (Nikishin et al. 2022).
+Regularisation (--regulariser): weight-decay, 1e-5 within Adam; l2-features, features of length 1
+(Kumar et al. 2021); redo, dormant units are made anew (Sokar et al. 2023); reset, the last layer
+is made anew (Nikishin et al. 2022).
 
 Differences from the papers, and guesses ([C] read in the paper, [I] inferred, [D] our decision):
- 1. [C] RigL and SET replace 0.3 of a layer's weights at first, less along a cosine until --prune-end.
- 2. [D] RigL looks at the gradients of a batch drawn for that; a weight that grows starts at 0 with empty moments.
- 3. [I] ReDo works every 1,000 gradient steps, with a threshold of 0.1 [C], on 64 states; [D] on units with one layer
-    before and one behind them, which in the ResNet are those within its blocks and the dense ones.
- 4. [D] A reset, every 100,000 gradient steps [C], empties Adam's moments and takes place in the target network, too.
+ 1. [C] RigL and SET replace 0.3 of a layer's weights at first, less along a cosine until
+    --prune-end.
+ 2. [D] RigL looks at the gradients of a batch drawn for that; a weight that grows starts at 0 with
+    empty moments.
+ 3. [I] ReDo works every 1,000 gradient steps, with a threshold of 0.1 [C], on 64 states; [D] on
+    units with one layer before and one behind them: in the ResNet those within its blocks and the
+    dense ones.
+ 4. [D] A reset, every 100,000 gradient steps [C], empties Adam's moments and takes place in the
+    target network, too.
  5. [D] Masks, schedule, width and environments: as in dqn_atari_gmp.py.
 
 Figures: benchmark/gmp_figure12.sh, 13, 22. More: docs/dqn_atari_baselines.md.
@@ -46,1123 +53,996 @@ import os
 import platform
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, make_dataclass
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, Literal, get_type_hints
 
-import imageio_ffmpeg
 import numpy as np
 import torch
 import tyro
 from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-
-# >>> shared: basics
-class Exit(Exception):
-    """Exit(status, line) ends the program: status 2 bad input, 1 a fault while running, 75 stopped and resumable."""
-
-
-def require(accepted: bool, line: str) -> None:
-    """Refuse bad input, with a line that names the flag or file and what is accepted."""
-    if not accepted:
-        raise Exit(2, line)
-
-# <<< shared: basics
+# >>> shared: run-flags
+# Types of flags: the smallest and the largest value, and what --help and messages say of them.
+ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
+Count = Annotated[int, (1, math.inf, "at least 1"), tyro.conf.arg(metavar="INT >= 1")]
+Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), tyro.conf.arg(metavar="INT >= 0")]
+Amount = Annotated[float, (0, LARGEST, "at least 0 and finite"), tyro.conf.arg(metavar="X >= 0")]
+Rate = Annotated[float, (ABOVE_0, LARGEST, "above 0 and finite"), tyro.conf.arg(metavar="X > 0")]
+Share = Annotated[float, (0, 1, "in [0, 1]"), tyro.conf.arg(metavar="X in [0, 1]")]
 
 
 @dataclass
-class Args:
-    """Flags; the paper's figures are of --network impala --width 3. A "step" is one decision, 4 frames."""
+class Running:
+    """Where and how it runs."""
 
-    # >>> shared: run-flags
-    env_id: str = "Breakout"  # game; Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same
-    seed: int = 1  # seed of everything random, in [0, 2^32)
-    total_timesteps: int = 10_000_000  # length of the run in steps, over all environments (>= 1); 10M are 40M frames
-    learning_starts: int = 20_000  # steps of uniformly random play before the first gradient step (>= batch size)
-    buffer_size: int = 1_000_000  # transitions in the replay (>= batch size), 7.1 KB of memory each
-    batch_size: int = 32  # transitions per gradient step (>= 1)
-    learning_rate: float = 6.25e-5  # Adam's step size (> 0)
-    adam_eps: float = 1.5e-4  # Adam's epsilon (> 0)
-    gamma: float = 0.99  # discount, in [0, 1]
-    replay_ratio: float = 0.25  # gradient steps per step (> 0)
-    target_every: int = 8_000  # steps between target updates (>= number of environments)
-    epsilon_end: float = 0.01  # final probability of a random action, in [0, 1]
-    epsilon_steps: int = 250_000  # steps over which it falls from 1, counted from the end of the warm-up (>= 1)
-    epoch_steps: int = 250_000  # steps per epoch, the unit of reporting (>= 1); 250,000 are 1M frames
-    num_envs: int = 1  # environments (>= 1); several step while the learner learns; periods count the steps of all
     device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
-    compile: bool = False  # capture sampling and update in a CUDA graph (CUDA only; not yet tried on a GPU)
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of the networks; weights and Adam stay fp32
-    run_dir: str = ""  # folder for the run, new or empty; default: runs/{game}__{script}__{seed}__{time}
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
+    compile: bool = False  # sampling and update as a CUDA graph (not yet tried on a GPU)
+    run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
     resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
-    checkpoint_minutes: float = 10.0  # minutes between checkpoints (>= 0)
-    eval_episodes: int = 10  # episodes of the final evaluation, at epsilon 0.001 (>= 0; 0: none)
-    capture_video: bool = False  # write the first evaluation episode to RUN_DIR/evaluation.mp4
+    checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
     wandb_project: str = "cleanrl-sparse"  # project there
     # <<< shared: run-flags
-    network: Literal["cnn", "impala"] = "cnn"  # cnn: DQN's three convolutions; impala: the 15-layer residual network
-    feature_size: int = 512  # units of the dense layer (>= 1)
-    width: int = 1  # multiplies the channels of the convolutions (>= 1; the paper: 1 to 5, mainly 3)
-    pruner: Literal["gmp", "rigl", "set", "static", "lottery"] = "gmp"  # how the network is made sparse
-    regulariser: Literal["none", "weight-decay", "l2-features", "redo", "reset"] = "none"  # what keeps it plastic
-    lottery_mask: str = ""  # folder of a finished run whose mask --pruner lottery takes; same seed, network and sizes
-    sparsity: float = 0.95  # share of the prunable weights that is zero in the end, in [0, 1); lottery: the mask's
-    prune_start: float = 0.2  # gmp: share of the run's gradient steps at which pruning begins, in [0, 1]
-    prune_end: float = 0.8  # gmp, rigl, set: share after which the masks stay, in [prune_start, 1]
-    prune_every: int = 1000  # gmp, rigl, set: gradient steps between new masks (>= 1; the paper's RigL: 5,000)
-    scope: Literal["erk", "uniform"] = "erk"  # how sparsity is spread over the layers
-    prune_exponent: ClassVar[float] = 3.0  # of gmp's schedule
+
+
+@dataclass
+class Training:
+    """The agent and its game. A step is one decision in one environment: 4 frames."""
+
+    env_id: str = "Breakout"  # game, like MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4
+    seed: Index = 1  # seed of everything random
+    total_timesteps: Count = 10_000_000  # steps of the run, over all environments
+    learning_starts: Count = 20_000  # steps of random play before the first gradient step
+    buffer_size: Count = 1_000_000  # transitions in the replay, 7.1 KB of memory each
+    batch_size: Count = 32  # transitions per gradient step
+    learning_rate: Rate = 6.25e-5  # Adam's step size
+    adam_eps: Rate = 1.5e-4  # Adam's epsilon
+    gamma: Share = 0.99  # discount factor
+    n_step: Count = 1  # steps of the return before the bootstrap
+    replay_ratio: Rate = 0.25  # gradient steps per step
+    target_every: Count = 8_000  # steps between target updates
+    epsilon_end: Share = 0.01  # final probability of a random action
+    epsilon_steps: Count = 250_000  # steps over which it falls from 1, after the random play
+    epoch_steps: Count = 250_000  # steps per epoch, whose mean return is reported
+    num_envs: Count = 1  # environments; several step while the agent learns
+    network: Literal["cnn", "impala"] = "cnn"  # DQN's convolutions or the 15-layer ResNet
+    width: Count = 1  # multiplies the channels of the convolutions; the paper: 1 to 5, mainly 3
+    feature_size: Count = 512  # units of the dense layer
+    eval_episodes: Index = 10  # episodes of the final evaluation, at epsilon 0.001
+    eval_steps: Count = 27_000  # steps after which an episode of it is cut off
+
+
+@dataclass
+class Method:
+    """The baselines; their defaults are the paper's."""
+
+    pruner: Literal["gmp", "rigl", "set", "static", "lottery"] = "gmp"  # what makes it sparse
+    regulariser: Literal["none", "weight-decay", "l2-features", "redo", "reset"] = "none"  # plastic
+    lottery_mask: str = ""  # lottery: folder of a finished run of the same seed, network and sizes
+    sparsity: Share = 0.95  # share of the prunable weights that is zero; lottery: the mask's
+    prune_start: Share = 0.2  # gmp: share of the run's gradient steps at which pruning begins
+    prune_end: Share = 0.8  # gmp, rigl, set: share after which the masks stay
+    prune_every: Count = 1000  # gmp, rigl, set: gradient steps between new masks; RigL's: 5,000
+
+
+@dataclass
+class Args(Running, Training, Method):
+    """All flags."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range, naming the flag."""
-        # >>> shared: check
-        def check(names: str, accepted: Callable[[float], bool], text: str) -> None:
-            """Refuse the flags `names` whose value is not accepted."""
-            for name in names.split():
-                flag, value = name.replace("_", "-"), getattr(self, name)
-                require(accepted(value), f"--{flag} {value}: must be {text}")
-
-        check("total_timesteps batch_size epoch_steps", lambda x: x >= 1, "at least 1")
-        check("eval_episodes checkpoint_minutes", lambda x: x >= 0, "at least 0")
-        check("seed", lambda x: 0 <= x < 2**32, "in [0, 2^32)")
-        check("learning_rate", lambda x: 0 < x < math.inf, "above 0 and finite")
-        check("gamma", lambda x: 0 <= x <= 1, "in [0, 1]")
-        check("capture_video", lambda x: not x or self.eval_episodes > 0, "used with --eval-episodes above 0")
-        # <<< shared: check
-        # >>> shared: check-replay-flags
-        check("num_envs", lambda x: x >= 1, "at least 1")
-        check("replay_ratio", lambda x: 0 < x < math.inf, "above 0 and finite")
-        check("learning_starts buffer_size", lambda x: x >= self.batch_size, f"at least a batch, {self.batch_size}")
-        text = f"at least --num-envs {self.num_envs}"
-        check("learning_starts buffer_size", lambda x: x >= self.num_envs, text)
-        # <<< shared: check-replay-flags
-        # >>> shared: check-run-flags
-        check("epsilon_steps", lambda x: x >= 1, "at least 1")
-        check("adam_eps", lambda x: 0 < x < math.inf, "above 0 and finite")
-        check("epsilon_end", lambda x: 0 <= x <= 1, "in [0, 1]")
-        check("target_every", lambda x: x >= self.num_envs, text)
-        # <<< shared: check-run-flags
-        check("feature_size width prune_every", lambda x: x >= 1, "at least 1")
-        check("sparsity", lambda x: 0 <= x < 1, "in [0, 1)")
-        check("prune_start prune_end", lambda x: 0 <= x <= 1, "in [0, 1]")
-        check("prune_end", lambda x: x >= self.prune_start, f"at least --prune-start, {self.prune_start}")
-        lottery = self.pruner == "lottery"
-        require(not lottery or self.lottery_mask != "", "--pruner lottery: needs --lottery-mask, a run's folder")
-        require(lottery or self.lottery_mask == "", f"--lottery-mask {self.lottery_mask}: only with --pruner lottery")
-        self.lottery_mask = str(Path(self.lottery_mask).resolve()) if lottery else ""
+        """Refuse values that are not accepted, naming the flag."""
+        check_ranges(self)
+        least = max(self.batch_size, self.num_envs)
+        smallest = min(self.learning_starts, self.buffer_size)
+        text = f"--learning-starts, --buffer-size {smallest}: at least --batch-size and --num-envs"
+        require(smallest >= least, f"{text}, {least}")
+        require(self.target_every >= self.num_envs, "--target-every: must be at least --num-envs")
+        most = self.learning_starts // self.num_envs
+        require(self.n_step <= most, "--n-step: must be at most --learning-starts / --num-envs")
+        require(self.sparsity < 1, "--sparsity: must be below 1")
+        require(self.prune_start <= self.prune_end, "--prune-end: must be at least --prune-start")
+        lottery, mask = self.pruner == "lottery", self.lottery_mask
+        require(not lottery or mask != "", "--pruner lottery: needs --lottery-mask, a run's folder")
+        require(lottery or mask == "", f"--lottery-mask {mask}: only with --pruner lottery")
+        self.lottery_mask = str(Path(mask).resolve()) if lottery else ""
 
 
-# >>> shared: atari-env
-# Random and human scores for the human-normalised score (Dopamine's and rliable's table; 55 of the 60 games have one).
-HUMAN_SCORES = """
-Alien 227.8 7127.7; Amidar 5.8 1719.5; Assault 222.4 742.0; Asterix 210.0 8503.3; Asteroids 719.1 47388.7; Atlantis
-12850.0 29028.1; BankHeist 14.2 753.1; BattleZone 2360.0 37187.5; BeamRider 363.9 16926.5; Berzerk 123.7 2630.4;
-Bowling 23.1 160.7; Boxing 0.1 12.1; Breakout 1.7 30.5; Centipede 2090.9 12017.0; ChopperCommand 811.0 7387.8;
-CrazyClimber 10780.5 35829.4; DemonAttack 152.1 1971.0; DoubleDunk -18.6 -16.4; Enduro 0.0 860.5; FishingDerby -91.7
--38.7; Freeway 0.0 29.6; Frostbite 65.2 4334.7; Gopher 257.6 2412.5; Gravitar 173.0 3351.4; Hero 1027.0 30826.4;
-IceHockey -11.2 0.9; Jamesbond 29.0 302.8; Kangaroo 52.0 3035.0; Krull 1598.0 2665.5; KungFuMaster 258.5 22736.3;
-MontezumaRevenge 0.0 4753.3; MsPacman 307.3 6951.6; NameThisGame 2292.3 8049.0; Phoenix 761.4 7242.6; Pitfall -229.4
-6463.7; Pong -20.7 14.6; PrivateEye 24.9 69571.3; Qbert 163.9 13455.0; Riverraid 1338.5 17118.0; RoadRunner 11.5
-7845.0; Robotank 2.2 11.9; Seaquest 68.4 42054.7; Skiing -17098.1 -4336.9; Solaris 1236.3 12326.7; SpaceInvaders 148.0
-1668.7; StarGunner 664.0 10250.0; Tennis -23.8 -8.3; TimePilot 3568.0 5229.2; Tutankham 11.4 167.6; UpNDown 533.4
-11693.2; Venture 0.0 1187.5; VideoPinball 0.0 17667.9; WizardOfWor 563.5 4756.5; YarsRevenge 3092.9 54576.9; Zaxxon
-32.5 9173.3"""
+# >>> forked: networks (features of length 1)
+class Stack(nn.Module):
+    """A convolution, a pooling and two residual blocks of Impala (Espeholt et al. 2018)."""
 
-
-def find_rom(env_id: str) -> tuple[str, str]:
-    """Return ROM and title (ms_pacman, MsPacman) of MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4; else Exit."""
-    titles = {"".join(word.capitalize() for word in rom.split("_")): rom for rom in roms.get_all_rom_ids()}
-    name = re.sub(r"^ALE/|(NoFrameskip)?(-v[45])?$|_", "", env_id)
-    title = {t.lower(): t for t in titles}.get(name.lower(), "")
-    near = ", ".join(difflib.get_close_matches(name, titles, n=3, cutoff=0.3)) or "none"
-    require(bool(title), f"--env-id {env_id}: no such Atari game; the nearest names are {near}")
-    return titles[title], title
-
-
-def human_normalized(title: str, score: float) -> float | None:
-    """Return (score - random) / (human - random), or None for a game without a human score."""
-    if not (found := re.search(rf"\b{title}\s(\S+)\s([^;\s]+)", HUMAN_SCORES)):
-        return None
-    return (score - float(found[1])) / (float(found[2]) - float(found[1]))
-
-
-class Steps(NamedTuple):
-    """One step of N environments."""
-
-    last_frames: np.ndarray  # [N, 84, 84] uint8, the newest frame before any reset
-    rewards: np.ndarray  # [N] unclipped
-    terminated: np.ndarray  # [N] bool
-    ended: np.ndarray  # [N] bool, terminated or truncated
-    episodes: list[tuple[float, int]]  # (undiscounted return, steps) of each episode that ended
-
-
-class AtariEnvs:
-    """N copies of a game under Dopamine's protocol (Machado et al. 2018), restorable at any step.
-
-    Sticky actions 0.25, frameskip 4 with the maximum over the last two frames, 84x84 grayscale, stacks of 4, minimal
-    action set, no no-op start, no FIRE reset, losing a life does not end an episode, 27,000 steps truncate it.
-    `obs` [N, 4, 84, 84] uint8 is what the agent sees now: after an ending, the next episode's first frame.
-
-    What an environment did follows from its seeds and actions: a checkpoint keeps these, restore() plays them again.
-    Seeding reloads the ROM, which takes as long as 200 steps, so it is left out at most endings.
-    """
-
-    RESEED_AFTER = 25_000  # an environment is seeded anew at the first ending so many steps after its last seeding
-
-    def __init__(self, rom: str, num_envs: int, seed: int, **options: Any) -> None:
-        protocol = dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False, reward_clipping=False,
-                        max_num_frames_per_episode=108_000, num_threads=min(num_envs, os.cpu_count() or 1))
-        self.envs = AtariVectorEnv(rom, num_envs, autoreset_mode="NextStep", **(protocol | options))
-        self.num_actions = len(self.envs.ale.get_action_set())
-        self.seed, self.actions = seed, bytearray()  # every action so far, N to a step
-        self.seeded = [list[int]() for _ in range(num_envs)]  # the steps at which each environment was seeded
-        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
-        self.reset(np.ones(num_envs, bool), reseed=True)
-
-    def reset(self, which: np.ndarray, reseed: bool = False) -> None:
-        """Start an episode where the mask `which` [N] is true."""
-        seeds, step = [], len(self.actions) // len(which)
-        for i in np.flatnonzero(which):
-            new = reseed or step - self.seeded[i][-1] >= self.RESEED_AFTER
-            self.seeded[i] += [step] * new
-            key = (self.seed, int(i), step)
-            seeds.append(np.random.SeedSequence(key).generate_state(1)[0] >> 1 if new else -1)  # -1: no seeding
-        self.returns[which] = self.lengths[which] = 0
-        options = {} if which.all() else {"reset_mask": which}
-        self.obs = self.envs.reset(seed=np.array(seeds, np.int64), options=options)[0]
-
-    def send(self, actions: np.ndarray) -> None:
-        """Start a step with actions [N] int64; the environments run in threads of their own until recv()."""
-        self.actions += actions.astype(np.uint8).tobytes()
-        self.envs.send(actions)
-
-    def recv(self) -> Steps:
-        """Wait for the step's end. What ended is reset at once, so that no reset step reaches the replay."""
-        self.obs, rewards, terminated, truncated, _ = self.envs.recv()
-        last_frames, ended = self.obs[:, -1], terminated | truncated
-        self.returns += rewards
-        self.lengths += 1
-        episodes = [(float(self.returns[i]), int(self.lengths[i])) for i in np.flatnonzero(ended)]
-        if ended.any():
-            self.reset(ended)
-        return Steps(last_frames, rewards, terminated, ended, episodes)
-
-    def past(self) -> dict[str, Any]:
-        """Return what restore() needs, as JSON."""
-        return {"actions": self.actions.hex(), "seeded": self.seeded, "digest": hashlib.sha256(self.obs).hexdigest()}
-
-    def restore(self, past: dict[str, Any], first: int) -> Iterator[tuple[int, np.ndarray, Steps]]:
-        """Play a past() again, each environment from its last seed at or before step `first`.
-
-        Yields (step, actions [N], Steps). Raises Exit if the games went otherwise than recorded.
-        """
-        actions = np.frombuffer(bytes.fromhex(past["actions"]), np.uint8).reshape(-1, len(self.obs))
-        begins = np.array([max(step for step in seeded if step <= max(0, first)) for seeded in past["seeded"]])
-        self.actions = bytearray(actions[: begins.min()].tobytes())
-        self.reset(begins == begins.min(), reseed=True)
-        for step in tqdm(range(begins.min(), len(actions)), "playing again", leave=False, disable=None):
-            self.send(actions[step].astype(np.int64))
-            steps = self.recv()
-            if (begun := begins == step + 1).any():  # what this environment did until now is not in the record
-                self.reset(begun, reseed=True)
-            yield step, actions[step], steps  # at a begin no ending: such rows lie before all stacks that are sampled
-        self.seeded = past["seeded"]
-        if hashlib.sha256(self.obs).hexdigest() != past["digest"]:
-            raise Exit(1, "the games went otherwise when played again; resume with the ale-py of versions.json")
-# <<< shared: atari-env
-
-
-# >>> shared: torsos
-class Residual(nn.Module):
-    """Impala's residual block on [B, C, H, W]: x + conv(relu(conv(relu(x))))."""
-
-    def __init__(self, channels: int) -> None:
+    def __init__(self, c_in: int, c_out: int, padding: int) -> None:
         super().__init__()
-        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-        self.relu = nn.ReLU()
+        self.entry = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=padding, ceil_mode=True)
+        self.blocks = nn.ModuleList(nn.Conv2d(c_out, c_out, 3, padding=1) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the block's output, shaped like x."""
-        return x + self.conv2(self.relu(self.conv1(self.relu(x))))
-
-
-def make_torso(network: str, width: int) -> nn.Sequential:
-    """Return Dopamine's torsos, all padding SAME as in XLA, where an odd pixel of padding stands at the end.
-
-    cnn (Mnih et al. 2015): [B, 4, 84, 84] -> [B, 64 * width, 11, 11]; impala (Espeholt et al. 2018), 15 layers without
-    normalisation: -> [B, 32 * width, 11, 11].
-    """
-    c = 32 * width
-    if network == "cnn":
-        return nn.Sequential(OrderedDict(
-            conv1=nn.Conv2d(4, c, 8, stride=4, padding=2), relu1=nn.ReLU(), pad2=nn.ZeroPad2d((1, 2, 1, 2)),  # 84 -> 21
-            conv2=nn.Conv2d(c, 2 * c, 4, stride=2), relu2=nn.ReLU(),  # 21 -> 11
-            conv3=nn.Conv2d(2 * c, 2 * c, 3, padding=1), relu3=nn.ReLU()))  # fmt: skip
-    layers = OrderedDict[str, nn.Module]()
-    for i, (c_in, c_out, pad) in enumerate(((4, c // 2, 0), (c // 2, c, 0), (c, c, 1)), 1):
-        pool = nn.MaxPool2d(3, stride=2, padding=pad, ceil_mode=True)  # 84 -> 42 -> 21 -> 11
-        layers |= {f"entry{i}": nn.Conv2d(c_in, c_out, 3, padding=1), f"pool{i}": pool}
-        layers |= {f"block{i}a": Residual(c_out), f"block{i}b": Residual(c_out)}
-    return nn.Sequential(layers | {"relu": nn.ReLU()})
+    def forward(self, x: Tensor, hidden: list[Tensor]) -> Tensor:
+        """Halve the sides of x [B, c_in, H, H]; put what each ReLU gives into `hidden`."""
+        x = self.pool(self.entry(x))
+        for first, second in (self.blocks[:2], self.blocks[2:]):
+            hidden.append(torch.relu(x))
+            hidden.append(torch.relu(first(hidden[-1])))
+            x = x + second(hidden[-1])
+        return x
 
 
 class QNetwork(nn.Module):
-    """Q-values of stacked frames: torso, one dense layer of `feature_size` units, output layer."""
+    """Q-values of stacked frames, in Dopamine's form; convolutions of DQN or of Impala."""
 
-    def __init__(self, num_actions: int, network: str, feature_size: int, width: int) -> None:
+    def __init__(self, num_actions: int, args: Args) -> None:
         super().__init__()
-        self.torso = make_torso(network, width)
-        self.dense = nn.Linear(11 * 11 * width * (64 if network == "cnn" else 32), feature_size)
-        self.relu, self.output = nn.ReLU(), nn.Linear(feature_size, num_actions)
-        for name, p in self.named_parameters():  # Dopamine's initialisation
+        self.network, c = args.network, 32 * args.width
+        self.normalise = args.regulariser == "l2-features"
+        if args.network == "cnn":  # Mnih et al. 2015
+            self.conv1 = nn.Conv2d(4, c, 8, stride=4, padding=2)  # 84 -> 21
+            self.conv2 = nn.Conv2d(c, 2 * c, 4, stride=2)  # 21 -> 11
+            self.conv3 = nn.Conv2d(2 * c, 2 * c, 3, padding=1)
+        else:  # 15 layers without normalisation
+            self.stack1 = Stack(4, c // 2, 0)  # 84 -> 42
+            self.stack2 = Stack(c // 2, c, 0)  # 42 -> 21
+            self.stack3 = Stack(c, c, 1)  # 21 -> 11
+        channels = 2 * c if args.network == "cnn" else c
+        self.dense = nn.Linear(11 * 11 * channels, args.feature_size)
+        self.output = nn.Linear(args.feature_size, num_actions)
+        for name, p in self.named_parameters():
+            std = math.sqrt(p.shape[0] / p.numel()) / 0.87962566
             if p.ndim == 1:
                 nn.init.zeros_(p)
-            elif "block" in name:  # LeCun normal, truncated at two standard deviations
-                std = math.sqrt(1 / p[0].numel()) / 0.87962566
+            elif "blocks" in name:  # LeCun normal, truncated at two standard deviations
                 nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std)
             else:
                 nn.init.xavier_uniform_(p)
 
-    def features(self, obs: Tensor) -> Tensor:
-        """Map obs [B, 4, 84, 84], floats in [0, 1], to features [B, feature_size]."""
-        x = self.torso(obs).permute(0, 2, 3, 1).flatten(1)  # flat in channels-last order, which needs no copy
-        return self.relu(self.dense(x))
+    def hidden(self, obs: Tensor) -> list[Tensor]:
+        """Return what the hidden layers' ReLUs give for obs [B, 4, 84, 84], floats in [0, 1].
+
+        The last are the features [B, feature_size]. Impala's last convolutions have no part in
+        it: the units counted as dormant are those of ReDo's authors (Sokar et al. 2023).
+        """
+        hidden = list[Tensor]()
+        if self.network == "cnn":
+            hidden.append(torch.relu(self.conv1(obs)))
+            x = nn.functional.pad(hidden[0], (1, 2, 1, 2))  # as XLA's SAME, odd pixel at the end
+            hidden.append(torch.relu(self.conv2(x)))
+            hidden.append(torch.relu(self.conv3(hidden[1])))
+            x = hidden[2]
+        else:
+            x = self.stack1(obs, hidden)
+            x = self.stack2(x, hidden)
+            x = torch.relu(self.stack3(x, hidden))
+        x = x.permute(0, 2, 3, 1).flatten(1)  # channels-last order: needs no copy
+        return [*hidden, torch.relu(self.dense(x))]
 
     def forward(self, obs: Tensor) -> Tensor:
         """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
-        x = self.features(obs)
-        with torch.autocast(x.device.type, enabled=False):  # bf16 would round away what actions differ in
+        x = self.hidden(obs)[-1]
+        x = nn.functional.normalize(x, dim=1) if self.normalise else x
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would blur how the actions differ
             return self.output(x.to(self.output.weight.dtype))
-# <<< shared: torsos
 
 
-# >>> shared: l2-features
-class NormalisedQNetwork(QNetwork):
-    """A QNetwork whose features have length 1."""
-
-    def features(self, obs: Tensor) -> Tensor:
-        """Map obs [B, 4, 84, 84], floats in [0, 1], to features [B, feature_size]."""
-        return nn.functional.normalize(super().features(obs), dim=1)
-# <<< shared: l2-features
-
-
-# >>> shared: frame-replay
-class Batch(NamedTuple):
-    """Transitions over n steps, fewer where the episode ends; a truncated one bootstraps from its true last frames."""
-
-    obs: Tensor  # [B, 4, 84, 84] uint8
-    next_obs: Tensor  # [B, 4, 84, 84] uint8; of no meaning where the episode terminated
-    actions: Tensor  # [B] int64
-    rewards: Tensor  # [B] float32, discounted sum of rewards clipped to [-1, 1]
-    discounts: Tensor  # [B] float32, of the value of next_obs: gamma ** steps, 0 where the episode terminated
-
-
-class FrameReplay:
-    """Uniform replay of the last `capacity` transitions that stores each frame once (7.1 KB per transition).
-
-    A ring of rows, one per step of all N environments: slot row * N + i holds the newest frame that environment i's
-    agent saw, and what it did. A stack is a slot and the three rows before it, as far as they belong to the episode
-    (`age`), else zeros. The last frame of a truncated episode, of `episode_cap` steps, lies in a small ring of its own.
-    """
-
-    def __init__(self, capacity: int, num_envs: int, device: torch.device, seed: int, gamma: float, n_step: int = 1,
-                 frame_shape: tuple[int, ...] = (84, 84), episode_cap: int = 27_000) -> None:
-        self.num_envs, self.n_step = num_envs, n_step
-        self.rows = -(-capacity // num_envs) + n_step + 3  # 3 older frames of the first stack, n newer of the last
-        self.slots, self.extra = self.rows * num_envs, (self.rows // episode_cap + 2) * num_envs
-        self.frames = torch.empty(self.slots + self.extra + 1, *frame_shape, dtype=torch.uint8, device=device)
-        self.frames[-1] = 0  # what lies before an episode
-        # Per slot: action, clipped reward, terminated, age (0 for an episode's first frame, at most 3), next frame.
-        self.facts = torch.zeros(self.slots, 5, dtype=torch.int32, device=device)
-        self.back = torch.arange(3, -1, -1, device=device) * num_envs  # distance of a stack's frames, oldest first
-        self.ahead, self.powers = torch.arange(n_step, device=device), gamma ** torch.arange(n_step + 1, device=device)
-        self.range = torch.zeros(2, dtype=torch.long, device=device)  # first transition to be sampled, how many
-        self.step = self.truncations = 0  # steps stored, truncations so far
-        self.ages = np.zeros(num_envs, np.int64)
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.nbytes = self.frames.nbytes + self.facts.nbytes
-
-    def __len__(self) -> int:
-        """Return the number of transitions that can be sampled."""
-        return max(0, min(self.step - self.n_step + 1, self.rows - self.n_step - 3)) * self.num_envs
-
-    def see(self, frames: np.ndarray) -> None:
-        """Write the frames [N, H, W] that the agent sees now."""
-        start = self.step % self.rows * self.num_envs
-        self.frames[start : start + self.num_envs] = torch.from_numpy(frames)
-        end = max(0, self.step - self.n_step + 1) * self.num_envs  # what starts here has not come to its end yet
-        self.range.copy_(torch.tensor([end - len(self), len(self)]))
-
-    def add(self, actions: np.ndarray, steps: Steps, frames: np.ndarray) -> None:
-        """Store what N environments did (actions [N]), what came of it, and the frames [N, H, W] seen now.
-
-        Rewards are whole numbers, as Atari's are; they are kept as int32.
-        """
-        slots = np.arange(self.num_envs) + self.step % self.rows * self.num_envs
-        after = (slots + self.num_envs) % self.slots
-        for i in np.flatnonzero(steps.ended & ~steps.terminated):
-            after[i] = self.slots + self.truncations % self.extra
-            self.frames[after[i]] = torch.from_numpy(steps.last_frames[i])
-            self.truncations += 1
-        facts = np.stack([actions, np.clip(steps.rewards, -1, 1), steps.terminated, self.ages, after], 1)
-        self.facts[slots[0] : slots[-1] + 1] = torch.from_numpy(facts.astype(np.int32))
-        self.step += 1
-        self.ages = np.where(steps.ended, 0, np.minimum(self.ages + 1, 3))
-        self.see(frames)
-
-    def sample(self, batch_size: int) -> Batch:
-        """Draw transitions uniformly, with replacement, without waiting for the device."""
-        draw = torch.rand(batch_size, dtype=torch.float64, device=self.frames.device, generator=self.generator)
-        return self.gather(((draw * self.range[1]).long() + self.range[0]) % self.slots)
-
-    def stack(self, slots: Tensor, age: Tensor) -> Tensor:
-        """Return where the frames [B, 4] of the stacks at slots [B] lie."""
-        own = self.back <= age[:, None] * self.num_envs
-        return torch.where(own, (slots[:, None] - self.back) % self.slots, len(self.frames) - 1)
-
-    def gather(self, slots: Tensor) -> Batch:
-        """Return the transitions that start at slots [B]."""
-        path = (slots[:, None] + self.ahead * self.num_envs) % self.slots  # [B, n]
-        actions, rewards, terminated, age, after = self.facts[path].unbind(2)  # [B, n] each
-        on = ((terminated == 0) & (after < self.slots)).long()[:, :-1].cumprod(1)  # is there a step k + 1?
-        steps = 1 + on.sum(1, keepdim=True)  # [B, 1]
-        last, last_age, over, after = (x.gather(1, steps - 1)[:, 0] for x in (path, age, terminated, after))
-        return Batch(self.frames[self.stack(slots, age[:, 0])],
-                     self.frames[torch.cat([self.stack(last, last_age)[:, 1:], after[:, None]], 1)],
-                     actions[:, 0].long(), (rewards * self.powers[:-1] * (self.ahead < steps)).sum(1),
-                     self.powers[steps[:, 0]] * (over == 0))  # fmt: skip
-# <<< shared: frame-replay
-
-
+# <<< forked: networks
 # >>> shared: sparsity
-def largest(score: Tensor, kept: int) -> Tensor:
-    """Return a bool mask of the `kept` largest entries of score [n], ties broken by lower index."""
-    rank = score.numel() - kept
-    if score.device.type == "cpu":  # a partition is ten times faster than kthvalue or topk there
-        threshold = torch.from_numpy(np.partition(score.numpy(), rank)[rank : rank + 1])
-    else:  # kthvalue keeps one block of threads busy there
-        threshold = score.sort().values[rank : rank + 1]
-    above, ties = score > threshold, score == threshold
-    return above | (ties & (ties.cumsum(0) <= kept - above.sum()))
-
-
 def prunable(network: nn.Module) -> dict[str, Tensor]:
-    """Return the weights that pruning may remove: every tensor of two or more dimensions, no bias."""
-    return {name.removesuffix(".weight"): p for name, p in network.named_parameters() if p.ndim >= 2}
+    """Return what pruning may remove: every tensor of two or more dimensions, so no bias."""
+    return {k.removesuffix(".weight"): p for k, p in network.named_parameters() if p.ndim >= 2}
+
+
+def add_masks(network: nn.Module) -> None:
+    """Give each prunable weight a mask (1: kept) as a buffer: state_dict() has it too."""
+    for i, weight in enumerate(prunable(network).values()):
+        network.register_buffer(f"mask{i}", torch.ones_like(weight))
 
 
 def sparsity_report(network: nn.Module) -> dict[str, float]:
-    """Measure the share of zeros: in the prunable weights, in all parameters, per layer; and the parameters left."""
-    zeros = {name: int((w == 0).sum()) for name, w in prunable(network).items()}
-    size, total = sum(w.numel() for w in prunable(network).values()), sum(p.numel() for p in network.parameters())
-    pruned = sum(zeros.values())
-    report = {"prunable": pruned / size, "total": pruned / total, "active_params": float(total - pruned)}
-    return report | {f"layer/{name}": zeros[name] / w.numel() for name, w in prunable(network).items()}
+    """Return the shares of zeros, of all prunable weights and of each layer, and what is left."""
+    weights, total = prunable(network), sum(p.numel() for p in network.parameters())
+    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+    pruned, size = sum(zeros.values()), sum(weight.numel() for weight in weights.values())
+    report = {"prunable": pruned / size, "total": pruned / total, "active_params": total - pruned}
+    report |= {f"layer/{name}": zeros[name] / w.numel() for name, w in weights.items()}
+    return {f"sparsity/{key}": float(value) for key, value in report.items()}
+
+
 # <<< shared: sparsity
+# >>> shared: pruning
+def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]:
+    """Return a score of any sign for each prunable weight; the lowest are pruned first.
 
-
-# >>> shared: magnitude-masks
-def erk_densities(shapes: list[torch.Size], sparsity: float) -> list[float]:
-    """Return each tensor's density under the Erdos-Renyi-Kernel rule (Evci et al. 2020) for a total sparsity in [0, 1].
-
-    density_l = eps * sum(shape_l) / prod(shape_l), with eps such that the total holds; a tensor that would exceed 1 is
-    dense, and eps is solved again for the others.
+    Put another criterion here (docs/pruning_criterion.md); a random one draws from `rng`.
     """
-    sizes, sums = [math.prod(shape) for shape in shapes], [sum(shape) for shape in shapes]
-    free, dense = set(range(len(shapes))), set[int]()
-    while free:
-        eps = ((1 - sparsity) * sum(sizes) - sum(sizes[i] for i in dense)) / sum(sums[i] for i in free)
-        full = {i for i in free if eps * sums[i] >= sizes[i]}
-        if not full:
-            break
-        free, dense = free - full, dense | full
-    return [1.0 if i in dense else eps * sums[i] / sizes[i] for i in range(len(shapes))]
+    return [weight.abs() for weight in prunable(network).values()]
 
 
-def magnitude_masks(weights: list[Tensor], parents: list[Tensor], sparsity: float, scope: str,
-                    progress: float = 1.0) -> list[Tensor]:
-    """Return bool masks (True: kept) of the largest |weights| at a total sparsity in [0, 1]; counts are exact.
+def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
+    """Return the share of each prunable tensor to keep, for a total sparsity in [0, 1].
 
-    What a parent mask has pruned stays pruned, every tensor keeps at least one weight. `scope`: erk and uniform give
-    each tensor a sparsity of its own, global ranks all weights together. `progress`: the share of it to reach.
+    The Erdos-Renyi-Kernel rule (Evci et al. 2020): eps * sum(shape) / prod(shape), with eps such
+    that the total holds; a tensor that would exceed 1 is dense, and eps is solved again.
     """
-    scores = [torch.where(m, w.detach().abs(), -1.0).flatten() for w, m in zip(weights, parents, strict=True)]
-    sizes = [s.numel() for s in scores]
-    if scope == "global":
-        for s in scores:
-            s[s.argmax()] = math.inf
-        kept = max(len(scores), round(sum(sizes) * (1 - progress * sparsity)))
-        flat = list(largest(torch.cat(scores), kept).split(sizes))
-    else:
-        uniform = [1 - sparsity] * len(sizes)
-        densities = erk_densities([w.shape for w in weights], sparsity) if scope == "erk" else uniform
-        kept_shares = [1 - progress * (1 - d) if progress < 1 else d for d in densities]
-        flat = [largest(s, max(1, round(s.numel() * d))) for s, d in zip(scores, kept_shares, strict=True)]
-    return [f.view(w.shape) & m for f, w, m in zip(flat, weights, parents, strict=True)]
-# <<< shared: magnitude-masks
+    sizes = np.array([weight.numel() for weight in prunable(network).values()])
+    sums = np.array([sum(weight.shape) for weight in prunable(network).values()])
+    dense = np.zeros(len(sizes), bool)
+    for _ in sizes:  # each turn but the last finds another one
+        left = (1 - sparsity) * sizes.sum() - sizes[dense].sum()
+        eps = left / max(1, sums[~dense].sum())
+        dense |= eps * sums >= sizes
+    return np.where(dense, 1.0, eps * sums / sizes).tolist()
+
+
+@torch.no_grad()
+def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
+    """Lower the masks to these densities and zero what they remove.
+
+    Counts are exact, ties go to the lower index, every tensor keeps at least one weight. What is
+    pruned stays pruned: it counts as -inf.
+    """
+    scores, weights = pruning_scores(network, rng), prunable(network).values()
+    for weight, score, mask, density in zip(weights, scores, network.buffers(), densities):
+        flat = torch.where(mask > 0, score, -math.inf).flatten().cpu().numpy()
+        kept = max(1, round(len(flat) * density))
+        threshold = np.partition(flat, -kept)[-kept]  # far faster than a sort
+        keep = flat > threshold
+        keep[np.flatnonzero(flat == threshold)[: kept - keep.sum()]] = True
+        mask.mul_(torch.from_numpy(keep).view(mask.shape).to(mask.device))
+        weight.mul_(mask)
+
+
+# <<< shared: pruning
 
 
 # >>> shared: schedule
-def pruning_progress(step: int, start: int, end: int, exponent: float) -> float:
-    """Return the share of the final sparsity at a gradient step: 1 - (1 - (t - t0) / (t1 - t0)) ** n, in [0, 1]."""
+def pruning_progress(step: int, start: int, end: int) -> float:
+    """Return the share of the final sparsity to have at a gradient step, in [0, 1].
+
+    1 - (1 - (t - t0) / (t1 - t0)) ** 3
+    """
     if not start <= step < end:
         return float(step >= end)
-    return 1 - (1 - (step - start) / (end - start)) ** exponent
+    return 1 - (1 - (step - start) / (end - start)) ** 3
+
+
 # <<< shared: schedule
 
 
-class DQN:
+def largest(scores: Tensor, kept: int) -> Tensor:
+    """Return a bool mask of the `kept` largest scores, ties broken by lower index."""
+    flat = scores.flatten().cpu().numpy()
+    threshold = np.partition(flat, -kept)[-kept]
+    keep = flat > threshold
+    keep[np.flatnonzero(flat == threshold)[: kept - keep.sum()]] = True
+    return torch.from_numpy(keep).view(scores.shape).to(scores.device)
+
+
+class DQN(nn.Module):
     """The online network with its masks, and the target network."""
 
-    def __init__(self, args: Args, num_actions: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self.args, self.device, self.dtype, self.num_actions = args, device, dtype, num_actions
+    latest: Tensor  # [2]: loss and mean Q-value of the latest update
+
+    def __init__(self, args: Args, num_actions: int, device: torch.device) -> None:
+        super().__init__()
+        self.args, self.num_actions, self.device = args, num_actions, device
         torch.manual_seed(args.seed)
-        self.kind = NormalisedQNetwork if args.regulariser == "l2-features" else QNetwork
-        self.online = self.kind(num_actions, args.network, args.feature_size, args.width)
-        self.online.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.online = QNetwork(num_actions, args)
+        add_masks(self.online)
+        self.online.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.target = copy.deepcopy(self.online)
         self.weights = list(prunable(self.online).values())
-        self.masks = [torch.ones_like(w) for w in self.weights]
-        self.gradient_step, self.sparsity, self.losses = 0, [0.0], [0.0]  # sparsity: the schedule's
-        self.latest = torch.full((2,), math.nan, device=device, dtype=dtype)  # loss and mean Q-value of one update
-        starts, steps = args.learning_starts, -(-args.total_timesteps // args.num_envs) * args.num_envs
-        updates = max(1, math.floor(steps * args.replay_ratio) - math.floor(starts * args.replay_ratio))  # of the run
-        self.start, self.end = (min(updates - 1, round(x * updates)) for x in (args.prune_start, args.prune_end))
-        self.optimizer = torch.optim.Adam(self.online.parameters(), lr=args.learning_rate, eps=args.adam_eps,
-                                          weight_decay=1e-5 if args.regulariser == "weight-decay" else 0.0,
-                                          fused=True, capturable=args.compile)
-        for p in self.online.parameters():  # now, not in the first step: a checkpoint restores into it
-            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
-        self.rng = np.random.default_rng((args.seed, 0))
+        self.masks = list(self.online.buffers())
+        adam: Any = {"lr": args.learning_rate, "eps": args.adam_eps, "capturable": args.compile}
+        adam["weight_decay"] = 1e-5 if args.regulariser == "weight-decay" else 0.0
+        self.optimizer = torch.optim.Adam(self.online.parameters(), fused=True, **adam)
+        self.register_buffer("latest", torch.zeros(2, device=device))
+        self.gradient_step, self.sparsity = 0, 0.0  # sparsity: the schedule's
+        steps = math.ceil(args.total_timesteps / args.num_envs) * args.num_envs
+        updates = max(1, self.updates_by(steps))  # of the run
+        self.start = min(updates - 1, round(args.prune_start * updates))
+        self.end = min(updates - 1, round(args.prune_end * updates))
+        # Each use of randomness has its own generator; SET, ReDo and resets have one a time.
+        uses = ("act", "score")
+        self.rng = {use: np.random.default_rng((args.seed, i)) for i, use in enumerate(uses)}
+        self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.warm = False  # kernels and libraries are loaded once update() has run
-        begun = args.resume and any(Path(args.resume, "checkpoint").glob("[0-9]*"))  # the masks are in a checkpoint
-        if not begun and (args.pruner == "lottery" or (args.pruner != "gmp" and args.sparsity > 0)):
+        begun = args.resume and any(Path(args.resume, "checkpoint").glob("[0-9]*"))
+        if not begun and args.pruner != "gmp":  # else the masks are in the checkpoint
             self.start_sparse()
 
+    @torch.no_grad()
     def start_sparse(self) -> None:
         """Make the first masks: random ones of exact counts, or those of --lottery-mask."""
-        args = self.args
-        if args.pruner != "lottery":
-            rng = torch.Generator().manual_seed(args.seed)
-            scores = [torch.rand(w.shape, generator=rng) for w in self.weights]
-            masks = magnitude_masks(scores, [torch.ones_like(s).bool() for s in scores], args.sparsity, args.scope)
+        args, generator = self.args, torch.Generator().manual_seed(self.args.seed)
+        if args.pruner == "lottery":
+            masks = self.lottery_masks()
         else:
-            try:
-                other = json.loads(Path(args.lottery_mask, "args.json").read_text())
-                saved = load(Path(args.lottery_mask, "model.safetensors").read_bytes())
-                masks = [saved[f"{name}.weight"] != 0 for name in prunable(self.online)]
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
-                raise Exit(2, f"--lottery-mask {args.lottery_mask}: no finished run is there ({error})") from None
-            same = [m.shape for m in masks] == [w.shape for w in self.weights] and other.get("seed") == args.seed
-            text = f"its run must have this one's --seed {args.seed}, network and sizes"
-            require(same, f"--lottery-mask {args.lottery_mask}: {text}")
-        with torch.no_grad():
-            for w, mask, new in zip(self.weights, self.masks, masks, strict=True):
-                w.mul_(mask.copy_(new.view(w.shape)))
+            densities = erk_densities(self.online, args.sparsity)
+            counts = [max(1, round(w.numel() * d)) for w, d in zip(self.weights, densities)]
+            scores = [torch.rand(weight.shape, generator=generator) for weight in self.weights]
+            masks = [largest(score, count) for score, count in zip(scores, counts)]
+        for weight, mask, new in zip(self.weights, self.masks, masks):
+            weight.mul_(mask.copy_(new))
         self.target.load_state_dict(self.online.state_dict())
         zeros = sum(int((mask == 0).sum()) for mask in self.masks)
-        self.sparsity = [zeros / sum(mask.numel() for mask in self.masks)]
+        self.sparsity = zeros / sum(mask.numel() for mask in self.masks)
 
-    # >>> shared: inputs
-    def to_input(self, frames: Tensor) -> Tensor:
-        """Scale uint8 frames to [0, 1], channels-last, on the device."""
-        return frames.to(self.device).to(self.dtype, memory_format=torch.channels_last).div_(255)
+    def lottery_masks(self) -> list[Tensor]:
+        """Return where the weights of the run in --lottery-mask are not zero."""
+        folder, names = Path(self.args.lottery_mask), prunable(self.online)
+        try:
+            with safe_open(folder / "model.safetensors", "pt") as file:
+                flags = json.loads(file.metadata()["flags"])
+                masks = [file.get_tensor(f"{name}.weight") != 0 for name in names]
+        except (OSError, TypeError, KeyError, SafetensorError) as error:
+            require(False, f"--lottery-mask {folder}: no finished run is there ({error})")
+        same = [mask.shape for mask in masks] == [weight.shape for weight in self.weights]
+        same = same and flags["seed"] == self.args.seed
+        text = f"its run must have this one's --seed {self.args.seed}, network and sizes"
+        require(same, f"--lottery-mask {folder}: {text}")
+        return masks
 
-    def q_values(self, network: nn.Module, obs: Tensor) -> Tensor:
-        """Return Q-values [B, num_actions] of a to_input() batch under --precision."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-            return network(obs).to(self.dtype)
-    # <<< shared: inputs
+    def loss(self, obs: Any, next_obs: Any, actions: Any, rewards: Any, discounts: Any) -> Any:
+        """Return the squared TD error and Q(s, a) of each transition of a batch, [B] both."""
+        with torch.no_grad(), self.autocast:
+            td_target = rewards + discounts * self.target(next_obs).max(1).values
+        with self.autocast:
+            q_values = self.online(obs).gather(1, actions[:, None])[:, 0]
+        return (q_values - td_target).square(), q_values
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the squared TD error and Q(s, a) of each transition, [B] both."""
-        batch = Batch(*(tensor.to(self.device) for tensor in batch))  # moves nothing if the replay is on the device
-        with torch.no_grad():
-            next_q = self.q_values(self.target, self.to_input(batch.next_obs)).max(1).values
-            td_target = batch.rewards + batch.discounts * next_q
-        q = self.q_values(self.online, self.to_input(batch.obs)).gather(1, batch.actions[:, None])[:, 0]
-        return (q - td_target).square(), q
-
-    def update(self, batch: Batch) -> None:
-        """Take one gradient step; gradients are dense, masked is what comes out. Nothing here waits for the device."""
-        losses, q = self.loss(batch)
+    def update(self, *batch: Tensor) -> None:
+        """Take one gradient step on a batch. Nothing waits for the device."""
+        losses, q_values = self.loss(*batch)
         losses.mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_mul_(self.weights, self.masks)
-            self.latest.copy_(torch.stack([losses.mean(), q.mean()]))
+            self.latest.copy_(torch.stack([losses.mean(), q_values.mean()]))
 
-    # >>> shared: captured-update
-    def captured_update(self, replay: Any) -> None:
-        """Sample and update once; with --compile by replaying a CUDA graph, which the second call captures."""
-        if self.args.compile and self.warm and not self.graph:
-            self.graph = torch.cuda.CUDAGraph()
-            self.graph.register_generator_state(replay.generator)
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.update(replay.sample(self.args.batch_size))
-        if self.graph:
-            self.graph.replay()
-        else:
-            self.update(replay.sample(self.args.batch_size))
-        self.gradient_step, self.warm = self.gradient_step + 1, True
-    # <<< shared: captured-update
-
-    def learn(self, replay: FrameReplay, updates: int) -> None:
-        """Sample and update `updates` times, with new masks when they are due."""
-        for _ in range(updates):
-            self.new_masks(replay)
-            if self.args.regulariser == "redo" and self.gradient_step and self.gradient_step % 1000 == 0:
+    def learn(self, replay: FrameReplay, step: int) -> None:
+        """Work on masks and units and update as often as is due by `step`."""
+        while self.gradient_step < self.updates_by(step):
+            now, regulariser = self.gradient_step, self.args.regulariser
+            if self.args.pruner == "gmp":
+                self.prune_if_due()
+            elif self.args.pruner in ("rigl", "set"):
+                self.regrow_if_due(replay)
+            if regulariser == "redo" and now > 0 and now % 1000 == 0:
                 self.recycle(replay)
-            if self.args.regulariser == "reset" and self.gradient_step and self.gradient_step % 100_000 == 0:
+            if regulariser == "reset" and now > 0 and now % 100_000 == 0:
                 self.reset()
-            self.captured_update(replay)
-        self.losses = self.latest[:1].tolist() if updates > 0 else self.losses
+            self.gradient_step += 1
+            if self.graph:
+                self.graph.replay()
+            else:
+                self.update(*replay.sample(self.args.batch_size))
+            if self.args.compile and not self.graph:  # the update above has loaded the kernels
+                self.graph = torch.cuda.CUDAGraph()
+                self.graph.register_generator_state(replay.generator)
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                    self.update(*replay.sample(self.args.batch_size))
 
-    def new_masks(self, replay: FrameReplay) -> None:
-        """Prune along the schedule, or let as many weights grow as are dropped, when it is due."""
+    def regrow_if_due(self, replay: FrameReplay) -> None:
+        """SET and RigL: let as many weights of each layer grow as are dropped."""
         args, step = self.args, self.gradient_step
-        if args.pruner == "gmp":
-            self.prune()
-        if args.pruner not in ("rigl", "set") or step % args.prune_every or not 0 < step < self.end:
+        if step % args.prune_every or not 0 < step < self.end:
             return
         rng = np.random.default_rng((args.seed, step))
-        grow = [torch.from_numpy(rng.random(w.shape)) for w in self.weights]
+        grow = [torch.from_numpy(rng.random(weight.shape)) for weight in self.weights]
         if args.pruner == "rigl":
-            losses = self.loss(replay.sample(args.batch_size))[0]
-            grow = [g.abs() for g in torch.autograd.grad(losses.mean(), self.weights)]
+            losses, _ = self.loss(*replay.sample(args.batch_size))
+            gradients = torch.autograd.grad(losses.mean(), self.weights)
+            grow = [gradient.abs() for gradient in gradients]
         share = 0.3 * (1 + math.cos(math.pi * step / self.end)) / 2
         with torch.no_grad():
-            for w, mask, score in zip(self.weights, self.masks, grow, strict=True):
+            for weight, mask, score in zip(self.weights, self.masks, grow):
                 count = int(mask.sum())
-                kept = largest(torch.where(mask > 0, w.abs(), -1.0).flatten(), count - round(share * count))
-                new = largest(torch.where(kept, math.inf, score.to(w).flatten()), count).view(w.shape)
-                for moment in ("exp_avg", "exp_avg_sq"):  # a weight that comes back at once goes on as it was
-                    self.optimizer.state[w][moment].mul_(~new | (mask > 0))
-                w.mul_(mask.copy_(new))
+                magnitude = torch.where(mask > 0, weight.abs(), -1.0)
+                kept = largest(magnitude, count - round(share * count))
+                new = largest(torch.where(kept, math.inf, score.to(weight)), count)
+                state = self.optimizer.state[weight]
+                for moment in (state["exp_avg"], state["exp_avg_sq"]):
+                    moment.mul_(~new | (mask > 0))  # what comes back at once goes on as it was
+                weight.mul_(mask.copy_(new))
 
+    @torch.no_grad()
     def recycle(self, replay: FrameReplay) -> None:
-        """ReDo: draw dormant units' incoming weights anew, set their outgoing ones to 0, empty the moments of both."""
-        net, fresh, inputs = self.online, self.fresh(), dict[nn.Module, Tensor]()
-        torso = [(f"torso.block{i}{x}.conv1", f"torso.block{i}{x}.conv2") for i in (1, 2, 3) for x in "ab"]
-        if self.args.network == "cnn":
-            torso = [("torso.conv1", "torso.conv2"), ("torso.conv2", "torso.conv3"), ("torso.conv3", "dense")]
-        pairs: list[tuple[Any, Any, Any]] = []
-        for a, b in [*torso, ("dense", "output")]:
-            pairs.append((net.get_submodule(a), net.get_submodule(b), fresh.get_submodule(a)))
-        hooks = [b.register_forward_pre_hook(lambda b, x: inputs.update({b: x[0]})) for _, b, _ in pairs]
-        draws = np.random.default_rng((self.args.seed, self.gradient_step)).integers(len(replay), size=64)
-        slots = (torch.from_numpy(draws).to(replay.frames.device) + replay.range[0]) % replay.slots
+        """ReDo: draw dormant units' incoming weights anew, set their outgoing ones to 0.
 
-        def by_unit(weight: Tensor, units: int) -> Tensor:
-            """View outgoing weights as [out, units, ...]; the dense layer's stand in channels-last order."""
-            return weight.view(len(weight), -1, units).transpose(1, 2) if weight.ndim == 2 else weight
-
-        with torch.no_grad():
-            self.q_values(net, self.to_input(replay.gather(slots).obs))
-            dead = []
-            for before, behind, new in pairs:
-                score = by_unit(inputs[behind].float(), len(before.weight)).transpose(0, 1).flatten(1).abs().mean(1)
-                dead.append(score <= 0.1 * (score.mean() + 1e-9))
-                for weight, values in ((before.weight, new.weight[dead[-1]]), (before.bias, 0.0)):
-                    weight[dead[-1]] = values
-                    for moment in ("exp_avg", "exp_avg_sq"):
-                        self.optimizer.state[weight][moment][dead[-1]] = 0
-            for (_, behind, _), units in zip(pairs, dead, strict=True):
-                state = self.optimizer.state[behind.weight]
-                for outgoing in (behind.weight, state["exp_avg"], state["exp_avg_sq"]):
-                    by_unit(outgoing, len(units))[:, units] = 0
-            torch._foreach_mul_(self.weights, self.masks)
+        A unit is dormant whose mean output over 64 states is at most 0.1 of its layer's mean.
+        """
+        names = [("conv1", "conv2"), ("conv2", "conv3"), ("conv3", "dense")]
+        if self.args.network == "impala":
+            blocks = [(f"stack{i}.blocks.{b}", b) for i in (1, 2, 3) for b in (0, 2)]
+            names = [(name, f"{name[:-1]}{b + 1}") for name, b in blocks]
+        names.append(("dense", "output"))
+        fresh, inputs, dead = self.fresh(), dict[nn.Module, Tensor](), list[Tensor]()
+        layers: list[Any] = [tuple(map(self.online.get_submodule, pair)) for pair in names]
+        hooks = [
+            behind.register_forward_pre_hook(lambda layer, x: inputs.update({layer: x[0]}))
+            for _, behind in layers
+        ]
+        rng = np.random.default_rng((self.args.seed, self.gradient_step))
+        draws = torch.from_numpy(rng.integers(replay.count, size=64)).to(self.device)
+        with self.autocast:
+            self.online(replay.gather((draws + replay.range[0]) % replay.slots)[0])
+        for (before, behind), (name, _) in zip(layers, names):
+            outputs = by_unit(inputs[behind].float(), len(before.weight))
+            score = outputs.transpose(0, 1).flatten(1).abs().mean(1)
+            dead.append(score <= 0.1 * (score.mean() + 1e-9))
+            new: Any = fresh.get_submodule(name)
+            for old, values in ((before.weight, new.weight[dead[-1]]), (before.bias, 0.0)):
+                old[dead[-1]] = values
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    self.optimizer.state[old][moment][dead[-1]] = 0
+        for (_, behind), units in zip(layers, dead):
+            state = self.optimizer.state[behind.weight]
+            for outgoing in (behind.weight, state["exp_avg"], state["exp_avg_sq"]):
+                by_unit(outgoing, len(units))[:, units] = 0
+        torch._foreach_mul_(self.weights, self.masks)
         for hook in hooks:
             hook.remove()
 
+    @torch.no_grad()
     def reset(self) -> None:
         """Draw the last layer anew, in the target network too, and empty its moments."""
         self.online.output.load_state_dict(self.fresh().output.state_dict())
         for tensor in self.online.output.parameters():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                self.optimizer.state[tensor][moment].zero_()
-        with torch.no_grad():
-            torch._foreach_mul_(self.weights, self.masks)
+            self.optimizer.state[tensor]["exp_avg"].zero_()
+            self.optimizer.state[tensor]["exp_avg_sq"].zero_()
+        torch._foreach_mul_(self.weights, self.masks)
         self.target.output.load_state_dict(self.online.output.state_dict())
 
     def fresh(self) -> QNetwork:
         """Return a new network, drawn from the seed and the gradient step."""
         torch.manual_seed(self.args.seed * 1_000_003 + self.gradient_step)
-        net = self.kind(self.num_actions, self.args.network, self.args.feature_size, self.args.width)
-        return net.to(self.device, self.dtype)
+        return QNetwork(self.num_actions, self.args).to(self.device)
 
-    # >>> shared: pruned-agent
+    # >>> shared: gmp-agent
     @torch.no_grad()
-    def act(self, obs: np.ndarray, epsilon: float) -> np.ndarray:
-        """Return epsilon-greedy actions [N] for obs [N, 4, 84, 84]."""
-        explore = self.rng.random(len(obs)) < epsilon
-        actions = self.rng.integers(self.num_actions, size=len(obs))
-        if not explore.all():
-            q_values = self.q_values(self.online, self.to_input(torch.from_numpy(obs[~explore])))
-            actions[~explore] = q_values.argmax(1).cpu().numpy()
-        return actions
+    def prune_if_due(self) -> None:
+        """Lower the masks along the schedule, every --prune-every gradient steps and at its end.
 
-    def prune(self) -> None:
-        """Take the masks of this gradient step from the weights, if new ones are due; what is pruned stays pruned.
-
-        Adam's moments of a pruned weight go on and have no effect, since the mask follows every step.
+        They are those of the weights before this gradient step, whose gradient does not know of
+        them yet (JaxPruner's order): update() sets to zero what they remove, after Adam's step.
         """
-        args, step = self.args, self.gradient_step
-        due = (step - self.start) % args.prune_every == 0 or step == self.end
-        if args.sparsity == 0 or not (due and self.start <= step <= self.end):
-            return
-        progress = pruning_progress(step, self.start, self.end, args.prune_exponent)
-        parents = [mask.bool() for mask in self.masks]
-        masks = magnitude_masks(self.weights, parents, args.sparsity, args.scope, progress)
-        for mask, new in zip(self.masks, masks, strict=True):
-            mask.copy_(new)
-        self.sparsity = [progress * args.sparsity]
+        step, start, end = self.gradient_step, self.start, self.end
+        due = (step - start) % self.args.prune_every == 0 or step == end
+        if due and start <= step <= end:
+            progress = pruning_progress(step, start, end)
+            final = erk_densities(self.online, self.args.sparsity)
+            before = [weight.clone() for weight in self.weights]
+            prune(self.online, [1 - progress * (1 - d) for d in final], self.rng["score"])
+            torch._foreach_copy_(self.weights, before)
+            self.sparsity = progress * self.args.sparsity
 
     def update_target(self) -> None:
         """Copy the online network, zeros included."""
         self.target.load_state_dict(self.online.state_dict())
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return by name every tensor that the next step depends on."""
-        named = {"latest": self.latest} | {f"mask.{i}": mask for i, mask in enumerate(self.masks)}
-        named |= {f"target.{name}": p for name, p in self.target.named_parameters()}
-        for name, p in self.online.named_parameters():
-            named |= {f"online.{name}": p} | {f"{m}.{name}": t for m, t in self.optimizer.state[p].items()}
-        return named
-
-    def state(self) -> dict[str, Any]:
-        """Return the rest of what the next step depends on, as JSON."""
-        numbers = {name: getattr(self, name) for name in ("gradient_step", "losses", "sparsity")}
-        return {"numbers": numbers, "rng": self.rng.bit_generator.state}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a state()."""
-        vars(self).update(state["numbers"])
-        self.rng.bit_generator.state = state["rng"]
-
     def report(self) -> dict[str, float]:
-        """Return what is logged: the latest update's means, the sparsity of the online network."""
-        latest = dict(zip(("losses/td_loss", "losses/q_values"), self.latest.tolist()))
-        record = {"sparsity/target": self.sparsity[0]} | {k: v for k, v in latest.items() if math.isfinite(v)}
-        return record | {f"sparsity/{key}": value for key, value in sparsity_report(self.online).items()}
-    # <<< shared: pruned-agent
+        """Return what is logged: of the latest update, and of the online network."""
+        record = sparsity_report(self.online) | {"sparsity/target": self.sparsity}
+        if self.gradient_step > 0:
+            loss, q_value = self.latest.tolist()
+            record |= {"losses/td_loss": loss, "losses/q_values": q_value}
+        return record
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, epsilon: float) -> np.ndarray:
+        """Return epsilon-greedy actions [N] for obs [N, 4, 84, 84]."""
+        explore = self.rng["act"].random(len(obs)) < epsilon
+        actions = self.rng["act"].integers(self.num_actions, size=len(obs))
+        with self.autocast:
+            q_values = self.online(torch.from_numpy(obs).to(self.device) / 255)
+        return np.where(explore, actions, q_values.argmax(1).cpu().numpy())
+
+    def updates_by(self, step: int) -> int:
+        """Return how many gradient steps are due by a step."""
+        ratio = self.args.replay_ratio
+        return math.floor(step * ratio) - math.floor(self.args.learning_starts * ratio)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what state_dict() has beside networks and masks."""
+        rng = {use: rng.bit_generator.state for use, rng in self.rng.items()}
+        counters = (self.gradient_step, self.sparsity)
+        return {"optimizer": self.optimizer.state_dict(), "rng": rng, "counters": counters}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what get_extra_state() gave."""
+        self.gradient_step, self.sparsity = state["counters"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for use, rng in self.rng.items():
+            rng.bit_generator.state = state["rng"][use]
+
+    # <<< shared: gmp-agent
 
 
-# >>> shared: atari-evaluation
-@torch.no_grad()
-def evaluate(network: nn.Module, rom: str, episodes: int, epsilon: float, seed: int, video: Path | None) -> list[float]:
-    """Play episodes together, epsilon-greedily; return their unclipped returns. `video`: film the first there (mp4)."""
-    rng, device = np.random.default_rng(seed), next(network.parameters()).device
-    envs, scores = AtariEnvs(rom, episodes, seed), dict[int, float]()
-    if video:  # the same game in colour: its seed and actions are the first environment's
-        colour = AtariEnvs(rom, 1, seed, grayscale=False, img_height=210, img_width=160, stack_num=1)
-        writer = imageio_ffmpeg.write_frames(str(video.absolute()), (160, 210), fps=15, macro_block_size=2)
-        writer.send(None)
-    while len(scores) < episodes:
-        obs = torch.from_numpy(envs.obs).to(device).to(torch.float32, memory_format=torch.channels_last).div_(255)
-        actions = network(obs).argmax(1).cpu().numpy()
-        actions = np.where(rng.random(episodes) < epsilon, rng.integers(envs.num_actions, size=episodes), actions)
-        if video and 0 not in scores:
-            writer.send(np.ascontiguousarray(colour.obs[0, 0]))
-            colour.send(actions[:1])
-            colour.recv()
+def by_unit(weight: Tensor, units: int) -> Tensor:
+    """View [out, in, ...] as [out, units, ...]; the dense layer's are in channels-last order."""
+    return weight.view(len(weight), -1, units).transpose(1, 2) if weight.ndim == 2 else weight
+
+
+def main(args: Args) -> None:
+    """Train, evaluate the network, and leave the run's folder."""
+    device, rom = find_device(args), find_rom(args.env_id)
+    envs = AtariEnvs(rom, args.num_envs, args.seed)
+    agent = DQN(args, envs.num_actions, device)
+    replay = FrameReplay(args, device, envs.obs[:, -1])
+    run = Run(args, rom.title().replace("_", ""))
+    step, returns, epoch_return = 0, list[float](), None  # returns: of this epoch's episodes
+    if saved := run.load():
+        step, returns, epoch_return = saved["progress"]
+        play_again(envs, replay, saved["games"], run)
+        agent.load_state_dict(saved["agent"])
+        replay.generator.set_state(saved["sampling"])
+    # >>> shared: gmp-loop
+    bar = progress_bar(args.total_timesteps, step, "step")
+
+    def passed(period: int) -> bool:
+        """Tell whether this step reaches or crosses a multiple of `period`."""
+        return step // period > previous // period
+
+    while step < args.total_timesteps:
+        previous, step = step, step + args.num_envs
+        ended = step >= args.total_timesteps
+        # Act and step.
+        fallen = min(1.0, max(0.0, (previous - args.learning_starts) / args.epsilon_steps))
+        epsilon = 1 + (args.epsilon_end - 1) * fallen
+        actions = agent.act(envs.obs, epsilon)
         envs.send(actions)
-        steps = envs.recv()
-        for i, (score, _) in zip(np.flatnonzero(steps.ended), steps.episodes):
-            scores.setdefault(int(i), score)
-    if video:
-        writer.close()
-    return [scores[i] for i in range(episodes)]
-# <<< shared: atari-evaluation
+        if args.num_envs > 1:  # the environments step meanwhile; one keeps the paper's order
+            agent.learn(replay, step)
+        # Store.
+        replay.add(actions, envs.recv(), envs.obs[:, -1])
+        for score, length in envs.episodes:
+            run.log(step, {"charts/episodic_return": score, "charts/episodic_length": length})
+            returns.append(score)
+            text = f"return {score:g}, sparsity {agent.sparsity:.3f}"
+            bar.set_postfix_str(text, refresh=False)
+        # Learn and prune.
+        if args.num_envs == 1:
+            agent.learn(replay, step)
+        if not math.isfinite(agent.latest[0]):
+            kept = f"checkpoint {run.newest[:12] or 'none'} is kept"
+            require(False, f"step {step}: the losses are {agent.latest[:1].tolist()}; {kept}", 1)
+        # Target.
+        if passed(args.target_every):
+            agent.update_target()
+        # Log.
+        bar.update(min(step, args.total_timesteps) - previous)
+        if ended or passed(args.epoch_steps) or passed(max(args.target_every, 1000)):
+            record = agent.report() | {
+                "charts/SPS": (bar.n - bar.initial) / bar.format_dict["elapsed"],
+                "charts/epsilon": epsilon,
+                "charts/learning_rate": args.learning_rate,
+                "charts/buffer_size": replay.count,
+                "memory/replay_bytes": replay.nbytes,
+                "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            }
+            if passed(args.epoch_steps):
+                epoch_return, returns = sum(returns) / len(returns) if returns else None, []
+                record |= {} if epoch_return is None else {"charts/epoch_return": epoch_return}
+            run.log(step, record)
+        # <<< shared: gmp-loop
+        # Save.
+        if run.stops or ended or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
+            state = {"progress": (step, returns, epoch_return), "agent": agent.state_dict()}
+            games = [bytes(envs.actions), envs.seeded, torch.from_numpy(envs.obs.copy())]
+            state |= {"games": games, "sampling": replay.generator.get_state()}
+            run.save(step, state)
+        require(not run.stops, f"stopped at step {step}; go on with --resume {run.path}", 75)
+
+    bar.close()
+    scores = evaluate(agent.online, rom, run)
+    run.finish(step, agent.online, scores, epoch_return=epoch_return)
 
 
-# >>> shared: atari-judge
-def judge(network: nn.Module, rom: str, title: str, args: Args, video: Path | None) -> dict[str, float]:
-    """Return what is logged of the final evaluation, at epsilon 0.001 and seeds that are none of training's."""
-    scores = evaluate(network, rom, args.eval_episodes, 0.001, args.seed + 1_000_000, video)
-    result = {"eval/episodic_return": float(np.mean(scores)), "eval/episodes": len(scores)}
-    human = human_normalized(title, result["eval/episodic_return"])
-    return result if human is None else result | {"eval/human_normalized": human}
-# <<< shared: atari-judge
+# >>> shared: atari-env
+def find_rom(env_id: str) -> str:
+    """Return the ROM (ms_pacman) of MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4."""
+    titles = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
+    name = re.sub(r"^ALE/|(NoFrameskip)?(-v[45])?$|_", "", env_id).lower()
+    near = " ".join(difflib.get_close_matches(name, titles, cutoff=0.3)) or "none"
+    require(name in titles, f"--env-id {env_id}: no such Atari game; the nearest are: {near}")
+    return titles[name]
 
 
-# >>> shared: run-directory
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file that a crash leaves whole or absent."""
-    with open(temporary := path.with_name(f".{path.name}.tmp"), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+class AtariEnvs:
+    """N copies of a game under Dopamine's protocol (Machado et al. 2018).
 
-
-class Run:
-    """A run's folder: flags, versions, metrics.jsonl (the source of truth), TensorBoard events, checkpoints, the model.
-
-    checkpoint/STEP is the SHA-256 of the rest, a line of JSON (counters, random generators, the games' past) and the
-    tensors in safetensors' format. The last two are kept.
+    Sticky actions 0.25, frameskip 4 with the maximum over two frames, 84x84 grayscale, minimal
+    action set, no no-op start, no FIRE reset; losing a life ends no episode, 27,000 steps truncate
+    it. `obs` [N, 4, 84, 84] uint8 is what the agent sees now: after an end, the next episode's
+    start. All of it follows from seeds and actions, which is how a run is restored.
     """
 
-    def __init__(self, args: Args, title: str, device: torch.device, disk_needed: float) -> None:
-        self.args, self.path = args, Path(args.resume or args.run_dir)
-        while not (args.resume or args.run_dir):
-            self.path = Path("runs", f"{title}__{Path(__file__).stem}__{args.seed}__{int(time.time())}")
-            with suppress(FileExistsError):  # of a run that began in the same second
-                self.path.mkdir(parents=True)
-                break
-            time.sleep(0.1)
-        self.folder = self.path / "checkpoint"
-        if not args.resume:
-            free = shutil.disk_usage(next(p for p in self.path.absolute().parents if p.exists())).free
-            fresh = not self.path.exists() or (self.path.is_dir() and not any(self.path.glob("[!.]*")))
-            require(fresh, f"--run-dir {self.path} exists: give a new folder, or go on with --resume {self.path}")
-            print(f"{self.path}: checkpoints take up to {disk_needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free")
-            require(free > disk_needed, f"--run-dir {self.path}: too little disk is free for checkpoints")
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self.begin()
-                flags = {"script": Path(__file__).name} | asdict(args)
-                write_file(self.path / "args.json", json.dumps(flags, indent=1).encode())
-            except OSError as error:
-                raise Exit(2, f"--run-dir {self.path} cannot be made ({error})") from None
-        else:
-            self.begin()
-        self.folder.mkdir(exist_ok=True)
-        if not (self.path / "versions.json").exists():
-            head = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-            commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
-            where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform()
-            names = ("torch", "numpy", "gymnasium", "ale-py", "mujoco", "minari", "h5py", "tyro")
-            packages = {name: found.version for name in names for found in [*distributions(name=name)][:1]}
-            versions = {"script": Path(__file__).name, "commit": commit or None, "python": sys.version, "device": where,
-                        "threads": torch.get_num_threads(), "packages": packages}
-            write_file(self.path / "versions.json", json.dumps(versions, indent=1).encode())
+    RESEED_AFTER = 25_000  # steps; seeding reloads the ROM, so most episodes begin without it
 
-    def begin(self) -> None:
-        """Take the folder for this process alone, and begin at W&B; Exit, leaving nothing new, if one refuses."""
-        lock = self.path / ".lock"
-        self.lock = open(lock, "a")  # a process that is killed leaves it free
-        ours = os.environ.get("RUN_LOCK") != str(self.path)  # else benchmark/launch.py has locked it for us
+    def __init__(self, rom: str, num_envs: int, seed: int, max_steps: int = 27_000) -> None:
+        protocol: dict[str, Any] = {"repeat_action_probability": 0.25, "noop_max": 0}
+        protocol |= {"use_fire_reset": False, "reward_clipping": False}
+        protocol |= {"max_num_frames_per_episode": 4 * max_steps, "autoreset_mode": "SameStep"}
+        threads = min(num_envs, os.cpu_count() or 1)
+        self.envs = AtariVectorEnv(rom, num_envs, num_threads=threads, **protocol)
+        self.num_actions = len(self.envs.ale.get_action_set())
+        self.seed, self.step, self.actions = seed, 0, bytearray()  # all actions, N to a step
+        self.seeded = [list[int]() for _ in range(num_envs)]  # before which steps
+        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
+        self.begin(np.ones(num_envs, bool))
+
+    def begin(self, which: np.ndarray) -> None:
+        """Seed the environments of the mask `which` [N] anew and start their episodes."""
+        rows = np.flatnonzero(which).tolist()
+        keys = [np.random.SeedSequence((self.seed, i, self.step)) for i in rows]
+        seeds = np.array([key.generate_state(1)[0] >> 1 for key in keys], np.int64)
+        for i in rows:
+            self.seeded[i].append(self.step)
+        options = {} if which.all() else {"reset_mask": which}
+        self.obs, _ = self.envs.reset(seed=seeds, options=options)
+        self.returns[which] = self.lengths[which] = 0
+
+    def send(self, actions: np.ndarray) -> None:
+        """Start a step with actions [N] int64; the environments run in threads until recv()."""
+        self.actions += actions.astype(np.uint8).tobytes()
+        self.step += 1
+        self.envs.send(actions)
+
+    def recv(self) -> tuple[np.ndarray, ...]:
+        """Return rewards, terminated, truncated [N] and the newest frames [N, 84, 84] of the step.
+
+        `episodes` has the undiscounted return and the length of each episode that ended.
+        """
+        self.obs, rewards, terminated, truncated, info = self.envs.recv()
+        ended, frames = terminated | truncated, self.obs[:, -1].copy()
+        self.returns += rewards
+        self.lengths += 1
+        self.episodes = list(zip(self.returns[ended].tolist(), self.lengths[ended].tolist()))
+        if ended.any():
+            frames[ended] = info["final_obs"][ended, -1]
+            self.returns[ended] = self.lengths[ended] = 0
+            due = [self.step - steps[-1] >= self.RESEED_AFTER for steps in self.seeded]
+            if (ended & due).any():
+                self.begin(ended & due)
+        return rewards, terminated, truncated & ~terminated, frames
+
+
+def play_again(envs: AtariEnvs, replay: FrameReplay, games: list[Any], run: Run) -> None:
+    """Play a checkpoint's games again, from the last seedings before all that the replay holds."""
+    past, seeded, obs = games
+    actions = np.frombuffer(past, np.uint8).reshape(-1, replay.num_envs)
+    first = max(0, len(actions) - replay.rows)
+    begins = np.array([max(step for step in steps if step <= first) for steps in seeded])
+    envs.step = replay.step = int(begins.min())
+    envs.actions = bytearray(actions[: envs.step].tobytes())
+    bar = progress_bar(len(actions), envs.step, "step", "playing again")
+    for row in actions[envs.step :]:
+        if (begins == envs.step).any():  # before its begin an environment plays something else
+            envs.begin(begins == envs.step)
+        envs.send(row.astype(np.int64))
+        replay.add(row, envs.recv(), envs.obs[:, -1])
+        bar.update()
+        require(not run.stops, f"stopped; go on with --resume {run.path}", 75)
+    bar.close()
+    envs.seeded = seeded
+    same = np.array_equal(envs.obs, obs.numpy())
+    require(same, "--resume: the games went another way; it takes the ale-py of versions.json")
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, rom: str, run: Run) -> dict[str, float]:
+    """Play --eval-episodes together at epsilon 0.001; return what is logged of them."""
+    n, seed = run.args.eval_episodes, run.args.seed + 1_000_000  # none of training's seeds
+    if n == 0:
+        return {}
+    envs, rng = AtariEnvs(rom, n, seed, run.args.eval_steps), np.random.default_rng(seed)
+    device, scores = next(network.parameters()).device, dict[int, float]()
+    with progress_bar(n, 0, "episode", "evaluating") as bar:
+        while len(scores) < n:
+            greedy = network(torch.from_numpy(envs.obs).to(device) / 255).argmax(1).cpu().numpy()
+            explore = rng.random(n) < 0.001
+            envs.send(np.where(explore, rng.integers(envs.num_actions, size=n), greedy))
+            _, terminated, truncated, _ = envs.recv()
+            ended = np.flatnonzero(terminated | truncated).tolist()
+            for i, (score, _) in zip(ended, envs.episodes):
+                scores.setdefault(i, score)
+            bar.set_postfix_str(f"step {envs.step} of at most {run.args.eval_steps}", False)
+            bar.update(len(scores) - bar.n)
+            require(not run.stops, f"stopped; go on with --resume {run.path}", 75)
+    return {"eval/episodic_return": sum(scores.values()) / n, "eval/episodes": n}
+
+
+# <<< shared: atari-env
+# >>> shared: n-step-replay
+class FrameReplay:
+    """Uniform replay of the last --buffer-size transitions, on the device; frames are stored once.
+
+    A ring of rows, one per step of all N environments: slot row * N + i holds the newest frame that
+    environment i showed, what was done then, and where in `frames` its transition's lie: -1 is the
+    black frame before an episode. The last frame of a truncated episode lies behind the slots.
+    A transition is put together when it is drawn: over --n-step steps, fewer if its episode ends.
+    """
+
+    EPISODE = 27_000  # steps of an episode that is truncated
+
+    def __init__(self, args: Args, device: torch.device, first_frames: np.ndarray) -> None:
+        self.num_envs = n = args.num_envs
+        self.n_step = args.n_step
+        self.capacity = math.ceil(args.buffer_size / n)  # rows to draw from
+        self.rows = self.capacity + 3 + args.n_step  # with three older frames, and newer ones
+        self.slots, self.extra = self.rows * n, (self.rows // self.EPISODE + 2) * n
+        shape = (self.slots + self.extra + 1, *first_frames.shape[1:])
+        self.frames = torch.empty(shape, dtype=torch.uint8, device=device)
+        self.frames[-1] = 0
+        # Per slot: action, clipped reward (a whole number), terminated, positions of 4 + 1 frames.
+        self.facts = torch.zeros(self.slots, 8, dtype=torch.int32, device=device)
+        self.ahead = torch.arange(args.n_step, device=device) * n
+        self.powers = args.gamma ** torch.arange(args.n_step + 1, device=device)
+        self.range = torch.zeros(2, dtype=torch.long, device=device)  # oldest transition, count
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+        self.nbytes = self.frames.nbytes + self.facts.nbytes
+        self.step = self.truncations = self.count = 0
+        self.stacks = np.column_stack([np.full((n, 3), -1), np.arange(n)])  # of what is seen now
+        self.frames[:n] = torch.from_numpy(first_frames)
+
+    def add(self, actions: np.ndarray, step: tuple[np.ndarray, ...], frames: np.ndarray) -> None:
+        """Store actions [N], the step that envs.recv() returned, and the frames seen now."""
+        rewards, terminated, truncated, last_frames = step
+        n, slot = self.num_envs, self.step % self.rows * self.num_envs
+        self.step += 1
+        seen = self.step % self.rows * n + np.arange(n)
+        after = seen.copy()
+        for i in np.flatnonzero(truncated):
+            after[i] = self.slots + self.truncations % self.extra
+            self.frames[after[i]] = torch.from_numpy(last_frames[i])
+            self.truncations += 1
+        columns = [actions, np.clip(rewards, -1, 1), terminated, self.stacks, after]
+        self.facts[slot : slot + n] = torch.from_numpy(np.column_stack(columns).astype(np.int32))
+        self.frames[seen[0] : seen[0] + n] = torch.from_numpy(frames)
+        self.stacks[terminated | truncated] = -1
+        self.stacks = np.column_stack([self.stacks[:, 1:], seen])
+        whole = max(0, self.step + 1 - self.n_step)  # rows whose n steps are there
+        self.count = min(whole, self.capacity) * n
+        self.range.copy_(torch.tensor([whole * n - self.count, self.count]))
+
+    def sample(self, batch_size: int) -> tuple[Tensor, ...]:
+        """Draw transitions uniformly, with replacement, without waiting for the device."""
+        device, generator = self.frames.device, self.generator
+        draw = torch.rand(batch_size, dtype=torch.float64, device=device, generator=generator)
+        return self.gather(((draw * self.range[1]).long() + self.range[0]) % self.slots)
+
+    def gather(self, slots: Tensor) -> tuple[Tensor, ...]:
+        """Return obs, next_obs, actions, rewards, discounts of the transitions at slots [B].
+
+        obs, next_obs: [B, 4, 84, 84] in [0, 1]. rewards: discounted sum over the steps. discounts:
+        of the value of next_obs, gamma ** steps, or 0 where the episode terminated.
+        """
+        facts = self.facts[(slots[:, None] + self.ahead) % self.slots]  # [B, n, 8]
+        ends = ((facts[:, :, 2] > 0) | (facts[:, :, 7] >= self.slots)).long()
+        taken = ends.cumsum(1) == ends  # [B, n]: is there no end before this step?
+        steps = taken.sum(1)
+        last = facts[torch.arange(len(slots), device=slots.device), steps - 1]  # [B, 8]
+        stacks = self.frames[facts[:, 0, 3:7]], self.frames[last[:, 4:8]]
+        floats = [s.to(torch.float32, memory_format=torch.channels_last).div_(255) for s in stacks]
+        rewards = (facts[:, :, 1] * self.powers[:-1] * taken).sum(1)
+        return *floats, facts[:, 0, 0].long(), rewards, self.powers[steps] * (1 - last[:, 2])
+
+
+# <<< shared: n-step-replay
+# >>> shared: run
+class Run:
+    """A run's folder: records (metrics.jsonl is the source of truth), checkpoints, the model."""
+
+    def __init__(self, args: Args, title: str) -> None:
+        name = f"{title}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 1000}"
+        self.args, self.path = args, Path(args.resume or args.run_dir or f"runs/{name}")
+        self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
+        fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
+        line = f"--run-dir {self.path}: exists; to go on with the run in it, --resume {self.path}"
+        require(fresh or args.resume != "", line)
+        if args.track:
+            import wandb
+
+            name = re.sub(r"[^\w.-]", "-", self.path.resolve().name)  # what W&B takes
+            own: Any = {"id": name, "resume": "allow", "project": args.wandb_project}
+            wandb.init(**own, config=vars(args), sync_tensorboard=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path / ".lock", "a")
         try:
-            if ours:
+            if os.environ.get("RUN_LOCK") != str(self.path):  # benchmark/launch.py has locked it
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Exit(2, f"{self.path}: another process is at work on this run") from None
-        if not self.args.track:
-            return
-        import wandb
+            require(False, f"{self.path}: another process is at work on this run")
+        if fresh:
+            git = ["sh", "-c", "git rev-parse HEAD"]  # where there is no git, nothing is said
+            head = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True).stdout
+            packages = {d.name: d.version for d in reversed([*distributions()])}
+            cpu = args.device == "cpu"
+            facts: dict[str, Any] = {"commit": head.decode().strip() or None}
+            facts["device"] = platform.platform() if cpu else torch.cuda.get_device_name()
+            facts |= {"python": sys.version, "packages": packages}
+            self.write("versions.json", json.dumps(facts, indent=1).encode())
+            flags = {"script": Path(__file__).name} | vars(args)
+            self.write("args.json", json.dumps(flags, indent=1).encode())
+        self.stops: list[int] = []  # signals; under nohup SIGHUP asks nothing
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda number, _: self.stops.append(number))
 
-        name, flags = self.path.resolve().name, asdict(self.args)
-        own: dict[str, Any] = {"id": re.sub(r"[^\w.-]", "-", name), "name": name, "dir": self.path, "resume": "allow"}
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file that a crash leaves whole or absent."""
         try:
-            self.wandb = wandb.init(project=self.args.wandb_project, config=flags, **own)
-        except wandb.Error as error:
-            if not self.args.resume:  # so that the corrected command is accepted
-                shutil.rmtree(self.path / "wandb", ignore_errors=True)
-                if ours:
-                    lock.unlink()
-                with suppress(OSError):  # what was there before stays
-                    self.path.rmdir()
-            hint = f"WANDB_MODE=offline needs no account; --wandb-project is {self.args.wandb_project}"
-            raise Exit(2, f"--track: {error} ({hint})") from None
+            with open(self.path / ".tmp", "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(self.path / ".tmp", self.path / name)
+        except OSError as error:
+            require(False, f"{self.path / name} cannot be written ({error})", 1)
 
-    def load(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-        """Return state and tensors of the newest whole checkpoint, None before the first; cut the records back to it.
-
-        A damaged checkpoint is named, and the one before it is used.
-        """
-        facts: dict[str, Any] = {"step": 0, "seconds": 0.0, "metrics": 0, "state": None}
-        found, damaged, tensors = sorted(self.folder.glob("[0-9]*"), reverse=True), list[Path](), dict[str, Tensor]()
-        for path in found:
-            digest, _, body = path.read_bytes().partition(b"\n")
-            if hashlib.sha256(body).hexdigest().encode() == digest:
-                line, _, data = body.partition(b"\n")
-                facts, tensors = json.loads(line), load(data)
+    def load(self) -> dict[str, Any]:
+        """Return the newest whole checkpoint, {} before the first; cut the records back to it."""
+        state, paths = dict[str, Any](), sorted(self.folder.iterdir(), reverse=True)
+        for path in paths:
+            data = path.read_bytes()
+            if path.name.endswith(hashlib.sha256(data).hexdigest()):
+                state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
+                self.newest = path.name
+                print(f"{self.path}: going on from step {state['step']}")
                 break
             print(f"{path} is damaged; looking for the checkpoint before it", file=sys.stderr)
-            damaged.append(path)
-        if found and damaged == found:
-            raise Exit(1, f"{self.folder}: no checkpoint is whole; nothing was changed")
-        self.metrics = open(self.path / "metrics.jsonl", "ab")
-        if self.metrics.tell() < facts["metrics"]:
-            raise Exit(1, f"{self.metrics.name} is shorter than when the checkpoint was written")
-        for path in damaged:
-            path.unlink()
-        self.metrics.truncate(facts["metrics"])
-        self.metrics.seek(0, os.SEEK_END)
-        self.board = SummaryWriter(str(self.path), purge_step=facts["step"] + 1)
-        self.start, self.saved_at, self.saved = time.time() - facts["seconds"], time.monotonic(), facts["step"]
-        return facts["state"], tensors
+        require(bool(state or not paths), f"{self.folder}: no checkpoint is whole", 1)
+        self.start = time.time() - state.get("seconds", 0.0)
+        self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
+        whole = self.metrics.tell() >= state.get("metrics", 0)
+        require(whole, f"{self.metrics.name} is shorter than when the checkpoint was written")
+        self.metrics.truncate(state.get("metrics", 0))
+        self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
+        return state
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append one record to metrics.jsonl and give it to TensorBoard and W&B."""
-        record = {"step": step, "seconds": round(time.time() - self.start, 3), **values}
+        """Append a record to metrics.jsonl, and give it to TensorBoard."""
+        record = {"step": step, "seconds": round(time.time() - self.start, 3)} | values
         self.metrics.write(json.dumps(record).encode() + b"\n")
-        self.metrics.flush()
         for key, value in values.items():
             self.board.add_scalar(key, value, step)
-        if self.args.track:
-            self.wandb.log(values, step=step)
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Write a checkpoint and delete all but the last two; Exit if it cannot be written."""
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint, named by its step and SHA-256; the one before it is kept."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
-        facts = {"step": step, "seconds": time.time() - self.start, "state": state, "metrics": self.metrics.tell()}
-        masks = {name: t.bool() for name, t in tensors.items() if name.startswith("mask")}
-        copies = {name: t.detach().cpu().contiguous() for name, t in (tensors | masks).items()}
-        body = json.dumps(facts).encode() + b"\n" + save(copies)
-        try:
-            write_file(self.folder / f"{step:012d}", hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-        except OSError as error:
-            raise Exit(1, f"{self.folder}: no checkpoint could be written ({error}); the last one is kept") from None
-        for path in sorted(self.folder.iterdir())[:-2]:  # .names, which interrupted writes leave, come first
-            path.unlink()
-        self.saved, self.saved_at = step, time.monotonic()
+        state |= {"step": step, "seconds": time.time() - self.start, "metrics": self.metrics.tell()}
+        torch.save(state, data := io.BytesIO())
+        name = f"{step:012d}-{hashlib.sha256(data.getbuffer()).hexdigest()}"
+        self.write(f"checkpoint/{name}", data.getvalue())
+        for path in self.folder.iterdir():
+            if path.name not in (name, self.newest):
+                path.unlink()
+        self.newest, self.saved_at = name, time.monotonic()
 
-    def finish(self, step: int, network: nn.Module, judge: Callable[[Path | None], dict[str, float]],
-               epoch_return: Callable[[], float | None]) -> None:
-        """Save the network, evaluate it by judge(file for the video), write final.json, tell the user what came out."""
-        weights = {name: p.detach().contiguous() + 0.0 for name, p in network.named_parameters()}  # no -0.0
-        write_file(self.path / "model.safetensors", save(weights))
-        video = self.path / "evaluation.mp4" if self.args.capture_video else None
-        result = dict[str, float]()
-        if self.args.eval_episodes:
-            print(f"evaluating over {self.args.eval_episodes} episodes")
-            try:
-                result = judge(video)
-            except OSError as error:
-                if not video:
-                    raise
-                print(f"{video}: no film could be made ({error}); evaluating without", file=sys.stderr)
-                result = judge(None)
-            self.log(step, result)
+    def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
+        """Save the network with its flags, write final.json, and tell what came out."""
+        flags = {"script": Path(__file__).name} | vars(self.args) | {"run_dir": "", "resume": ""}
+        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
+        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))  # without -0.0
+        if scores:
+            self.log(step, scores)
         self.board.close()
-        report = {f"sparsity/{key}": value for key, value in sparsity_report(network).items()} | result
-        seconds = time.time() - self.start
-        final = {"status": "finished", "step": step, "seconds": seconds, "epoch_return": epoch_return()}
-        write_file(self.path / "final.json", json.dumps(final | report, indent=1).encode())
-        for key, value in report.items():
-            print(f"{key:36} " + (f"{value:12,.0f}" if float(value).is_integer() else f"{value:12,.6g}"))
-        print(f"finished {step} steps in {seconds / 60:.1f} minutes; everything is in {self.path}")
-# <<< shared: run-directory
+        final = {"status": "finished", "step": step, "seconds": time.time() - self.start} | facts
+        text = json.dumps(final | scores | sparsity_report(network), indent=1)
+        self.write("final.json", text.encode())
+        for path in self.folder.iterdir():
+            path.unlink()
+        print(f"{text}\neverything is in {self.path}")
 
 
-# >>> shared: command-line
-def parse(argv: list[str]) -> Args:
-    """Return the flags of the command line; with --resume those of the run."""
-    args = tyro.cli(Args, args=argv, description=(__doc__ or "").partition("\n")[0])
-    if not any(flag.startswith("--resume") for flag in argv):
-        return args
-    others = [flag for flag in argv if flag.startswith("--") and not flag.startswith("--resume")]
-    require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
-    try:
-        flags = json.loads(Path(args.resume, "args.json").read_text())
-        require(flags.pop("script") == Path(__file__).name, f"--resume {args.resume}: the run of another script")
-        return Args(**flags | {"resume": args.resume or "."})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Exit(2, f"--resume {args.resume}: no run of this script is there ({error})") from None
+def require(accepted: bool, line: str, status: int = 2) -> None:
+    """End with a line unless `accepted`: 2 is bad input, 1 a fault, 75 stopped and resumable."""
+    if not accepted:
+        tqdm.write(f"{Path(__file__).name}: {line}", sys.stderr)
+        sys.exit(status)
+
+
+def check_ranges(args: Args) -> None:
+    """Refuse values outside their flag's range."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        for low, high, text in getattr(hint, "__metadata__", ())[:1]:
+            flag, value = name.replace("_", "-"), getattr(args, name)
+            require(low <= value <= high, f"--{flag} {value}: must be {text}")
 
 
 def find_device(args: Args) -> torch.device:
-    """Return the device of --device; Exit if this machine has none such or it cannot do what the flags ask."""
-    count = torch.cuda.device_count()
-    known = ["auto", "cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
-    require(args.device in known, f"--device {args.device}: this machine has {', '.join(known)}")
-    first = "cuda:0" if count else "cpu"
-    device = torch.device({"auto": first, "cuda": first}.get(args.device, args.device))
-    require(device.type == "cuda" or not args.compile, "--compile: only with --device cuda; it gains nothing on CPU")
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-# <<< shared: command-line
+    """Return the device of --device; fp32 means fp32 there."""
+    known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
+    name = {"auto": known[0], "cuda": "cuda:0"}.get(args.device, args.device)
+    require(name in known, f"--device {args.device}: this machine has {', '.join(known)}")
+    require(name != "cpu" or not args.compile, "--compile: only with --device cuda")
+    torch.backends.cudnn.allow_tf32 = False
+    if name != "cpu":
+        torch.cuda.set_device(name)
+    args.device = name  # a run is resumed where it began: generators differ between devices
+    return torch.device(name)
 
 
-# >>> shared: entry
-def keep_freed_memory() -> None:
-    """Let glibc reuse freed blocks; else every update faults its gradients' pages in anew, a fifth of its time."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            mallopt(option, value)
+def progress_bar(total: int, initial: int, unit: str, about: str = "") -> tqdm:
+    """Return a bar; where the output is no terminal, a plain line now and then."""
+    options: Any = {"unit": unit, "desc": about, "unit_scale": True, "dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        options |= {
+            "mininterval": 30,
+            "bar_format": "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n",
+        }
+    return tqdm(total=total, initial=initial, **options)
+
+
+def parse() -> Args:
+    """Return the flags of the command line; with --resume those of the run."""
+    groups = make_dataclass("Flags", [(c.__name__.lower(), c) for c in reversed(Args.__bases__)])
+    about, config = (__doc__ or "").partition("\n")[0], (tyro.conf.OmitArgPrefixes,)
+    parts = vars(tyro.cli(groups, description=about, config=config)).values()
+    args = Args(**{name: value for part in parts for name, value in vars(part).items()})
+    if not any(flag.startswith("--resume") for flag in sys.argv):
+        return args
+    others = [x for x in sys.argv[1:] if x.startswith("--") and not x.startswith("--resume")]
+    require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
+    try:
+        saved = json.loads(Path(args.resume, "args.json").read_text())
+        require(saved.pop("script") == Path(__file__).name, "--resume: the run of another script")
+        args = Args(**saved | {"resume": args.resume or "."})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        require(False, f"--resume {args.resume}: no run of this script is there ({error})")
+    finished = Path(args.resume, "final.json").exists()
+    require(not finished, f"{args.resume} is finished; nothing is left to do", 0)
+    return args
 
 
 class Output(io.FileIO):
-    """Standard output or error, whose reader may go away (| head, a closed terminal): then it is silent."""
+    """Standard output or error; what nobody reads any more is dropped, and ends no run."""
 
     def write(self, data: Any) -> int:
-        """Write what somebody can read."""
+        """Write what can be written."""
         with suppress(OSError):
             return super().write(data) or len(data)
         return len(data)
 
 
-def outlive_readers() -> None:
-    """Let no output end a run: not a broken pipe, not a terminal that is gone, not a stream that was closed."""
-    for fd, name in ((1, "stdout"), (2, "stderr")):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-        stream = io.BufferedWriter(Output(fd, "w", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))
-
-
-def command_line(main: Callable[[Args], None]) -> None:
+def command_line() -> None:
     """Run main; a fault ends it with one line and an exit status."""
-    keep_freed_memory()
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # glibc keeps freed memory:
+        mallopt(option, value)  # else every update faults its gradients' pages in anew
     try:
-        main(parse(sys.argv[1:]))
-    except (Exit, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise  # a fault of ours, which deserves its traceback
-        hint = "" if isinstance(error, OSError) else "these flags need more memory than there is: "
-        status, line = error.args if isinstance(error, Exit) else (1, f"{hint}{str(error).splitlines()[0]}")
-        print(f"{Path(__file__).name}: {line}", file=sys.stderr)
-        sys.exit(status)
-# <<< shared: entry
-
-
-def main(args: Args) -> None:
-    """Train, evaluate the network, and leave the run folder."""
-    # >>> shared: start
-    if args.resume and Path(args.resume, "final.json").exists():
-        print(f"{args.resume} is finished; nothing is left to do")
-        return
-    device, total = find_device(args), args.total_timesteps
-    step, epoch_return = 0, None
-    run, stops, training = None, list[int](), False
-
-    def stop(signum: int, _: Any) -> None:
-        """Stop with a checkpoint where the loop next looks; at once before its first and after its last step."""
-        stops.append(signum)
-        if training:
-            line = "\nstopping with a checkpoint\n"
+        main(parse())
+    except Exception as error:
+        if "allocate" in str(error):
+            about = "these flags need more memory than there is: "
+        elif type(error).__module__.startswith("wandb"):
+            about = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
+        elif isinstance(error, OSError):
+            about = ""
         else:
-            hint = f"go on with --resume {run.path}" if run else "no run was begun"
-            line = f"{Path(__file__).name}: stopped at step {step}; {hint}\n"
-        with suppress(OSError):  # whether anybody reads it decides nothing
-            os.write(2, line.encode())
-        if not training:
-            os._exit(75)  # an exception could come up in the middle of anything
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, stop)
-    # <<< shared: start
-    # >>> shared: atari-start
-    returns, recent = list[float](), list[float]()  # of the episodes of this epoch, of the latest
-    if total <= args.learning_starts:
-        print(f"nothing will be learned: --total-timesteps {total} is within --learning-starts {args.learning_starts}")
-    rom, title = find_rom(args.env_id)
-    envs = AtariEnvs(rom, args.num_envs, args.seed)
-    fits = device.type == "cpu" or 7130 * args.buffer_size < 0.8 * torch.cuda.mem_get_info(device)[0]
-    require(fits or not args.compile, f"--buffer-size {args.buffer_size}: too large for the GPU, which --compile needs")
-    # <<< shared: atari-start
-    agent = DQN(args, envs.num_actions, device)
-    home, tensors = device if fits else torch.device("cpu"), agent.tensors()
-    replay = FrameReplay(args.buffer_size, args.num_envs, home, args.seed, args.gamma)
-    # >>> shared: atari-go-on
-    run = Run(args, title, device, 6 * total + 3 * sum(t.nbytes for t in tensors.values()))
-    replay.see(envs.obs[:, -1])
-    state, saved = run.load()
-    if state:
-        step, epoch_return, returns = state["counters"]
-        print(f"{run.path}: going on from step {step}; the games are played again, as far as the replay reaches back")
-        agent.restore(state["agent"])
-        sampling = torch.tensor(state["sampling"], dtype=torch.uint8)
-        same = len(sampling) == len(replay.generator.get_state())
-        require(same, f"--resume {run.path}: its replay was on another kind of device, which it needs again")
-        replay.generator.set_state(sampling)
-        for row, actions, steps in envs.restore(state["games"], step // args.num_envs - replay.rows):
-            replay.step = row
-            FrameReplay.add(replay, actions, steps, envs.obs[:, -1])  # priorities, if any, are in the checkpoint
-        for name, tensor in tensors.items():
-            tensor.detach().copy_(saved[name])
-    # <<< shared: atari-go-on
-    # >>> shared: bar
-    tty, shown = sys.stderr.isatty(), (step, time.monotonic())
-    shape = "{percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt} {remaining} left {desc}"
-    bar = tqdm(total=total, initial=step, unit="step", unit_scale=True, dynamic_ncols=True,
-               mininterval=0.5 if tty else 30, bar_format="{bar:10}" + shape if tty else shape + "\n")
-    # <<< shared: bar
-
-    training = True
-    while step < total:
-        now, trained = step + args.num_envs, agent.gradient_step > 0
-        # Act and step.
-        epsilon = 1 + (args.epsilon_end - 1) * min(1.0, max(0.0, (step - args.learning_starts) / args.epsilon_steps))
-        actions = agent.act(envs.obs, epsilon)
-        envs.send(actions)
-        updates = math.floor(now * args.replay_ratio) - math.floor(max(step, args.learning_starts) * args.replay_ratio)
-        if args.num_envs > 1:  # the environments step meanwhile; one alone keeps the paper's order of events
-            agent.learn(replay, updates)
-        steps = envs.recv()
-        # Store.
-        replay.add(actions, steps, envs.obs[:, -1])
-        for score, length in steps.episodes:
-            run.log(now, {"charts/episodic_return": score, "charts/episodic_length": length})
-            returns, recent = [*returns, score], [*recent, score][-10:]
-        # Learn and prune.
-        if args.num_envs == 1:
-            agent.learn(replay, updates)
-        if not all(map(math.isfinite, agent.losses)):
-            bar.close()
-            last = f"step {run.saved} in {run.folder}" if run.saved else "none yet"
-            raise Exit(1, f"the losses became {agent.losses} at step {now}; last checkpoint: {last}")
-        # Target.
-        if trained and now < total and now // args.target_every > step // args.target_every:
-            agent.update_target()
-        # Log.
-        bar.set_description_str(f"return {np.mean(recent or 0):.1f} sparsity {agent.sparsity[0]:.3f}", False)
-        bar.update(min(now, total) - step)
-        epoch_ends, log_every = now // args.epoch_steps > step // args.epoch_steps, max(args.target_every, 1000)
-        if epoch_ends or now >= total or now // log_every > step // log_every:
-            speed, shown = (now - shown[0]) / (time.monotonic() - shown[1]), (now, time.monotonic())
-            record = {"charts/SPS": speed, "charts/epsilon": epsilon, "charts/learning_rate": args.learning_rate,
-                      "charts/buffer_size": len(replay), "memory/replay_bytes": replay.nbytes,
-                      "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-            if epoch_ends:
-                epoch_return, returns = sum(returns) / len(returns) if returns else None, []
-                record |= {} if epoch_return is None else {"charts/epoch_return": epoch_return}
-            run.log(now, record | agent.report())
-        step = now
-        # Save.
-        if stops or step >= total or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
-            state = {"counters": (step, epoch_return, returns), "agent": agent.state(), "games": envs.past(),
-                     "sampling": replay.generator.get_state().tolist()}
-            run.save(step, tensors, state)
-            if stops:
-                bar.close()
-                raise Exit(75, f"stopped at step {step}; go on with --resume {run.path}")
-
-    training = False
-    bar.close()
-    run.finish(step, agent.online, lambda video: judge(agent.online, rom, title, args, video), lambda: epoch_return)
+            raise  # a fault of ours, which deserves its traceback
+        require(False, about + str(error).splitlines()[0], 1)
 
 
 if __name__ == "__main__":
-    outlive_readers()
-    command_line(main)
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass  # what stands for a stream that was closed
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        stream = io.BufferedWriter(Output(fd, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))
+    command_line()
+# <<< shared: run

@@ -469,8 +469,9 @@ def main(args: Args) -> None:
         # Learn and prune.
         if args.num_envs == 1:
             agent.learn(replay, step)
-        finite = math.isfinite(agent.latest[0])
-        require(finite, f"step {step}: the loss is not finite; the checkpoint is in {run.path}", 1)
+        if not math.isfinite(agent.latest[0]):
+            kept = f"checkpoint {run.newest[:12] or 'none'} is kept"
+            require(False, f"step {step}: the losses are {agent.latest[:1].tolist()}; {kept}", 1)
         # Target.
         if passed(args.target_every):
             agent.update_target()

@@ -519,8 +519,9 @@ def main(args: Args) -> None:
         # Learn and prune.
         if args.num_envs == 1:
             agent.learn(replay, step)
-        finite = math.isfinite(agent.latest[0])
-        require(finite, f"step {step}: the loss is not finite; the checkpoint is in {run.path}", 1)
+        if not math.isfinite(agent.latest[0]):
+            kept = f"checkpoint {run.newest[:12] or 'none'} is kept"
+            require(False, f"step {step}: the losses are {agent.latest[:1].tolist()}; {kept}", 1)
         # Target.
         if passed(args.target_every):
             agent.update_target()
@@ -815,12 +816,12 @@ class PrioritisedReplay(FrameReplay):
         """Store a step; what began n steps ago can be drawn from now on, the oldest no longer."""
         super().add(actions, step, frames)
         row = torch.arange(self.num_envs, device=self.frames.device)
-        self.set((self.step + 3) % self.rows * self.num_envs + row, torch.zeros_like(self.highest))
+        self.set((self.step + 3) % self.rows * self.num_envs + row, 0.0)
         if self.step >= self.n_step:
             newest = (self.step - self.n_step) % self.rows
             self.set(newest * self.num_envs + row, self.highest)
 
-    def set(self, slots: Tensor, priority: Tensor) -> None:
+    def set(self, slots: Tensor, priority: Tensor | float) -> None:
         """Set the priorities at slots [B]."""
         self.priority.view(-1)[slots] = priority
         blocks = slots // 1024
