@@ -92,6 +92,7 @@ class Running:
     run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
     resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
+    keep_checkpoint: bool = False  # keep the last ones when the run has finished
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
     wandb_project: str = "cleanrl-sparse"  # project there
     # <<< shared: run-flags
@@ -917,7 +918,7 @@ class Run:
         final = {"status": "finished", "step": step, "seconds": time.time() - self.start} | facts
         text = json.dumps(final | scores | sparsity_report(network), indent=1)
         self.write("final.json", text.encode())
-        for path in self.folder.iterdir():
+        for path in [] if self.args.keep_checkpoint else self.folder.iterdir():
             path.unlink()
         print(f"{text}\neverything is in {self.path}")
 

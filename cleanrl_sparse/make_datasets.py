@@ -1,15 +1,17 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.13", "numpy>=2", "gymnasium>=1.2", "mujoco>=3.3", "imageio>=2.14", "tyro>=0.9",
+# dependencies = ["torch>=2.13", "numpy>=2", "gymnasium>=1.2", "mujoco>=3.3", "imageio>=2.14",
+# "tyro>=0.9",
 #                 "safetensors>=0.5", "tqdm>=4.66", "minari>=0.5", "h5py>=3.11", "pillow>=10"]
 # ///
 """Record Minari datasets for cql_offline_snip.py from SAC runs, trained first.
 
-    python make_datasets.py --env-id Hopper-v5                    # local/hopper/{random,medium,...}-v0
-    python make_datasets.py --env-id Hopper-v5 --medium-steps 40000 --expert-steps 400000 --transitions 100000
+    python make_datasets.py --env-id Hopper-v5  # local/hopper/{random,medium,...}-v0
+    python make_datasets.py --env-id Hopper-v5 --medium-steps 40000 --expert-steps 400000
 
-Two runs of sac_mujoco_gmp.py (dense, 256 units, one seed) are made beside this script's datasets: since they differ in
-length only, the medium run is the beginning of the expert run. What is recorded, by its name:
+Two runs of sac_mujoco_gmp.py (dense, 256 units, one seed) are made beside this script's datasets:
+since they differ in length only, the medium run is the beginning of the expert run. What is
+recorded, by its name:
 
     random          uniformly random actions
     medium          the medium run's final policy, actions drawn from it
@@ -17,15 +19,15 @@ length only, the medium run is the beginning of the expert run. What is recorded
     expert          the expert run's final policy, actions drawn from it
     medium-expert   medium and expert, one after the other
 
-These names are relative to the runs made here; nothing of them may be set beside D4RL's datasets of the same names. A
-policy is recorded in whole episodes, to the first end after --transitions. Minari keeps its datasets in ~/.minari, or
-where MINARI_DATASETS_PATH says. What is there under these names stays, unless the same flags made it. Ctrl-C or SIGTERM
-stops with a checkpoint; the same command goes on. The table that is printed is left in --runs too.
+These names are relative to the runs made here; nothing of them may be set beside D4RL's datasets of
+the same names. A policy is recorded in whole episodes, to the first end after --transitions. Minari
+keeps its datasets in ~/.minari, or where MINARI_DATASETS_PATH says. What is there under these names
+stays, unless the same flags made it. Ctrl-C or SIGTERM stops with a checkpoint; the same command
+goes on. The table that is printed is left in --runs too.
 """
 
 from __future__ import annotations
 
-import ctypes
 import difflib
 import fcntl
 import hashlib
@@ -52,14 +54,14 @@ import numpy as np
 import torch
 import tyro
 from minari.data_collector import EpisodeBuffer
-from safetensors.torch import load, load_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 
-# >>> shared: basics
 class Exit(Exception):
-    """Exit(status, line) ends the program: status 2 bad input, 1 a fault while running, 75 stopped and resumable."""
+    """Exit(status, line) ends the program: status 2 bad input, 1 a fault while running, 75 stopped
+    and resumable.
+    """
 
 
 def require(accepted: bool, line: str) -> None:
@@ -67,14 +69,13 @@ def require(accepted: bool, line: str) -> None:
     if not accepted:
         raise Exit(2, line)
 
-# <<< shared: basics
-
 
 @dataclass
 class Args:
     """Flags."""
 
-    env_id: str = "Hopper-v5"  # Gymnasium environment with a vector of observations and bounded continuous actions
+    # Gymnasium environment with a vector of observations and bounded continuous actions
+    env_id: str = "Hopper-v5"
     medium_steps: int = 60_000  # steps of the medium run (>= 300; before 256 nothing is learned)
     expert_steps: int = 300_000  # steps of the expert run (> --medium-steps)
     transitions: int = 50_000  # that each policy is recorded for, at least (>= 1)
@@ -89,22 +90,33 @@ class Args:
             value = getattr(self, name)
             require(value >= least, f"--{name.replace('_', '-')} {value}: must be at least {least}")
         longer = self.expert_steps > self.medium_steps
-        require(longer, f"--expert-steps {self.expert_steps}: must be above --medium-steps, {self.medium_steps}")
+        require(
+            longer,
+            f"--expert-steps {self.expert_steps}: must be above --medium-steps, "
+            f"{self.medium_steps}",
+        )
         require(0 <= self.seed < 2**32, f"--seed {self.seed}: must be in [0, 2^32)")
         fits = bool(re.fullmatch(r"[\w.-]+", self.name)) and self.name not in ("mujoco", "D4RL")
-        require(fits, f"--name {self.name}: must be letters, digits, _ . - and none of Minari's own, mujoco and D4RL")
+        require(
+            fits,
+            f"--name {self.name}: must be letters, digits, _ . - and none of Minari's own, "
+            "mujoco and D4RL",
+        )
 
 
-# >>> shared: mujoco-env
 def make_env(env_id: str, **options: Any) -> gym.Env:
-    """Return Gymnasium's environment (Hopper is Hopper-v5); Exit if there is none such or its spaces do not fit."""
+    """Return Gymnasium's environment (Hopper is Hopper-v5); Exit if there is none such or its
+    spaces do not fit.
+    """
     try:
         import mujoco  # not before require_pictures()
     except Exception as error:  # of many kinds, as the drawing libraries see fit
         text = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot be imported with it"
         raise Exit(2, f"{text} ({' '.join(str(error).split())})") from None
 
-    mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
+    mujoco.set_mju_user_warning(
+        lambda text: None if "deprecated" in text else print(text, file=sys.stderr)
+    )
     name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
     known = [n for n in gym.registry if not n.startswith("ALE/") and "NoFrameskip" not in n]
     near = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0.3)) or "none"
@@ -115,9 +127,17 @@ def make_env(env_id: str, **options: Any) -> gym.Env:
         raise Exit(2, f"--env-id {env_id} cannot be made: {' '.join(str(error).split())}") from None
     obs: Any = env.observation_space
     actions: Any = env.action_space
-    fits = all(isinstance(s, gym.spaces.Box) and len(s.shape) == 1 and s.shape[0] > 0 for s in (obs, actions))
-    bounded = fits and actions.dtype.kind == "f" and bool(np.isfinite([actions.low, actions.high]).all())
-    require(bounded, f"--env-id {env_id}: needs a vector of observations and one of bounded continuous actions")
+    fits = all(
+        isinstance(s, gym.spaces.Box) and len(s.shape) == 1 and s.shape[0] > 0
+        for s in (obs, actions)
+    )
+    bounded = (
+        fits and actions.dtype.kind == "f" and bool(np.isfinite([actions.low, actions.high]).all())
+    )
+    require(
+        bounded,
+        f"--env-id {env_id}: needs a vector of observations and one of bounded continuous actions",
+    )
     return env
 
 
@@ -132,20 +152,19 @@ class MujocoSteps(NamedTuple):
 
 
 class MujocoEnvs:
-    """N copies of an environment with actions in [-1, 1], rescaled to its bounds; restorable at any step.
+    """N copies of an environment with actions in [-1, 1], rescaled to its bounds.
 
-    `obs` [N, O] float32 is what the agent sees now: after an ending, the next episode's first observation. Every
-    episode has a seed of its own, from (seed, environment, step). What an environment did follows from these seeds and
-    its actions: a checkpoint keeps them, restore() plays them again.
+    `obs` [N, O] float32 is what the agent sees now: after an ending, the next episode's first
+    observation. Every episode has a seed of its own, from (seed, environment, step), as in the
+    training scripts: so a run's actions suffice to play it again.
     """
 
     def __init__(self, env_id: str, num_envs: int, seed: int, **options: Any) -> None:
         self.envs: list[Any] = [make_env(env_id, **options) for _ in range(num_envs)]
         space = self.envs[0].action_space
-        self.middle, self.half = (space.high + space.low) / 2, (space.high - space.low) / 2  # [A] float32
+        self.middle, self.half = (space.high + space.low) / 2, (space.high - space.low) / 2
         self.title, self.num_actions = self.envs[0].spec.id, len(space.low)
         self.seed, self.actions = seed, bytearray()  # every action so far, float32
-        self.began = [list[int]() for _ in range(num_envs)]  # the steps at which each environment's episodes began
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
         self.obs = np.zeros((num_envs, *self.envs[0].observation_space.shape), np.float32)
         for i in range(num_envs):
@@ -157,7 +176,6 @@ class MujocoEnvs:
 
     def reset(self, i: int) -> None:
         """Start an episode of environment i."""
-        self.began[i].append(len(self))
         seed = np.random.SeedSequence((self.seed, i, len(self))).generate_state(1)[0]
         self.obs[i] = self.envs[i].reset(seed=int(seed))[0]
         self.returns[i] = self.lengths[i] = 0
@@ -166,7 +184,8 @@ class MujocoEnvs:
         """Take a step with actions [N, A] in [-1, 1]; what ended is reset at once."""
         n = len(self.envs)
         self.actions += actions.astype(np.float32).tobytes()
-        last_obs, rewards, (terminated, ended) = np.zeros_like(self.obs), np.zeros(n), np.zeros((2, n), bool)
+        last_obs, rewards = np.zeros_like(self.obs), np.zeros(n)
+        terminated, ended = np.zeros((2, n), bool)
         episodes = list[tuple[float, int]]()
         for i in range(n):
             last_obs[i], rewards[i], terminated[i], truncated, _ = self.envs[i].step(
@@ -180,39 +199,7 @@ class MujocoEnvs:
                 self.reset(i)
         return MujocoSteps(last_obs, rewards, terminated, ended, episodes)
 
-    def picture(self) -> np.ndarray:
-        """Return an RGB picture [H, W, 3] uint8 of the first environment, made with render_mode="rgb_array"."""
-        return np.ascontiguousarray(self.envs[0].render())
 
-    def played(self) -> Tensor:
-        """Return all actions so far [steps, N, A]."""
-        flat = torch.frombuffer(self.actions, dtype=torch.float32) if self.actions else torch.empty(0)
-        return flat.view(len(self), len(self.envs), self.num_actions)
-
-    def past(self) -> dict[str, Any]:
-        """Return what restore() needs beside the actions, as JSON."""
-        return {"began": self.began, "digest": hashlib.sha256(self.obs.tobytes()).hexdigest()}
-
-    def restore(self, past: dict[str, Any], played: Tensor,
-                first: int) -> Iterator[tuple[int, np.ndarray, MujocoSteps]]:
-        """Play a past() again with the actions played [steps, N, A], from episodes that began before step `first`.
-
-        Yields (step, actions [N, A], MujocoSteps). Raises Exit if the episodes went otherwise than recorded.
-        """
-        actions = played.numpy()
-        begins = np.array([max(step for step in began if step < max(1, first)) for began in past["began"]])
-        self.actions = bytearray(actions[: begins.min()].tobytes())
-        for step in tqdm(range(begins.min(), len(actions)), "playing again", leave=False, disable=None):
-            for i in np.flatnonzero(begins == step):  # what it did until now is not in the record
-                self.reset(int(i))
-            yield step, actions[step], self.step(actions[step])
-        self.began = past["began"]
-        if hashlib.sha256(self.obs.tobytes()).hexdigest() != past["digest"]:
-            raise Exit(1, "the episodes went otherwise when played again; resume with the packages of versions.json")
-# <<< shared: mujoco-env
-
-
-# >>> shared: actor
 class Actor(nn.Sequential):
     """A Gaussian of actions, squashed to [-1, 1] by tanh; hidden layers of `units`."""
 
@@ -221,7 +208,10 @@ class Actor(nn.Sequential):
     def __init__(self, obs_size: int, num_actions: int, units: int, layers: int = 2) -> None:
         parts = OrderedDict[str, nn.Module]()
         for i in range(1, layers + 1):
-            parts |= {f"dense{i}": nn.Linear(units if i > 1 else obs_size, units), f"relu{i}": nn.ReLU(inplace=True)}
+            parts |= {
+                f"dense{i}": nn.Linear(units if i > 1 else obs_size, units),
+                f"relu{i}": nn.ReLU(inplace=True),
+            }
         super().__init__(parts | {"output": nn.Linear(units, 2 * num_actions)})
         for p in self.parameters():
             nn.init.xavier_uniform_(p) if p.ndim > 1 else nn.init.zeros_(p)
@@ -236,22 +226,24 @@ class Actor(nn.Sequential):
             return mean, log_std.clamp(-20, 2)
 
     def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return actions [..., B, A] in [-1, 1] and their log-probabilities [..., B] from standard normal noise.
+        """Return actions [..., B, A] in [-1, 1] and their log-probabilities [..., B] from standard
+        normal noise.
 
         Noise is [..., B, A], obs [B, O].
 
-        With u = mean + std * noise, log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), and the latter is
-        2 * (log 2 - u - softplus(-2 * u)), which neither overflows nor loses digits at large |u|.
+        With u = mean + std * noise, log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), and the
+        latter is 2 * (log 2 - u - softplus(-2 * u)), which neither overflows nor loses digits at
+        large |u|.
         """
         mean, log_std = self(obs)
         u = mean + log_std.exp() * noise
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
         return u.tanh(), (log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
-# <<< shared: actor
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
-Episode = dict[str, np.ndarray]  # observations [T + 1, O], actions [T, A], rewards, terminations, truncations [T]
+# observations [T + 1, O], actions [T, A], rewards, terminations, truncations [T]
+Episode = dict[str, np.ndarray]
 
 
 def train(args: Args, env_id: str, steps: int) -> Path:
@@ -259,21 +251,42 @@ def train(args: Args, env_id: str, steps: int) -> Path:
     folder = args.runs / f"{env_id}__{args.seed}__{steps}"
     script = str(Path(__file__).with_name("sac_mujoco_gmp.py"))
     starts = min(5000, max(256, args.medium_steps // 10))
-    flags = {"env-id": env_id, "seed": args.seed, "total-timesteps": steps, "learning-starts": starts, "sparsity": 0,
-             "width": 1, "learning-rate": 1e-3, "reward-scale": 1, "target-entropy": -1, "weight-decay": 0,
-             "precision": args.precision}  # fmt: skip
-    command = ["--run-dir", folder, *(x for flag, value in flags.items() for x in (f"--{flag}", value))]
+    flags = {
+        "env-id": env_id,
+        "seed": args.seed,
+        "total-timesteps": steps,
+        "learning-starts": starts,
+        "sparsity": 0,
+        "width": 1,
+        "learning-rate": 1e-3,
+        "reward-scale": 1,
+        "target-entropy": -1,
+        "weight-decay": 0,
+        "precision": args.precision,
+    }
+    command = [
+        "--run-dir",
+        folder,
+        "--keep-checkpoint",
+        *(x for flag, value in flags.items() for x in (f"--{flag}", value)),
+    ]
     if (folder / "args.json").exists():
         command, made = ["--resume", folder], json.loads((folder / "args.json").read_text())
         for flag, value in flags.items():
-            text = f"{folder}: made with --{flag} {made.get(flag.replace('-', '_'))}, not {value}; give another --runs"
+            text = (
+                f"{folder}: made with --{flag} {made.get(flag.replace('-', '_'))}, not {value}; "
+                "give another --runs"
+            )
             require(made.get(flag.replace("-", "_")) == value, text)
     args.runs.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.lock", "w") as lock:  # the run holds it too, and keeps it if this program is killed
+    # The run holds the lock too, and keeps it if this program is killed.
+    with open(f"{folder}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Exit(1, f"{folder}: this run is going on already; wait for it or stop it") from None
+            raise Exit(
+                1, f"{folder}: this run is going on already; wait for it or stop it"
+            ) from None
         run, stops = None, list[int]()
 
         def stop(signum: int, _: Any) -> None:
@@ -283,7 +296,9 @@ def train(args: Args, env_id: str, steps: int) -> Path:
                 run.terminate()
 
         handlers = [signal.signal(signum, stop) for signum in STOPS]
-        run = subprocess.Popen([sys.executable, script, *map(str, command)], pass_fds=[lock.fileno()])
+        run = subprocess.Popen(
+            [sys.executable, script, *map(str, command)], pass_fds=[lock.fileno()]
+        )
         if stops:  # while it was begun
             run.terminate()
         status = run.wait()
@@ -296,7 +311,9 @@ def train(args: Args, env_id: str, steps: int) -> Path:
 
 
 def transitions(steps: Iterator[tuple[np.ndarray, np.ndarray, MujocoSteps]]) -> list[Episode]:
-    """Return the episodes of one environment's (obs, actions, outcome); what has not ended is cut, as a truncation."""
+    """Return the episodes of one environment's (obs, actions, outcome); what has not ended is cut,
+    as a truncation.
+    """
     episodes, parts = list[Episode](), list[tuple[Any, ...]]()
     last = None
 
@@ -304,8 +321,15 @@ def transitions(steps: Iterator[tuple[np.ndarray, np.ndarray, MujocoSteps]]) -> 
         """End an episode."""
         obs, actions, rewards, terminated = map(np.array, zip(*parts))
         final = np.arange(len(parts)) == len(parts) - 1
-        episodes.append({"observations": np.concatenate([obs, [last]]), "actions": actions, "rewards": rewards,
-                         "terminations": terminated, "truncations": final & ~terminated})
+        episodes.append(
+            {
+                "observations": np.concatenate([obs, [last]]),
+                "actions": actions,
+                "rewards": rewards,
+                "terminations": terminated,
+                "truncations": final & ~terminated,
+            }
+        )
         parts.clear()
 
     for obs, actions, outcome in steps:
@@ -318,8 +342,12 @@ def transitions(steps: Iterator[tuple[np.ndarray, np.ndarray, MujocoSteps]]) -> 
     return episodes
 
 
-def play(args: Args, seed: int, policy: Actor | None) -> Iterator[tuple[np.ndarray, np.ndarray, MujocoSteps]]:
-    """Yield (obs, actions, outcome) of whole episodes, with actions drawn from a policy or, without one, uniformly."""
+def play(
+    args: Args, seed: int, policy: Actor | None
+) -> Iterator[tuple[np.ndarray, np.ndarray, MujocoSteps]]:
+    """Yield (obs, actions, outcome) of whole episodes, with actions drawn from a policy or, without
+    one, uniformly.
+    """
     env, rng, ended = MujocoEnvs(args.env_id, 1, seed), np.random.default_rng(seed), False
     while len(env) < args.transitions or not ended:
         obs = env.obs.copy()
@@ -335,21 +363,26 @@ def play(args: Args, seed: int, policy: Actor | None) -> Iterator[tuple[np.ndarr
 
 
 def replay(args: Args, folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray, MujocoSteps]]:
-    """Yield (obs, actions, outcome) of everything that a run did, by playing it again from its last checkpoint."""
+    """Yield (obs, actions, outcome) of everything that a run did, by playing its actions again.
+
+    They are in its last checkpoint, which --keep-checkpoint has left there.
+    """
     path = max((folder / "checkpoint").glob("[0-9]*"))
-    line, _, data = path.read_bytes().partition(b"\n")[2].partition(b"\n")
-    past, played = json.loads(line)["state"]["episodes"], load(data)["actions"]
+    past, _, last = torch.load(path, weights_only=True)["episodes"]
     env = MujocoEnvs(args.env_id, 1, args.seed)
-    obs = env.obs.copy()
-    for _, actions, outcome in env.restore(past, played, 0):
-        yield obs, actions, outcome
+    for actions in np.frombuffer(past, np.float32).reshape(-1, 1, env.num_actions):
         obs = env.obs.copy()
+        yield obs, actions, env.step(actions)
+    if not np.array_equal(env.obs, last.numpy()):
+        raise Exit(1, f"{folder}: its episodes went another way; it takes the packages of then")
 
 
 def load_policy(folder: Path) -> Actor:
     """Return a finished run's actor."""
     weights = load_file(folder / "model.safetensors")
-    weights = {name.removeprefix("actor."): p for name, p in weights.items() if name.startswith("actor.")}
+    weights = {
+        name.removeprefix("actor."): p for name, p in weights.items() if name.startswith("actor.")
+    }
     units, obs_size = weights["dense1.weight"].shape
     actor = Actor(obs_size, len(weights["output.bias"]) // 2, units)
     actor.load_state_dict(weights)
@@ -371,7 +404,10 @@ def dataset_name(args: Args, env_id: str, kind: str) -> str:
         other = json.loads((path / "data" / "metadata.json").read_text()).get("description", "")
     except (OSError, ValueError):  # none is there, or it was broken off while it was written
         return name
-    text = f"--name {args.name}: {path} holds another dataset ({other}); give another name or delete it"
+    text = (
+        f"--name {args.name}: {path} holds another dataset ({other}); give another name or "
+        "delete it"
+    )
     require(other == described(args, env_id, kind), text)
     return name
 
@@ -382,32 +418,40 @@ def write(args: Args, kind: str, episodes: list[Episode]) -> str:
     middle, half = ((env.action_space.high + sign * env.action_space.low) / 2 for sign in (1, -1))
     name = dataset_name(args, env.spec.id, kind)
     actions = [middle + half * episode["actions"] for episode in episodes]
-    buffers = [EpisodeBuffer(id=i, **episode | {"actions": a}) for i, (episode, a) in enumerate(zip(episodes, actions))]
+    buffers = [
+        EpisodeBuffer(id=i, **episode | {"actions": a})
+        for i, (episode, a) in enumerate(zip(episodes, actions))
+    ]
     shutil.rmtree(minari.storage.get_dataset_path(name), ignore_errors=True)
     text = described(args, env.spec.id, kind)
     space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no author and no address are given
-        minari.create_dataset_from_buffers(name, buffers, env=env.spec, observation_space=space, description=text)
+        minari.create_dataset_from_buffers(
+            name, buffers, env=env.spec, observation_space=space, description=text
+        )
     digest = hashlib.sha256()
     for episode, a in zip(episodes, actions):
-        for array in (a, *(episode[key] for key in ("observations", "rewards", "terminations", "truncations"))):
+        for array in (
+            a,
+            *(episode[key] for key in ("observations", "rewards", "terminations", "truncations")),
+        ):
             digest.update(array.astype(np.float32).tobytes())
-    returns, count = [episode["rewards"].sum() for episode in episodes], sum(len(a) for a in actions)
-    numbers = f"{len(episodes)} | {count:,} | {np.mean(returns):,.0f} | {min(returns):,.0f} | {max(returns):,.0f}"
+    returns, count = (
+        [episode["rewards"].sum() for episode in episodes],
+        sum(len(a) for a in actions),
+    )
+    numbers = (
+        f"{len(episodes)} | {count:,} | {np.mean(returns):,.0f} | {min(returns):,.0f} | "
+        f"{max(returns):,.0f}"
+    )
     return f"| {name} | {numbers} | {digest.hexdigest()[:12]} |"
 
 
-# >>> shared: entry
-def keep_freed_memory() -> None:
-    """Let glibc reuse freed blocks; else every update faults its gradients' pages in anew, a fifth of its time."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            mallopt(option, value)
-
-
 class Output(io.FileIO):
-    """Standard output or error, whose reader may go away (| head, a closed terminal): then it is silent."""
+    """Standard output or error, whose reader may go away (| head, a closed terminal): then it is
+    silent.
+    """
 
     def write(self, data: Any) -> int:
         """Write what somebody can read."""
@@ -417,7 +461,9 @@ class Output(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """Let no output end a run: not a broken pipe, not a terminal that is gone, not a stream that was closed."""
+    """Let no output end a run: not a broken pipe, not a terminal that is gone, not a stream that
+    was closed.
+    """
     for fd, name in ((1, "stdout"), (2, "stderr")):
         try:
             os.fstat(fd)
@@ -429,17 +475,17 @@ def outlive_readers() -> None:
 
 def command_line(main: Callable[[Args], None]) -> None:
     """Run main; a fault ends it with one line and an exit status."""
-    keep_freed_memory()
     try:
         main(parse(sys.argv[1:]))
     except (Exit, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise  # a fault of ours, which deserves its traceback
         hint = "" if isinstance(error, OSError) else "these flags need more memory than there is: "
-        status, line = error.args if isinstance(error, Exit) else (1, f"{hint}{str(error).splitlines()[0]}")
+        status, line = (
+            error.args if isinstance(error, Exit) else (1, f"{hint}{str(error).splitlines()[0]}")
+        )
         print(f"{Path(__file__).name}: {line}", file=sys.stderr)
         sys.exit(status)
-# <<< shared: entry
 
 
 def parse(argv: list[str]) -> Args:
@@ -449,6 +495,7 @@ def parse(argv: list[str]) -> Args:
 
 def main(args: Args) -> None:
     """Train, record, and print what came out."""
+
     def stop(signum: int, _: Any) -> None:
         """End at once: what is being recorded or written is made anew."""
         raise Exit(75, "stopped; start this again to go on")
@@ -458,7 +505,10 @@ def main(args: Args) -> None:
     spec: Any = make_env(args.env_id).spec
     for kind in ("random", "medium", "medium-replay", "expert", "medium-expert"):
         dataset_name(args, spec.id, kind)  # what cannot be written is refused now
-    medium, expert = train(args, spec.id, args.medium_steps), train(args, spec.id, args.expert_steps)
+    medium, expert = (
+        train(args, spec.id, args.medium_steps),
+        train(args, spec.id, args.expert_steps),
+    )
     kinds = {
         "random": transitions(play(args, args.seed + 3_000_000, None)),
         "medium": transitions(play(args, args.seed + 3_000_001, load_policy(medium))),

@@ -91,6 +91,7 @@ class Running:
     run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
     resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
+    keep_checkpoint: bool = False  # keep the last ones when the run has finished
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
     wandb_project: str = "cleanrl-sparse"  # project there
     # <<< shared: run-flags
@@ -148,9 +149,11 @@ class Args(Running, Training, Method):
         require(smallest >= least, f"{text}, {least}")
         require(self.target_every >= self.num_envs, "--target-every: must be at least --num-envs")
         most = self.learning_starts // self.num_envs
-        require(self.n_step <= most, "--n-step: must be at most --learning-starts / --num-envs")
+        text = f"--n-step {self.n_step}: at most --learning-starts / --num-envs"
+        require(self.n_step <= most, f"{text}, {most}")
         require(self.sparsity < 1, "--sparsity: must be below 1")
-        require(self.prune_start <= self.prune_end, "--prune-end: must be at least --prune-start")
+        ordered = self.prune_start <= self.prune_end
+        require(ordered, f"--prune-end {self.prune_end}: must be at least --prune-start")
 
 
 # <<< shared: gmp-flags
@@ -523,7 +526,7 @@ def main(args: Args) -> None:
             kept = f"checkpoint {run.newest[:12] or 'none'} is kept"
             require(False, f"step {step}: the losses are {agent.latest[:1].tolist()}; {kept}", 1)
         # Target.
-        if passed(args.target_every):
+        if agent.gradient_step > 0 and passed(args.target_every) and not ended:
             agent.update_target()
         # Log.
         bar.update(min(step, args.total_timesteps) - previous)
@@ -955,7 +958,7 @@ class Run:
         final = {"status": "finished", "step": step, "seconds": time.time() - self.start} | facts
         text = json.dumps(final | scores | sparsity_report(network), indent=1)
         self.write("final.json", text.encode())
-        for path in self.folder.iterdir():
+        for path in [] if self.args.keep_checkpoint else self.folder.iterdir():
             path.unlink()
         print(f"{text}\neverything is in {self.path}")
 

@@ -86,6 +86,7 @@ class Running:
     run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
     resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
+    keep_checkpoint: bool = False  # keep the last ones when the run has finished
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
     wandb_project: str = "cleanrl-sparse"  # project there
     # <<< shared: run-flags
@@ -141,7 +142,8 @@ class Args(Running, Training, Method):
         require(smallest >= least, f"{text}, {least}")
         require(self.tau > 0, "--tau: must be above 0")
         require(self.sparsity < 1, "--sparsity: must be below 1")
-        require(self.prune_end >= self.prune_start, "--prune-end: must be at least --prune-start")
+        ordered = self.prune_start <= self.prune_end
+        require(ordered, f"--prune-end {self.prune_end}: must be at least --prune-start")
 
 
 # >>> shared: sac-networks
@@ -797,7 +799,7 @@ class Run:
         final = {"status": "finished", "step": step, "seconds": time.time() - self.start} | facts
         text = json.dumps(final | scores | sparsity_report(network), indent=1)
         self.write("final.json", text.encode())
-        for path in self.folder.iterdir():
+        for path in [] if self.args.keep_checkpoint else self.folder.iterdir():
             path.unlink()
         print(f"{text}\neverything is in {self.path}")
 

@@ -692,7 +692,7 @@ def own_network(module: ModuleType, model: dict[str, torch.Tensor], flags: dict[
         layers = sum(name.startswith("dense") and name.endswith("weight") for name in model)
         network = module.Actor(11, 3, 256, layers)
     else:
-        network = module.QNetwork(4, args)
+        network = getattr(module, "C51Network", module.QNetwork)(4, args)
     network.load_state_dict(model, strict=True)
     return network
 
@@ -733,7 +733,8 @@ def test_evaluate_answers_as_the_script_does(
 )
 def test_evaluate_knows_all_networks(name: str, flags: dict[str, Any]) -> None:
     module, evaluate = load_script(name), load_script("evaluate")
-    network = module.QNetwork(4, module.Args(feature_size=16, **flags))
+    kind = getattr(module, "C51Network", module.QNetwork)
+    network = kind(4, module.Args(feature_size=16, **flags))
     model, obs = dict(network.named_parameters()), torch.rand(2, 4, 84, 84)
     with torch.no_grad():
         answer = evaluate.q_values(model, {"script": f"{name}.py", **flags}, obs)
