@@ -28,10 +28,8 @@ LAUNCH = [sys.executable, str(Path(__file__).with_name("launch.py"))]
 class Args:
     """Flags."""
 
-    workers: tuple[int, ...] = (
-        1,
-        4,
-    )  # runs at a time; the first is what the others are compared with
+    # runs at a time; the first is what the others are compared with
+    workers: tuple[int, ...] = (1, 4)
     runs: int = 4  # of the grid (>= 1)
     steps: int = 4_000  # of each run, half of them with a gradient step (>= 600)
     repeats: int = 3  # times that every row is measured, in turn (>= 1)

@@ -63,11 +63,8 @@ class Args:
 
     cleanrl: Path  # checkout of CleanRL
     cleanrl_python: Path  # interpreter that can run it
-    peers: tuple[str, ...] = (
-        "dqn_atari",
-        "rainbow_atari",
-        "sac_continuous_action",
-    )  # their scripts
+    # their scripts
+    peers: tuple[str, ...] = ("dqn_atari", "rainbow_atari", "sac_continuous_action")
     repeats: int = 5  # times that each program runs
     threads: int = os.cpu_count() or 1  # threads of each
 

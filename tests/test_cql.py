@@ -202,8 +202,10 @@ def test_without_the_term_it_is_the_sac_script(cql: ModuleType, sac: ModuleType)
         optimizer.step = lambda ps=ps: found.append([p.grad.clone() for p in ps])
     noise = torch.stack([batch[5][1, 0], batch[5][0, 0]])
     critic_loss, actor_loss, _ = agent.loss(batch)
-    wanted = (torch.autograd.grad(critic_loss, agent.stacks, retain_graph=True),
-              torch.autograd.grad(actor_loss, [*agent.actor.parameters()]))  # fmt: skip
+    wanted = (
+        torch.autograd.grad(critic_loss, agent.stacks, retain_graph=True),
+        torch.autograd.grad(actor_loss, [*agent.actor.parameters()]),
+    )
     other.update(*batch[:5], noise)
     for mine, theirs in zip(itertools.chain(*wanted), itertools.chain(*found), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=0)
@@ -469,13 +471,15 @@ def episodes() -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     found = []
     for length, ending in ((4, "terminated"), (3, "timeout"), (1, "terminated"), (5, "")):
-        found.append({
-            "observations": rng.normal(size=(length + 1, 11)).astype(np.float32),
-            "actions": rng.uniform(-1, 1, (length, 3)).astype(np.float32),
-            "rewards": rng.normal(size=length).astype(np.float32),
-            "terminations": np.arange(length) == (length - 1 if ending == "terminated" else -1),
-            "truncations": np.arange(length) == (length - 1 if ending == "timeout" else -1),
-        })  # fmt: skip
+        found.append(
+            {
+                "observations": rng.normal(size=(length + 1, 11)).astype(np.float32),
+                "actions": rng.uniform(-1, 1, (length, 3)).astype(np.float32),
+                "rewards": rng.normal(size=length).astype(np.float32),
+                "terminations": np.arange(length) == (length - 1 if ending == "terminated" else -1),
+                "truncations": np.arange(length) == (length - 1 if ending == "timeout" else -1),
+            }
+        )
     return found
 
 
@@ -502,8 +506,10 @@ def write_minari(
 ) -> Path:
     """Write the episodes as a local Minari dataset; return its folder."""
     buffers = [EpisodeBuffer(id=i, **episode) for i, episode in enumerate(episodes())]
-    spaces = {"observation_space": gym.spaces.Box(-np.inf, np.inf, (11,), np.float32),
-              "action_space": gym.spaces.Box(-bound, bound, (3,), np.float32)}  # fmt: skip
+    spaces = {
+        "observation_space": gym.spaces.Box(-np.inf, np.inf, (11,), np.float32),
+        "action_space": gym.spaces.Box(-bound, bound, (3,), np.float32),
+    }
     env = gym.make("Hopper-v5", disable_env_checker=True, **settings).spec
     env.additional_wrappers = wrappers
     minari.create_dataset_from_buffers(name, buffers, env=env, **spaces)
@@ -521,8 +527,11 @@ def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_loaders_give_the_same_transitions(cql: ModuleType, datasets: Path) -> None:
     """A timeout is no terminal; only what has no next observation is lost."""
     folder = write_minari("local/hopper/test-v0")
-    read = {"id": cql.read_dataset("local/hopper/test-v0"), "folder": cql.read_dataset(str(folder)),
-            "d4rl": cql.read_dataset(str(write_d4rl(datasets / "a.hdf5")))}  # fmt: skip
+    read = {
+        "id": cql.read_dataset("local/hopper/test-v0"),
+        "folder": cql.read_dataset(str(folder)),
+        "d4rl": cql.read_dataset(str(write_d4rl(datasets / "a.hdf5"))),
+    }
     assert [env_id for _, env_id in read.values()] == ["Hopper-v5", "Hopper-v5", ""]
     wanted = [
         (obs, action, reward, next_obs, terminated)
