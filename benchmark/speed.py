@@ -7,17 +7,19 @@
 Each row runs a script's own parts (act, environment, replay, update) in the order of its main loop,
 without logging and, for several environments, without letting them step while the networks learn:
 on Atari Breakout with 1 % of the actions random and a replay ratio of 0.25, on MuJoCo HalfCheetah
-with one update per step. `update` includes `sample` (of Rainbow: drawing and setting priorities),
-which is also timed alone. Rows are measured in turn, `--repeats` times over, and the median is
-shown, because machines drift. With K = 5 four of the networks are at 50 % sparsity; masks are
-applied at every update, also to a dense network.
+with one update per step. `update` includes `sample`, which is also timed alone. Rows are measured
+in turn, `--repeats` times over, and the median is shown, because machines drift. With K = 5 four of
+the networks are at 50 % sparsity; masks are applied at every update, also to a dense network.
+eaudeqn_atari has the CNN alone, of width 1.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import importlib
 import itertools
+import math
 import platform
 import statistics
 import sys
@@ -67,25 +69,23 @@ class AtariRow:
     ) -> None:
         self.name = f"{script.__name__} | {network} | {k} | {precision} | {num_envs}"
         self.num_envs, self.device, self.updates = num_envs, torch.device(args.device), args.updates
-        own = {"num_networks": k} if script.__name__ == "eaudeqn_atari" else {"analysis_every": 0}
+        own: Any = {"num_networks": k}
+        if script.__name__ != "eaudeqn_atari":
+            own = {"analysis_every": 0, "network": network, "width": args.width}
         flags = script.Args(
-            network=network,
             precision=precision,
             num_envs=num_envs,
             buffer_size=args.buffer_size,
             feature_size=args.feature_size,
-            width=args.width,
             compile=args.compile,
             **own,
         )
         self.envs = script.AtariEnvs("breakout", num_envs, 1)
         agent = ATARI[script.__name__]
         self.agent = getattr(script, agent)(flags, self.envs.num_actions, self.device)
-        rest = (flags.gamma, getattr(flags, "n_step", 1))
         kind = script.PrioritisedReplay if agent == "Rainbow" else script.FrameReplay
-        self.replay = kind(flags.buffer_size, num_envs, self.device, 1, *rest)
-        self.batch_size, self.prioritised = flags.batch_size, agent == "Rainbow"
-        self.replay.see(self.envs.obs[:, -1])
+        self.replay = kind(flags, self.device, self.envs.obs[:, -1])
+        self.batch_size = flags.batch_size
         if k > 1:
             self.agent.args = dataclasses.replace(flags, max_sparsity_step=0.5, max_exponent=1e9)
             self.agent.update_target(0)
@@ -117,6 +117,13 @@ class AtariRow:
             actions = self.act()
             self.store(actions, self.step(actions))
 
+    def learn(self, updates: int) -> None:
+        """Take so many gradient steps: learn() takes those that are due by a step."""
+        args = self.agent.args
+        before = math.floor(args.learning_starts * args.replay_ratio)
+        due = self.agent.gradient_step + updates + before
+        self.agent.learn(self.replay, math.ceil(due / args.replay_ratio))
+
     def run(self, updates: int) -> dict[str, float]:
         """Run the main loop for `updates` updates; return seconds per part and the number of
         steps.
@@ -131,18 +138,14 @@ class AtariRow:
             self.store(actions, outcome)
             t3 = self.clock()
             due = int((steps + self.num_envs) * self.replay_ratio) - int(steps * self.replay_ratio)
-            self.agent.learn(self.replay, due)
+            self.learn(due)
             t4 = self.clock()
             for part, seconds in zip(COLUMNS, (t1 - t0, t2 - t1, t3 - t2, t4 - t3)):
                 spent[part] += seconds
             done, steps = done + due, steps + self.num_envs
         begin = self.clock()
         for _ in range(done):
-            if self.prioritised:
-                _, slots, weights = self.replay.draw(self.batch_size)
-                self.replay.prioritise(slots, weights)
-            else:
-                self.replay.sample(self.batch_size)
+            self.replay.sample(self.batch_size)
         return spent | {"sample": self.clock() - begin, "updates": done, "steps": steps}
 
     def table_row(self) -> str:
@@ -167,13 +170,10 @@ class MujocoRow(AtariRow):
     def __init__(
         self, script: ModuleType, args: Args, k: int, precision: str, num_envs: int
     ) -> None:
-        sizes = f"{256 * args.width}-{256 * args.width}"
-        self.name = f"{script.__name__} | {sizes} | {k} | {precision} | {num_envs}"
-        self.num_envs, self.device, self.updates = (
-            num_envs,
-            torch.device(args.device),
-            5 * args.updates,
-        )
+        units = f"{256 * args.width}-{256 * args.width}"
+        self.name = f"{script.__name__} | {units} | {k} | {precision} | {num_envs}"
+        self.num_envs, self.device = num_envs, torch.device(args.device)
+        self.updates = 5 * args.updates
         own = {"num_networks": k} if script.__name__ == "sac_mujoco_eaudeqn" else {}
         flags = script.Args(
             precision=precision,
@@ -186,8 +186,8 @@ class MujocoRow(AtariRow):
         self.envs = script.MujocoEnvs("HalfCheetah-v5", num_envs, 1)
         sizes = (self.envs.obs.shape[1], self.envs.num_actions)
         self.agent = getattr(script, MUJOCO[script.__name__])(flags, *sizes, self.device)
-        self.replay = script.Replay(flags.buffer_size, self.envs, self.device, 1, flags.gamma)
-        self.batch_size, self.prioritised = flags.batch_size, False
+        self.replay = script.Replay(flags, self.device, self.envs)
+        self.batch_size = flags.batch_size
         if k > 1:
             self.agent.args = dataclasses.replace(flags, max_sparsity_step=0.5, max_exponent=1e9)
             self.agent.choose_and_prune()
@@ -200,21 +200,21 @@ class MujocoRow(AtariRow):
 
     def step(self, actions: Any) -> Any:
         """Let the environments take a step."""
+        self.seen = self.envs.obs
         return self.envs.step(actions)
 
     def store(self, actions: Any, outcome: Any) -> None:
         """Give a step to the replay."""
-        self.replay.add(actions, outcome, self.envs.obs)
+        self.replay.add(self.seen, actions, *outcome[:3])
 
 
 def main(args: Args) -> None:
     """Measure and print one table."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "cleanrl_sparse"))
     scripts = [importlib.import_module(name) for name in args.scripts]
-    scripts[0].keep_freed_memory()
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = (
-        False  # as in the scripts
-    )
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # mallopt, as the scripts do
+        ctypes.CDLL(None).mallopt(option, value)
+    torch.backends.cudnn.allow_tf32 = False
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
     print(
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, F = "
@@ -227,10 +227,9 @@ def main(args: Args) -> None:
             if script.__name__ in MUJOCO:
                 rows.append(MujocoRow(script, args, k, precision, num_envs))
             else:
-                rows += [
-                    AtariRow(script, args, network, k, precision, num_envs)
-                    for network in args.networks
-                ]
+                alone = script.__name__ == "eaudeqn_atari"
+                for network in ("cnn",) if alone else args.networks:
+                    rows.append(AtariRow(script, args, network, k, precision, num_envs))
     for row in rows:
         row.fill(32)
         row.run(20)  # settles caches

@@ -33,10 +33,11 @@ def test_sac_never_waits_for_the_device(
     eaudesac: ModuleType, sac: ModuleType, kind: str, precision: str
 ) -> None:
     module, cpu = eaudesac if kind == "EauDeSAC" else sac, torch.device("cpu")
-    args, envs = module.Args(width=1, precision=precision), module.MujocoEnvs("Pendulum-v1", 1, 0)
-    agent, replay = getattr(module, kind)(args, 3, 1, cpu), module.Replay(500, envs, cpu, 1, 0.99)
+    args = module.Args(width=1, precision=precision, learning_starts=500, buffer_size=500)
+    agent = getattr(module, kind)(args, 3, 1, cpu)
+    replay = module.Replay(args, cpu, module.MujocoEnvs("Pendulum-v1", 1, 0))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        agent.update(replay.sample(32))
+        agent.update(*replay.sample(32))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -50,4 +51,4 @@ def test_cql_never_waits_for_the_device(cql: ModuleType, gap: float, precision: 
     dataset = cql.Dataset(data, cql.MujocoEnvs("Pendulum-v1", 1, 0), args, cpu)
     agent = cql.CQL(args, 3, 1, cpu)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        agent.update(dataset.sample(32))
+        agent.update(*dataset.sample(32))
