@@ -930,4 +930,4 @@ def test_the_last_checkpoint_with_finite_losses_is_kept(
     line = refused(capsys, cql.main, cql.Args(**flags), status=1)
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoint").iterdir())
     assert [name[:13] for name in kept] == ["000000000100-", "000000000200-"]
-    assert "step 300: the losses are" in line and line.endswith(f"checkpoint {kept[1]} is kept")
+    assert "step 300: the losses are" in line and line.endswith("checkpoint 000000000200 is kept")
