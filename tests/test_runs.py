@@ -1496,7 +1496,6 @@ PAPERS = {
         "target_entropy": -0.5,
         "width": 5,
         "weight_decay": 1e-4,
-        "prune_exponent": 3.0,
     },
     "cql_offline_snip": {
         "total_timesteps": 1_000_000,
@@ -1540,6 +1539,7 @@ def test_the_defaults_are_the_papers(script: str, module: ModuleType) -> None:
         "eval_steps",
         "track",
         "wandb_project",
+        "keep_checkpoint",
         "analysis_every",
         "lottery_mask",
         "dataset",
