@@ -765,6 +765,7 @@ class Run:
         whole = self.metrics.tell() >= state.get("metrics", 0)
         require(whole, f"{self.metrics.name} is shorter than when the checkpoint was written")
         self.metrics.truncate(state.get("metrics", 0))
+        self.metrics.seek(0, os.SEEK_END)
         self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
         return state
 
