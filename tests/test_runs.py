@@ -115,7 +115,7 @@ LINES = {
     "dqn_atari_gmp": 960,
     "rainbow_resnet_gmp": 1070,
     "dqn_atari_baselines": 1060,
-    "sac_mujoco_eaudeqn": 930,
+    "sac_mujoco_eaudeqn": 940,
     "sac_mujoco_gmp": 910,
     "cql_offline_snip": 1030,
 }
