@@ -389,10 +389,10 @@ class DQN(nn.Module):
             with safe_open(folder / "model.safetensors", "pt") as file:
                 flags = json.loads(file.metadata()["flags"])
                 masks = [file.get_tensor(f"{name}.weight") != 0 for name in names]
-        except (OSError, TypeError, KeyError, SafetensorError) as error:
+        except (OSError, TypeError, KeyError, ValueError, SafetensorError) as error:
             require(False, f"--lottery-mask {folder}: no finished run is there ({error})")
         same = [mask.shape for mask in masks] == [weight.shape for weight in self.weights]
-        same = same and flags["seed"] == self.args.seed
+        same = same and flags.get("seed") == self.args.seed
         text = f"its run must have this one's --seed {self.args.seed}, network and sizes"
         require(same, f"--lottery-mask {folder}: {text}")
         return masks
@@ -601,7 +601,7 @@ def main(args: Args) -> None:
 
     while step < args.total_timesteps:
         previous, step = step, step + args.num_envs
-        ended = step >= args.total_timesteps
+        ended, trained = step >= args.total_timesteps, agent.gradient_step > 0
         # Act and step.
         fallen = min(1.0, max(0.0, (previous - args.learning_starts) / args.epsilon_steps))
         epsilon = 1 + (args.epsilon_end - 1) * fallen
@@ -623,7 +623,7 @@ def main(args: Args) -> None:
             kept = f"checkpoint {run.newest[:12] or 'none'} is kept"
             require(False, f"step {step}: the losses are {agent.latest[:1].tolist()}; {kept}", 1)
         # Target.
-        if agent.gradient_step > 0 and passed(args.target_every) and not ended:
+        if trained and passed(args.target_every) and not ended:
             agent.update_target()
         # Log.
         bar.update(min(step, args.total_timesteps) - previous)

@@ -504,7 +504,7 @@ def main(args: Args) -> None:
 
     while step < args.total_timesteps:
         previous, step = step, step + args.num_envs
-        ended = step >= args.total_timesteps
+        ended, trained = step >= args.total_timesteps, agent.gradient_step > 0
         # Act and step.
         fallen = min(1.0, max(0.0, (previous - args.learning_starts) / args.epsilon_steps))
         epsilon = 1 + (args.epsilon_end - 1) * fallen
@@ -526,7 +526,7 @@ def main(args: Args) -> None:
             kept = f"checkpoint {run.newest[:12] or 'none'} is kept"
             require(False, f"step {step}: the losses are {agent.latest[:1].tolist()}; {kept}", 1)
         # Target.
-        if agent.gradient_step > 0 and passed(args.target_every) and not ended:
+        if trained and passed(args.target_every) and not ended:
             agent.update_target()
         # Log.
         bar.update(min(step, args.total_timesteps) - previous)
