@@ -184,13 +184,13 @@ def test_no_sparsity_is_no_pruning(tmp_path: Path) -> None:
     ):
         assert source.count(line) == 1
         source = source.replace(line, "")
-    (tmp_path / "without.py").write_text(source)
+    (tmp_path / "dqn_atari_gmp.py").write_text(source)  # the model knows its script's name
     flags = f"{TINY_FLAGS} --target-every 50 --feature-size 16 --sparsity 0 --analysis-every 0"
 
-    def work(script: str) -> Path:
-        path = tmp_path / "without.py" if script == "without" else SCRIPTS / "dqn_atari_gmp.py"
-        succeed(path, flags, f"--run-dir {script}", cwd=tmp_path)
-        return tmp_path / script / "model.safetensors"
+    def work(name: str) -> Path:
+        folder = tmp_path if name == "without" else SCRIPTS
+        succeed(folder / "dqn_atari_gmp.py", flags, f"--run-dir {name}", cwd=tmp_path)
+        return tmp_path / name / "model.safetensors"
 
     models = [future.result() for future in side_by_side(work, ("with", "without")).values()]
     assert models[0].read_bytes() == models[1].read_bytes()
