@@ -279,20 +279,18 @@ def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
 
 @torch.no_grad()
 def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
-    """Lower the masks to these densities and zero what they remove.
+    """Lower the masks to these densities; the weights are left alone.
 
     Counts are exact, ties go to the lower index, every tensor keeps at least one weight. What is
     pruned stays pruned: it counts as -inf.
     """
-    scores, weights = pruning_scores(network, rng), prunable(network).values()
-    for weight, score, mask, density in zip(weights, scores, network.buffers(), densities):
+    for score, mask, density in zip(pruning_scores(network, rng), network.buffers(), densities):
         flat = torch.where(mask > 0, score, -math.inf).flatten().cpu().numpy()
         kept = max(1, round(len(flat) * density))
         threshold = np.partition(flat, -kept)[-kept]  # far faster than a sort
         keep = flat > threshold
         keep[np.flatnonzero(flat == threshold)[: kept - keep.sum()]] = True
         mask.mul_(torch.from_numpy(keep).view(mask.shape).to(mask.device))
-        weight.mul_(mask)
 
 
 # <<< shared: pruning
@@ -385,9 +383,7 @@ class DQN(nn.Module):
         if due and start <= step <= end:
             progress = pruning_progress(step, start, end)
             final = erk_densities(self.online, self.args.sparsity)
-            before = [weight.clone() for weight in self.weights]
             prune(self.online, [1 - progress * (1 - d) for d in final], self.rng["score"])
-            torch._foreach_copy_(self.weights, before)
             self.sparsity = progress * self.args.sparsity
 
     def update_target(self) -> None:
@@ -407,9 +403,11 @@ class DQN(nn.Module):
         """Return epsilon-greedy actions [N] for obs [N, 4, 84, 84]."""
         explore = self.rng["act"].random(len(obs)) < epsilon
         actions = self.rng["act"].integers(self.num_actions, size=len(obs))
-        with self.autocast:
-            q_values = self.online(torch.from_numpy(obs).to(self.device) / 255)
-        return np.where(explore, actions, q_values.argmax(1).cpu().numpy())
+        if not explore.all():
+            with self.autocast:
+                q_values = self.online(torch.from_numpy(obs[~explore]).to(self.device) / 255)
+            actions[~explore] = q_values.argmax(1).cpu().numpy()
+        return actions
 
     def updates_by(self, step: int) -> int:
         """Return how many gradient steps are due by a step."""

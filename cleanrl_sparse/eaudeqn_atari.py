@@ -213,20 +213,18 @@ def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
 
 @torch.no_grad()
 def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
-    """Lower the masks to these densities and zero what they remove.
+    """Lower the masks to these densities; the weights are left alone.
 
     Counts are exact, ties go to the lower index, every tensor keeps at least one weight. What is
     pruned stays pruned: it counts as -inf.
     """
-    scores, weights = pruning_scores(network, rng), prunable(network).values()
-    for weight, score, mask, density in zip(weights, scores, network.buffers(), densities):
+    for score, mask, density in zip(pruning_scores(network, rng), network.buffers(), densities):
         flat = torch.where(mask > 0, score, -math.inf).flatten().cpu().numpy()
         kept = max(1, round(len(flat) * density))
         threshold = np.partition(flat, -kept)[-kept]  # far faster than a sort
         keep = flat > threshold
         keep[np.flatnonzero(flat == threshold)[: kept - keep.sum()]] = True
         mask.mul_(torch.from_numpy(keep).view(mask.shape).to(mask.device))
-        weight.mul_(mask)
 
 
 # <<< shared: pruning
@@ -330,6 +328,8 @@ class EauDeQN(nn.Module):
         """Sample and update as often as is due by `step`; --compile makes a CUDA graph of that."""
         ratio = self.args.replay_ratio
         due = math.floor(step * ratio) - math.floor(self.args.learning_starts * ratio)
+        if self.gradient_step >= due:
+            return
         while self.gradient_step < due:
             self.gradient_step += 1
             if self.graph:
@@ -359,6 +359,7 @@ class EauDeQN(nn.Module):
                 states = [self.optimizer.state[p] for p in network.parameters()]
                 for tensor in (tensor for state in states for tensor in state.values()):
                     tensor.zero_()
+        torch._foreach_mul_(self.weights, self.masks)
         self.accumulated_loss.zero_()
         self.losses, self.selected = np.zeros(len(self.online)), best + 1
 

@@ -279,20 +279,18 @@ def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
 
 @torch.no_grad()
 def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
-    """Lower the masks to these densities and zero what they remove.
+    """Lower the masks to these densities; the weights are left alone.
 
     Counts are exact, ties go to the lower index, every tensor keeps at least one weight. What is
     pruned stays pruned: it counts as -inf.
     """
-    scores, weights = pruning_scores(network, rng), prunable(network).values()
-    for weight, score, mask, density in zip(weights, scores, network.buffers(), densities):
+    for score, mask, density in zip(pruning_scores(network, rng), network.buffers(), densities):
         flat = torch.where(mask > 0, score, -math.inf).flatten().cpu().numpy()
         kept = max(1, round(len(flat) * density))
         threshold = np.partition(flat, -kept)[-kept]  # far faster than a sort
         keep = flat > threshold
         keep[np.flatnonzero(flat == threshold)[: kept - keep.sum()]] = True
         mask.mul_(torch.from_numpy(keep).view(mask.shape).to(mask.device))
-        weight.mul_(mask)
 
 
 # <<< shared: pruning
@@ -481,6 +479,7 @@ class EauDeSAC(nn.Module):
         torch._foreach_mul_(self.target_weights, self.masks[: len(self.target_weights)])
         if args.prune_actor:
             prune(self.actor, erk_densities(self.actor, self.sparsity), self.rng["score"])
+        torch._foreach_mul_(self.weights, self.masks)
         self.accumulated_loss.zero_()
 
     def lost(self) -> bool:

@@ -33,7 +33,6 @@ Figures: benchmark/gmp_figure09_18.sh, eaudesac_mujoco.sh. More: docs/sac_mujoco
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import difflib
 import fcntl
@@ -275,20 +274,18 @@ def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
 
 @torch.no_grad()
 def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
-    """Lower the masks to these densities and zero what they remove.
+    """Lower the masks to these densities; the weights are left alone.
 
     Counts are exact, ties go to the lower index, every tensor keeps at least one weight. What is
     pruned stays pruned: it counts as -inf.
     """
-    scores, weights = pruning_scores(network, rng), prunable(network).values()
-    for weight, score, mask, density in zip(weights, scores, network.buffers(), densities):
+    for score, mask, density in zip(pruning_scores(network, rng), network.buffers(), densities):
         flat = torch.where(mask > 0, score, -math.inf).flatten().cpu().numpy()
         kept = max(1, round(len(flat) * density))
         threshold = np.partition(flat, -kept)[-kept]  # far faster than a sort
         keep = flat > threshold
         keep[np.flatnonzero(flat == threshold)[: kept - keep.sum()]] = True
         mask.mul_(torch.from_numpy(keep).view(mask.shape).to(mask.device))
-        weight.mul_(mask)
 
 
 # <<< shared: pruning
@@ -454,10 +451,7 @@ class SAC(nn.Module):
         self.sparsity = progress * args.sparsity
         for network in (*self.critics, self.actor):
             densities = erk_densities(network, args.sparsity)
-            pruned = copy.deepcopy(network)
-            prune(pruned, [1 - progress * (1 - x) for x in densities], self.rng["score"])
-            for mask, new in zip(network.buffers(), pruned.buffers()):
-                mask.copy_(new)
+            prune(network, [1 - progress * (1 - x) for x in densities], self.rng["score"])
 
     def lost(self) -> bool:
         """Tell whether a loss of the latest update is not finite."""

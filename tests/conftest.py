@@ -16,6 +16,13 @@ SCRIPTS = Path(
     os.environ.get("SCRIPTS_DIR") or Path(__file__).resolve().parent.parent / "cleanrl_sparse"
 )
 
+# The games of most figures of the pruning paper.
+FIFTEEN_GAMES = {
+    *("MsPacman", "Pong", "Qbert", "Assault", "Asterix", "BeamRider", "Boxing", "Breakout"),
+    *("CrazyClimber", "DemonAttack", "Enduro", "FishingDerby", "SpaceInvaders", "Tutankham"),
+    "VideoPinball",
+}
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,25 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tyro
+from conftest import FIFTEEN_GAMES
 
 PLOT = Path(__file__).resolve().parent.parent / "benchmark" / "plot.py"
-FIFTEEN = {
-    "MsPacman",
-    "Pong",
-    "Qbert",
-    "Assault",
-    "Asterix",
-    "BeamRider",
-    "Boxing",
-    "Breakout",
-    "CrazyClimber",
-    "DemonAttack",
-    "Enduro",
-    "FishingDerby",
-    "SpaceInvaders",
-    "Tutankham",
-    "VideoPinball",
-}
 # Scores [6 games, 5 seeds] and what rliable 1.2.0 (arch 7.2.0, SciPy 1.17.1, NumPy 2.4.6) makes of
 # them with 50,000
 # replicates: statistic, low, high. Its own ends differ by up to 0.006 from one seed to another.
@@ -261,7 +245,7 @@ def test_published_scores_of_fifteen_games(
     module: ModuleType, name: str, iqm: float, low: float, high: float
 ) -> None:
     args = args_of(module, score="human")
-    runs = module.published(name, FIFTEEN, 1e9)
+    runs = module.published(name, FIFTEEN_GAMES, 1e9)
     module.add_scores(runs, args)
     row = module.final_row({}, runs, args)
     assert (row["runs"], row["games"], row["million frames"]) == (75, 15, 40)

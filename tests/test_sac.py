@@ -985,6 +985,15 @@ def test_evaluations_and_records_of_a_run(
     )
 
 
+SHORT: dict[str, Any] = {
+    "env_id": "Pendulum-v1",
+    "total_timesteps": 40,
+    "learning_starts": 25,
+    "batch_size": 4,
+    "width": 1,
+}
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(
     module: ModuleType,
     tmp_path: Path,
@@ -992,14 +1001,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(module.signal, "signal", lambda *_: None)
-    flags = {
-        "env_id": "Pendulum-v1",
-        "total_timesteps": 40,
-        "learning_starts": 25,
-        "batch_size": 4,
-        "width": 1,
-    }
-    flags |= {"learning_rate": 1e30, "eval_episodes": 0, "run_dir": str(tmp_path / "run")}
+    flags = SHORT | {"learning_rate": 1e30, "eval_episodes": 0, "run_dir": str(tmp_path / "run")}
     with pytest.raises(SystemExit) as end:
         module.main(module.Args(**flags))
     line = capsys.readouterr().err
@@ -1045,14 +1047,7 @@ def test_the_warm_up_is_random_and_as_long_as_asked(
         return act(self, obs, explore)
 
     monkeypatch.setattr(kind, "act", noted)
-    flags = {
-        "env_id": "Pendulum-v1",
-        "total_timesteps": 40,
-        "learning_starts": 25,
-        "batch_size": 4,
-        "width": 1,
-    }
-    module.main(module.Args(**flags, eval_episodes=0, run_dir=str(tmp_path / "run")))
+    module.main(module.Args(**SHORT, eval_episodes=0, run_dir=str(tmp_path / "run")))
     assert explored == [True] * 25 + [False] * 15
 
 
