@@ -14,4 +14,4 @@ add="python benchmark/launch.py add $grid"
 $add DQN dqn_atari_gmp.py --env-id $DQN_GAMES $COMMON
 $add Rainbow rainbow_resnet_gmp.py --env-id $RAINBOW_GAMES $COMMON
 python benchmark/launch.py launch $grid "$@"
-python benchmark/plot.py curves $grid --per-env --reference CNN-DQN CNN-Rainbow
+python benchmark/plot.py epochs $grid --reference CNN-DQN CNN-Rainbow

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Pruned network (arXiv 2402.12479), figure 15: score of DQN against its final sparsity. The values are one of the
-# paper's lists; that it is this figure's is our choice.
+# Pruned network (arXiv 2402.12479), figure 15: DQN and Rainbow against their final sparsity, at widths 1 and 3.
 # Its curves are in the paper; we have no number of them to compare with.
-# 375 runs of 40M frames; hours of a run: benchmark/README.md.
+# 1,500 runs of 40M frames; hours of a run: benchmark/README.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 grid=$(basename "$0" .sh)
@@ -10,9 +9,10 @@ GAMES=${GAMES:-"MsPacman Pong Qbert Assault Asterix BeamRider Boxing Breakout Cr
   FishingDerby SpaceInvaders Tutankham VideoPinball"}
 SEEDS=${SEEDS:-"1 2 3 4 5"}
 SPARSITIES=${SPARSITIES:-"0 0.5 0.95 0.98 0.99"}
-COMMON="--env-id $GAMES --seed $SEEDS --network impala --width 3"
+COMMON="--env-id $GAMES --seed $SEEDS --network impala --width 1 3"
 
 add="python benchmark/launch.py add $grid"
 $add DQN dqn_atari_gmp.py $COMMON --sparsity $SPARSITIES
+$add Rainbow rainbow_resnet_gmp.py $COMMON --sparsity $SPARSITIES
 python benchmark/launch.py launch $grid "$@"
-python benchmark/plot.py sweep $grid --x sparsity --reference Impala-DQN
+python benchmark/plot.py sweep $grid --x sparsity --panel width --reference Impala-DQN Impala-Rainbow

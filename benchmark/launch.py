@@ -18,7 +18,7 @@ after which a launcher that is at work, or the next one, goes on with it.
 
 RUNS is the environment variable of that name, else runs. FLAGS is added to
 the flags of every run, such as FLAGS="--num-envs 8". DRY=1 prints the commands
-and does nothing. SMOKE=1 makes a tiny grid in RUNS/smoke: one quick
+and does nothing. SMOKE=1 makes a tiny grid in RUNS/smoke: the script's own
 environment, two values of every list, a few gradient steps.
 
 Exit status: 0 all runs are done, 1 some failed (`status` names them), 2 bad
@@ -32,7 +32,6 @@ import ast
 import difflib
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -50,77 +49,54 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from common import canonical, outlive_readers, runs_folder, switch
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "cleanrl_sparse"
-DRY, SMOKE = bool(os.environ.get("DRY")), bool(os.environ.get("SMOKE"))
-RUNS = Path(os.environ.get("RUNS") or "runs") / ("smoke" if SMOKE else "")
+DRY, SMOKE, RUNS = switch("DRY"), switch("SMOKE"), runs_folder()
 STOPPED = 75  # exit status of a run that was asked to stop and left a checkpoint
 STATES = ("waiting", "queued", "running", "stopped", "failed", "done")
-# SMOKE=1: what makes a run tiny, by the part of the script's name that tells its family.
-TINY = {
-    "atari rainbow": {
-        "env-id": ["Breakout"],
-        "total-timesteps": ["2000"],
-        "learning-starts": ["1900"],
-        "buffer-size": ["2000"],
-        "batch-size": ["8", "16"],
-        "epoch-steps": ["1000"],
-        "target-every": ["50"],
-        "prune-every": ["5"],
-        "analysis-every": ["2000"],
-        "eval-episodes": ["0"],
-        "width": ["1", "2"],
-    },
-    "mujoco": {
-        "env-id": ["Hopper-v5"],
-        "total-timesteps": ["1200"],
-        "learning-starts": ["1000"],
-        "batch-size": ["32"],
-        "epoch-steps": ["400"],
-        "prune-every": ["20"],
-        "eval-episodes": ["2"],
-        "width": ["1"],
-    },
-    "offline": {
-        "dataset": ["tests/data/hopper-random.hdf5"],
-        "env-id": ["Hopper-v5"],
-        "total-timesteps": ["60"],
-        "batch-size": ["32"],
-        "epoch-steps": ["20"],
-        "eval-episodes": ["2"],
-    },
+# SMOKE=1: what makes a run tiny, of the flags that a script has. It must have the first ones.
+ONLINE = {
+    "total-timesteps": ["2000"],
+    "learning-starts": ["1900"],
+    "buffer-size": ["2000"],
+    "batch-size": ["8", "16"],
+    "epoch-steps": ["1000"],
+    "target-every": ["50"],
+    "prune-every": ["5"],
+    "max-sparsity-step": ["0.3", "0.2"],
+    "analysis-every": ["2000"],
+    "eval-episodes": ["2"],
+    "eval-steps": ["200"],
+    "width": ["1", "2"],
 }
+OFFLINE = {
+    "total-timesteps": ["60"],
+    "dataset": ["tests/data/hopper-random.hdf5"],
+    "env-id": ["Hopper-v5"],
+    "batch-size": ["32"],
+    "epoch-steps": ["20"],
+    "eval-episodes": ["2"],
+}
+WHOLE = ("int", "Count", "Index")  # the types of flags that take an integer
+REAL = ("float", "Amount", "Rate", "Real", "Share")  # those that take a number
 
-
-class Output(io.FileIO):
-    """Standard output or error, whose reader may go away (| head, a closed terminal): then it is
-    silent.
-    """
-
-    def write(self, data: Any) -> int:
-        """Write what somebody can read."""
-        with suppress(OSError):
-            return super().write(data) or len(data)
-        return len(data)
-
-
-def outlive_readers() -> None:
-    """Let no output end a launch: not a broken pipe, not a terminal that is gone, not a stream that
-    was closed.
-    """
-    for fd, name in ((1, "stdout"), (2, "stderr")):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-        stream = io.BufferedWriter(Output(fd, "w", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))
+Lists = dict[str, list[str]]  # the values of each flag, none for a switch
 
 
 def refuse(line: str) -> NoReturn:
     """End with a line about bad input."""
     print(f"launch.py: {line}", file=sys.stderr)
     sys.exit(2)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of a script."""
+
+    default: object
+    kind: str  # as its annotation has it: bool, Count, Literal["a", "b"]
 
 
 @dataclass(frozen=True)
@@ -164,15 +140,11 @@ class TrainingRun:
 
     def command(self) -> list[str]:
         """Return what begins the run, after the script's name."""
-        values = {
-            name: str(RUNS / value[1:]) if value[:1] == "@" else value
-            for name, value in self.flags.items()
-        }
-        return [
-            *(w for name, value in values.items() for w in (f"--{name}", value) if w),
-            "--run-dir",
-            str(self.path),
-        ]
+        words = []
+        for name, value in self.flags.items():
+            value = str(RUNS / value[1:]) if value[:1] == "@" else value
+            words += [f"--{name}", value] if value else [f"--{name}"]
+        return [*words, "--run-dir", str(self.path)]
 
     def last_line(self) -> str:
         """Return the last line that the run printed."""
@@ -184,14 +156,13 @@ class TrainingRun:
             total = json.loads((self.path / "args.json").read_text())["total_timesteps"]
             with open(self.path / "metrics.jsonl", "rb") as file:
                 start = file.seek(max(0, os.path.getsize(file.name) - 65536))
-                lines = file.read().split(b"\n")[
-                    start > 0 : -1
-                ]  # the first and the last may be cut
+                lines = file.read().split(b"\n")[start > 0 : -1]  # first and last may be cut
             records = [json.loads(line) for line in lines]
-            step, speed = (
+            step, speeds = (
                 records[-1]["step"],
-                [r["charts/SPS"] for r in records if "charts/SPS" in r][-1],
+                [r["charts/SPS"] for r in records if "charts/SPS" in r],
             )
+            speed = speeds[-1]
         except (OSError, LookupError, ValueError):
             return "just begun"
         hours, minutes = divmod(round((total - step) / max(speed, 1e-9) / 60), 60)
@@ -199,12 +170,20 @@ class TrainingRun:
 
 
 def last_line(path: Path) -> str:
-    """Return the last line of a file that is not empty; no file, no line."""
-    with suppress(OSError), open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - 4096))
-        lines = file.read().decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return ""
+    """Return the last line of a file that says something; of a box, which tyro draws around a bad
+    flag, the first line in it. No file, no line.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 4096))
+            lines = file.read().decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+    texts = [line.strip(" \r│") for line in lines]
+    if any(text.startswith("╰") for text in texts[-3:]):
+        top = max((i for i, text in enumerate(texts) if text.startswith("╭")), default=-1)
+        return next((text for text in texts[top + 1 :] if text), "")
+    return next((text for text in reversed(texts) if text), "")
 
 
 @contextmanager
@@ -237,8 +216,8 @@ def unique(runs: list[TrainingRun]) -> list[TrainingRun]:
     return list({run.id: run for run in runs}.values())
 
 
-def defaults(script: str) -> dict[str, object]:
-    """Return the flags of a script, without dashes, and their defaults.
+def flags_of(script: str) -> dict[str, Flag]:
+    """Return the flags of a script, by their names without dashes.
 
     They are read from its text, from Args and what it inherits: to import it would import torch.
     """
@@ -249,39 +228,58 @@ def defaults(script: str) -> dict[str, object]:
     classes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
     bases = [ast.unparse(base) for base in classes["Args"].bases]
     owners = [classes[name] for name in ("Args", *bases) if name in classes]
-    found = {}
+    found = dict[str, Flag]()
     for node in (node for owner in owners for node in owner.body):
         if not isinstance(node, ast.AnnAssign) or node.value is None:
             continue
-        if "ClassVar" not in ast.unparse(node.annotation):
-            found[ast.unparse(node.target).replace("_", "-")] = ast.literal_eval(node.value)
-    return {name: value for name, value in found.items() if name not in ("run-dir", "resume")}
+        name, kind = ast.unparse(node.target).replace("_", "-"), ast.unparse(node.annotation)
+        if "ClassVar" not in kind and name not in ("run-dir", "resume"):
+            found[name] = Flag(ast.literal_eval(node.value), kind)
+    return found
 
 
-def identity(script: str, flags: dict[str, str], known: dict[str, object]) -> str:
-    """Return the id of a run: the same however numbers are written and whether defaults are given
-    or not.
+def identity(script: str, flags: dict[str, str], known: dict[str, Flag]) -> str:
+    """Return the id of a run: the same however numbers and environments are written and whether
+    defaults are given or not.
     """
 
-    def normal(value: object) -> object:
+    def normal(name: str, value: object) -> object:
+        if name == "env-id":
+            return canonical(str(value), script)
         try:
             return value if isinstance(value, bool) else float(str(value))
         except ValueError:
             return value
 
-    values = {
-        name.removeprefix("no-") if value == "" else name: (name in known)
-        if value == ""
-        else normal(value)
-        for name, value in flags.items()
-    }
-    other = {name: value for name, value in values.items() if value != normal(known[name])}
+    other = dict[str, object]()
+    for name, text in flags.items():
+        value: object = name in known if text == "" else text
+        name = name.removeprefix("no-") if text == "" else name
+        if normal(name, value) != normal(name, known[name].default):
+            other[name] = normal(name, value)
     return hashlib.sha256(json.dumps([script, sorted(other.items())]).encode()).hexdigest()[:12]
 
 
-def values_of(words: list[str], script: str, known: dict[str, object]) -> dict[str, list[str]]:
+def check_value(name: str, value: str, kind: str) -> None:
+    """Refuse a value that the script would not read."""
+    if value[:1] == "@":
+        return
+    if kind in WHOLE and not value.lstrip("+-").replace("_", "").isdecimal():
+        refuse(f"--{name} {value}: must be an integer, such as 1000000")
+    if kind in REAL:
+        try:
+            float(value)
+        except ValueError:
+            refuse(f"--{name} {value}: must be a number")
+    if kind.startswith("Literal["):
+        options = ast.literal_eval(f"({kind[len('Literal[') : -1]},)")
+        if value not in options:
+            refuse(f"--{name} {value}: must be one of {', '.join(options)}")
+
+
+def values_of(words: list[str], script: str, known: dict[str, Flag]) -> Lists:
     """Return the values of each flag, none for a switch."""
-    lists = dict[str, list[str]]()
+    lists = Lists()
     for word in words:
         if word.startswith("--"):
             name = word[2:].replace("_", "-")
@@ -292,17 +290,33 @@ def values_of(words: list[str], script: str, known: dict[str, object]) -> dict[s
             if name in lists:
                 refuse(f"{word}: given twice")
             lists[name] = []
-        elif not lists or word in lists[name]:
-            refuse(
-                f"{word}: "
-                + (f"twice in --{name}" if lists else "expected --flag VALUE ... after the script")
-            )
+        elif not lists:
+            refuse(f"{word}: expected --flag VALUE ... after the script")
+        elif word in lists[name]:
+            refuse(f"{word}: twice in --{name}")
         else:
             lists[name].append(word)
     for name, values in lists.items():
-        if values and name not in known:
+        switched = name not in known or known[name].kind == "bool"
+        if values and switched:
             refuse(f"--{name}: a switch, which takes no value")
+        if not values and not switched:
+            refuse(f"--{name}: a value is missing")
+        for value in values:
+            check_value(name, value, known[name].kind)
     return lists
+
+
+def tiny(script: str, lists: Lists, known: dict[str, Flag]) -> Lists:
+    """Return the values of a tiny grid: of each flag at most two, and short runs."""
+    offline = "dataset" in known
+    own_env = [str(known["env-id"].default)] if "env-id" in known else []
+    values = OFFLINE if offline else ONLINE | {"env-id": own_env}
+    needed = [*values][:1] if offline else [*values][:2]
+    if missing := [name for name in needed if name not in known]:
+        refuse(f"SMOKE=1: {script} has no --{missing[0]}, without which a run cannot be made tiny")
+    few = {name: own[:2] for name, own in lists.items()}
+    return few | {n: v[: len(few.get(n, [""]))] for n, v in values.items() if n in known}
 
 
 def add(grid: str, curve: str, script: str, words: list[str]) -> None:
@@ -312,18 +326,10 @@ def add(grid: str, curve: str, script: str, words: list[str]) -> None:
     Words are --flag VALUE ...; a flag without a value is a switch. The value @CURVE is the folder
     of that curve's run with the same environment, seed and other flags.
     """
-    known = defaults(script)
-    lists = values_of(words, script, known) | values_of(
-        shlex.split(os.environ.get("FLAGS", "")), script, known
-    )
-    if SMOKE:
-        tiny = next(
-            (flags for part, flags in TINY.items() if any(p in script for p in part.split())), {}
-        )
-        few = {name: values[:2] for name, values in lists.items()}
-        lists = few | {
-            n: values[: len(few.get(n, [""]))] for n, values in tiny.items() if n in known
-        }
+    known = flags_of(script)
+    lists = values_of(words, script, known)
+    lists |= values_of(shlex.split(os.environ.get("FLAGS", "")), script, known)
+    lists = tiny(script, lists, known) if SMOKE else lists
     manifest, runs = RUNS / f"{grid}.jsonl", list[TrainingRun]()
     others = read(grid) if manifest.exists() and not DRY else []
     for values in itertools.product(*(values or [""] for values in lists.values())):
@@ -332,26 +338,18 @@ def add(grid: str, curve: str, script: str, words: list[str]) -> None:
             if value.startswith("@"):
                 flags[name] = value if DRY else f"@{find(others, value[1:], flags, grid)}"
         key, data = identity(script, flags, known), Path(flags.get("dataset", ""))
-        title = (data.stem if data.suffix == ".hdf5" else str(data)).strip("/.") or flags.get(
-            "env-id", "default"
-        )
-        folder = f"{title.replace('/', '-')}__{Path(script).stem}__{flags.get('seed', '1')}__{key}"
+        title = (data.stem if data.suffix == ".hdf5" else str(data)).strip("/.")
+        title = title or canonical(flags.get("env-id", "default"), script)
+        title = title.replace("/", "-")[:60]  # a file system takes names of up to 255 bytes
+        folder = f"{title}__{Path(script).stem[:60]}__{flags.get('seed', '1')}__{key}"
         runs.append(TrainingRun(key, curve, script, flags, folder))
     if DRY:
-        for flag, value in {
-            (n, v) for run in runs for n, v in run.flags.items() if v.startswith("@")
-        }:
-            print(
-                f"launch.py: DRY=1: --{flag} {value} will be the folder of a run of that curve",
-                file=sys.stderr,
-            )
-        print(
-            "".join(
-                shlex.join(["python", f"cleanrl_sparse/{script}", *r.command()]) + "\n"
-                for r in runs
-            ),
-            end="",
-        )
+        later = {(n, v) for run in runs for n, v in run.flags.items() if v.startswith("@")}
+        for flag, value in later:
+            text = f"DRY=1: --{flag} {value} will be the folder of a run of that curve"
+            print(f"launch.py: {text}", file=sys.stderr)
+        for run in runs:
+            print(shlex.join(["python", f"cleanrl_sparse/{script}", *run.command()]))
         return
     replace(grid, curve, runs)
     print(f"{grid}: {curve}: {len(runs)} run{'s' * (len(runs) != 1)}")
@@ -362,12 +360,9 @@ def replace(grid: str, curve: str, runs: list[TrainingRun]) -> None:
     manifest, temporary = RUNS / f"{grid}.jsonl", RUNS / f".{grid}.jsonl"
     try:
         with locked(RUNS / f".{grid}.lock"):
-            others = [
-                run for run in (read(grid) if manifest.exists() else []) if run.curve != curve
-            ]
-            temporary.write_text(
-                "".join(json.dumps(asdict(run)) + "\n" for run in [*others, *runs])
-            )
+            others = [run for run in read(grid) if run.curve != curve] if manifest.exists() else []
+            lines = [json.dumps(asdict(run)) + "\n" for run in [*others, *runs]]
+            temporary.write_text("".join(lines))
             temporary.replace(manifest)
     except OSError as error:
         refuse(f"{manifest} cannot be written ({error.strerror})")
@@ -378,16 +373,13 @@ def find(runs: list[TrainingRun], curve: str, flags: dict[str, str], grid: str) 
     have.
     """
     mine = [run for run in runs if run.curve == curve]
-    same = [
-        run
-        for run in mine
-        if all(run.flags[name] == flags[name] for name in run.flags.keys() & flags.keys())
-    ]
+    same = []
+    for run in mine:
+        if all(run.flags[name] == flags[name] for name in run.flags.keys() & flags.keys()):
+            same.append(run)
     if len(same) != 1:
-        refuse(
-            f"@{curve}: {grid} must have one run of that curve with the same flags, it has "
-            f"{len(same)}"
-        )
+        what = "must have one run of that curve with the same flags, it has"
+        refuse(f"@{curve}: {grid} {what} {len(same)}")
     return same[0].folder
 
 
@@ -399,9 +391,7 @@ def gpus() -> list[str]:
         return [name for name in given.split(",") if name not in ("", "-1")]
     if not shutil.which("nvidia-smi"):
         return []
-    listing = subprocess.run(
-        ["nvidia-smi", "-L"], capture_output=True, text=True, check=False
-    ).stdout
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
     return [str(i) for i in range(sum(line.startswith("GPU ") for line in listing.splitlines()))]
 
 
@@ -409,12 +399,11 @@ def slots(number: int, threads: str) -> list[dict[str, str]]:
     """Return what the environment of so many runs at a time has beside ours; the GPUs take
     turns.
     """
-    devices = gpus()
-    chosen = [
-        {"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else {}
-        for i in range(number)
-    ]
-    return [{"OMP_NUM_THREADS": threads} | slot for slot in chosen]
+    devices, rooms = gpus(), []
+    for i in range(number):
+        own = {"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else {}
+        rooms.append({"OMP_NUM_THREADS": threads} | own)
+    return rooms
 
 
 @dataclass
@@ -440,9 +429,8 @@ def begin(run: TrainingRun, slot: int, environment: dict[str, str]) -> Child | N
         os.close(lock)
         return None
     words = ["--resume", str(run.path)] if (run.path / "args.json").exists() else run.command()
-    with open(
-        run.path / ".log", "ab"
-    ) as log:  # a session of its own: the terminal's Ctrl-C comes through us, once
+    # A session of its own: the terminal's Ctrl-C comes through us, once.
+    with open(run.path / ".log", "ab") as log:
         process = subprocess.Popen(
             [sys.executable, SCRIPTS / run.script, *words],
             stdin=subprocess.DEVNULL,
@@ -452,13 +440,9 @@ def begin(run: TrainingRun, slot: int, environment: dict[str, str]) -> Child | N
             pass_fds=[lock],
             start_new_session=True,
         )
+    gpu = environment.get("CUDA_VISIBLE_DEVICES", "")
     os.ftruncate(lock, 0)
-    os.write(
-        lock,
-        (
-            f"{socket.gethostname()} {process.pid} {environment.get('CUDA_VISIBLE_DEVICES', '')}\n"
-        ).encode(),
-    )
+    os.write(lock, f"{socket.gethostname()} {process.pid} {gpu}\n".encode())
     return Child(run, process, lock, slot)
 
 
@@ -469,9 +453,7 @@ class Outcome:
     """
 
     failed: dict[str, str] = field(default_factory=dict)  # by the run's id
-    broken: list[str] = field(
-        default_factory=list
-    )  # killed, or cancelled: no fault of the run's own
+    broken: list[str] = field(default_factory=list)  # killed or cancelled: not the run's own fault
     stopped: int = 0
 
 
@@ -484,26 +466,19 @@ def work(runs: list[TrainingRun], room: list[dict[str, str]]) -> Outcome:
     stops: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: stops.append(number))
-    pending, children, outcome = (
-        [run for run in runs if run.state != "done"],
-        list[Child](),
-        Outcome(),
-    )
-    done, told, taken = len(runs) - len(pending), 0, list[str]()
+    pending, children = [run for run in runs if run.state != "done"], list[Child]()
+    outcome, done, told, taken = Outcome(), len(runs) - len(pending), 0, list[str]()
     while children or (pending and not stops):
         for run in [run for run in runs if run.id in outcome.failed and run.state != "failed"]:
             pending.append(run)
             del outcome.failed[run.id]
         free = [i for i in range(len(room)) if i not in {child.slot for child in children}]
-        before, taken = (
-            len(taken),
-            [gpu for run in pending if (gpu := run.gpu_here) is not None] if free else taken,
-        )
+        before = len(taken)
+        if free:
+            taken = [gpu for run in pending if (gpu := run.gpu_here) is not None]
         if len(taken) > before:
-            print(
-                f"{len(taken)} runs of other launchers are under way here and take their room",
-                flush=True,
-            )
+            text = "runs of other launchers are under way here and take their room"
+            print(f"{len(taken)} {text}", flush=True)
         for gpu in taken[: len(free)]:
             same = [i for i in free if room[i].get("CUDA_VISIBLE_DEVICES") == gpu]
             free.remove((same or free)[-1])
@@ -520,10 +495,8 @@ def work(runs: list[TrainingRun], room: list[dict[str, str]]) -> Outcome:
                 pending.remove(run)
                 free.pop(0)
                 verb = "go on with" if state == "stopped" else "begin"
-                print(
-                    f"[{done}/{len(runs)} done, {len(outcome.failed)} failed] {verb} {run.folder}",
-                    flush=True,
-                )
+                counts = f"[{done}/{len(runs)} done, {len(outcome.failed)} failed]"
+                print(f"{counts} {verb} {run.folder}", flush=True)
         if len(stops) > told:
             told = len(stops)
             for child in children:
@@ -534,20 +507,16 @@ def work(runs: list[TrainingRun], room: list[dict[str, str]]) -> Outcome:
             status, run = child.process.returncode, child.run
             if status == 0 and (run.path / "final.json").exists():
                 done += 1
-            elif status == STOPPED or (
-                stops and status == -signal.SIGTERM
-            ):  # the latter while it was starting
-                outcome.stopped += 1
+            elif status == STOPPED or (stops and status == -signal.SIGTERM):
+                outcome.stopped += 1  # by SIGTERM itself: while it was starting
             elif status < 0:
-                outcome.broken.append(
-                    f"{run.folder} was killed by signal {-status}: {run.last_line()}"
-                )
+                killed = f"{run.folder} was killed by signal {-status}"
+                outcome.broken.append(f"{killed}: {run.last_line()}")
             else:
-                outcome.failed[run.id] = (
-                    f"{run.folder} ended with status {status}: {run.last_line()}"
-                )
+                ended = f"{run.folder} ended with status {status}: {run.last_line()}"
+                outcome.failed[run.id] = ended
                 (run.path / ".failed").write_text(f"{status}\n")
-                print(f"launch.py: {outcome.failed[run.id]}", file=sys.stderr, flush=True)
+                print(f"launch.py: {ended}", file=sys.stderr, flush=True)
             os.close(child.lock)
         time.sleep(0.2 if children or not pending else 1)
     outcome.stopped += len(pending)
@@ -574,9 +543,8 @@ def report(grid: str, runs: list[TrainingRun], outcome: Outcome) -> int:
         print(f"launch.py: {hint}", file=sys.stderr)
     if outcome.failed:
         hint = f"after mending it: python benchmark/launch.py retry {grid}, and launch again"
-        print(
-            f"launch.py: {len(outcome.failed)} of {len(runs)} runs failed; {hint}", file=sys.stderr
-        )
+        text = f"{len(outcome.failed)} of {len(runs)} runs failed; {hint}"
+        print(f"launch.py: {text}", file=sys.stderr)
         return 1
     if unfinished:
         return STOPPED
@@ -587,11 +555,10 @@ def report(grid: str, runs: list[TrainingRun], outcome: Outcome) -> int:
 def slurm(*command: str, text: str | None = None, may_fail: bool = False) -> str:
     """Return what a command of Slurm's prints; end with its error, unless it may fail."""
     # Within a job, the settings of that job are not meant for those that are submitted from it.
-    environment = {
-        name: v
-        for name, v in os.environ.items()
-        if not name.startswith("SLURM_") or name == "SLURM_CONF"
-    }
+    environment = dict(os.environ)
+    for name in os.environ:
+        if name.startswith("SLURM_") and name != "SLURM_CONF":
+            del environment[name]
     try:
         result = subprocess.run(
             command, input=text, capture_output=True, text=True, check=False, env=environment
@@ -599,11 +566,9 @@ def slurm(*command: str, text: str | None = None, may_fail: bool = False) -> str
     except FileNotFoundError:
         refuse(f"{command[0]}, a program of Slurm's, is not installed here")
     if result.returncode and not may_fail:
-        said = (
-            "; ".join((result.stderr or result.stdout).split("\n")).strip("; ")
-            or f"status {result.returncode}"
-        )
-        refuse(f"{command[0]}: {said.removeprefix(f'{command[0]}: ')}")
+        said = "; ".join((result.stderr or result.stdout).split("\n")).strip("; ")
+        said = (said or f"status {result.returncode}").removeprefix(f"{command[0]}: ")
+        refuse(f"{command[0]}: {said}")
     return result.stdout
 
 
@@ -629,19 +594,16 @@ def submit(runs: list[TrainingRun], args: argparse.Namespace) -> int:
     exit status.
     """
     config = slurm("scontrol", "show", "config")
-    limit = int(
-        next(line.split("=")[1] for line in config.splitlines() if line.startswith("MaxArraySize"))
-    )
+    lines = [line for line in config.splitlines() if line.startswith("MaxArraySize")]
+    limit = int(lines[0].split("=")[1])
     with locked(RUNS / ".slurm" / "lock"):
         alive = queued()
-        waiting = [
-            run for run in runs if run.id not in alive and run.state in ("waiting", "stopped")
-        ]
+        ready = [run for run in runs if run.state in ("waiting", "stopped")]
+        waiting = [run for run in ready if run.id not in alive]
         later = set[str]()
-        packs = [
-            waiting[i : i + args.runs_per_job] for i in range(0, len(waiting), args.runs_per_job)
-        ]
-        tasks = [" ".join(run.id for run in pack) for pack in packs]
+        tasks = []
+        for i in range(0, len(waiting), args.runs_per_job):
+            tasks.append(" ".join(run.id for run in waiting[i : i + args.runs_per_job]))
         for start in range(0, len(tasks), limit):
             try:
                 submit_array(tasks[start : start + limit], waiting, args)
@@ -654,46 +616,33 @@ def submit(runs: list[TrainingRun], args: argparse.Namespace) -> int:
     alive, seen, lost = {run.id for run in runs} - later, set[str](), set[str]()
     while True:
         states = {run.id: run.state for run in runs}
-        unfinished = {
-            key
-            for key, state in states.items()
-            if key not in later and state not in ("done", "failed")
-        }
+        ended = {key for key, state in states.items() if state in ("done", "failed")}
+        unfinished = states.keys() - later - ended
         # A task may end between two looks, and another launcher may be running it here.
         lost = {key for key in unfinished if states[key] != "running"} - alive - seen
         if not unfinished - lost:
             break
-        counts = Counter(
-            "queued" if key in alive and s in ("waiting", "stopped") else s
-            for key, s in states.items()
-        )
-        print(
-            ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]), flush=True
-        )
+        in_queue = {key for key in alive if states.get(key) in ("waiting", "stopped")}
+        counts = Counter((states | dict.fromkeys(in_queue, "queued")).values())
+        texts = [f"{counts[state]} {state}" for state in STATES if counts[state]]
+        print(", ".join(texts), flush=True)
         time.sleep(args.poll_seconds)
         with suppress(SystemExit):  # squeue did not answer, and has said so
             alive, seen = queued(), alive
-    failed = {
-        run.id: f"{run.folder} failed: {run.last_line()}"
-        for run in runs
-        if states[run.id] == "failed"
-    }
+    bad = [run for run in runs if states[run.id] == "failed"]
+    failed = {run.id: f"{run.folder} failed: {run.last_line()}" for run in bad}
     logs = {key: last_line(log) for key, log in task_logs(args.grid).items() if key in lost}
     said = {run.id: run.last_line() or logs.get(run.id, "") for run in runs if run.id in lost}
     broken = [f"{run.folder} left the queue: {said[run.id]}" for run in runs if run.id in lost]
-    return report(
-        args.grid,
-        runs,
-        Outcome(failed, broken, sum(states[key] not in ("done", "failed") for key in later)),
-    )
+    stopped = len({key for key in later if states[key] not in ("done", "failed")})
+    return report(args.grid, runs, Outcome(failed, broken, stopped))
 
 
 def task_logs(grid: str) -> dict[str, Path]:
     """Return for each run the log of the latest task that it belonged to."""
     logs = dict[str, Path]()
-    for file in sorted(
-        (RUNS / ".slurm").glob(f"{grid}-*.tasks"), key=lambda file: file.stat().st_mtime
-    ):
+    files = (RUNS / ".slurm").glob(f"{grid}-*.tasks")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
         for i, line in enumerate(file.read_text().splitlines()):
             logs |= dict.fromkeys(line.split(), file.with_name(f"{file.stem}-{i}.log"))
     return logs
@@ -725,29 +674,18 @@ def submit_array(tasks: list[str], known: list[TrainingRun], args: argparse.Name
         *([f"--account={args.account}"] if args.account else []),
         *shlex.split(args.sbatch),
     ]
-    command = [
-        sys.executable,
-        str(Path(__file__).resolve()),
-        "work",
-        args.grid,
-        "--tasks",
-        str(file),
-    ]
-    # As a step, since a batch script itself gets no signal when its job is preempted with a time of
-    # grace.
+    command = [sys.executable, str(Path(__file__).resolve()), "work", args.grid]
+    command += ["--tasks", str(file), "--threads", str(args.cpus_per_run)]
+    # As a step: a batch script gets no signal itself when its job is preempted with a grace time.
     step = f"srun --ntasks=1 --cpus-per-task={runs * args.cpus_per_run} --mpi=none --export=ALL"
-    command += ["--threads", str(args.cpus_per_run)]
     # RUNS is the folder of a tiny grid already.
-    script = (
-        f"#!/bin/bash\nexport RUNS={shlex.quote(str(RUNS))} SMOKE=\nexec {step} "
-        f"{shlex.join(command)}\n"
-    )
+    exports = f"export RUNS={shlex.quote(str(RUNS))} SMOKE="
+    script = f"#!/bin/bash\n{exports}\nexec {step} {shlex.join(command)}\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     ids = {*text.split()}
-    file.with_suffix(".jsonl").write_text(
-        "".join(json.dumps(asdict(run)) + "\n" for run in known if run.id in ids)
-    )
+    lines = [json.dumps(asdict(run)) + "\n" for run in known if run.id in ids]
+    file.with_suffix(".jsonl").write_text("".join(lines))
     job = slurm("sbatch", "--parsable", *options, text=script).strip()
     print(f"job array {job}: {len(tasks)} tasks of up to {runs} runs", flush=True)
 
@@ -761,9 +699,8 @@ def task(args: argparse.Namespace) -> int:
     outcome = work(runs, slots(len(runs), str(args.threads)))
     status = report(args.grid, runs, outcome)
     job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    # Near the time limit or in the time of grace the task is still running. Otherwise Slurm queues
-    # it again by itself,
-    # or it was cancelled, and to queue it again would bring it back to life.
+    # Near the time limit or in the grace time the task is still running. Otherwise Slurm queues it
+    # again by itself, or it was cancelled, and to queue it again would bring it back to life.
     ask = ("squeue", "--noheader", f"--jobs={job}", "--format=%T")
     if outcome.stopped and slurm(*ask, may_fail=True).strip() == "RUNNING":
         slurm("scontrol", "requeue", job, may_fail=True)
@@ -773,9 +710,8 @@ def task(args: argparse.Namespace) -> int:
 def show(runs: list[TrainingRun], alive: set[str]) -> None:
     """Print a table of states by curve, then the runs that are under way and those that failed."""
     states = {run.id: run.state for run in runs}
-    states |= {
-        key: "queued" for key in alive & states.keys() if states[key] in ("waiting", "stopped")
-    }
+    in_queue = {key for key in alive if states.get(key) in ("waiting", "stopped")}
+    states |= dict.fromkeys(in_queue, "queued")
     curves = list(dict.fromkeys(run.curve for run in runs))
     width = max(len(curve) for curve in ("all", *curves))
     print(f"{'':{width}}" + "".join(f"{state:>9}" for state in STATES))
@@ -796,66 +732,51 @@ def positive(text: str) -> int:
     return int(text)
 
 
+LOCAL = (
+    ("workers", None, "runs at a time; default: one per core, or --runs-per-gpu on each GPU"),
+    ("runs-per-gpu", 1, "runs that share a GPU; default: 1"),
+)  # options that are counts: name, default, help
+SLURM = (
+    ("runs-per-job", 1, "runs that share a task of a job array; default: 1"),
+    ("cpus-per-run", 1, "cores of each run; default: 1"),
+    ("gib-per-run", 10, "memory of each run in GiB; default: 10"),
+    ("gpus-per-job", None, "GPUs of a task; default: none"),
+    ("seconds-to-stop", 300, "time before the limit at which runs are told to stop; default: 300"),
+    ("poll-seconds", 30, "time between two looks at the queue; default: 30"),
+)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; add is told apart before, as its flags are those of a
     script.
     """
-    top = argparse.ArgumentParser(
-        prog="launch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    commands = top.add_subparsers(
-        dest="command", required=True, metavar="add | launch | status | retry | remove"
-    )
+    shape: Any = {"description": __doc__, "formatter_class": argparse.RawTextHelpFormatter}
+    top = argparse.ArgumentParser(prog="launch.py", **shape)
+    names = "add | launch | status | retry | remove"
+    commands = top.add_subparsers(dest="command", required=True, metavar=names)
     commands.add_parser("add", usage="launch.py add GRID CURVE SCRIPT --flag VALUE ...")
+    ours = {}
     for name in ("launch", "status", "retry", "remove", "work"):
-        one = commands.add_parser(name)
-        one.add_argument("grid", help="name of the grid")
-        if name == "remove":
-            one.add_argument("curve")
-        if name == "work":
-            one.add_argument("--tasks")
-            one.add_argument("--threads", type=int)
-        if name == "launch":
-            one.add_argument(
-                "--backend", choices=("local", "slurm"), default="local", help="default: local"
-            )
-            here, there = one.add_argument_group("local"), one.add_argument_group("slurm")
-            for group, flag, default, text in (
-                (
-                    here,
-                    "--workers",
-                    None,
-                    "runs at a time; default: one per core, or --runs-per-gpu on each GPU",
-                ),
-                (here, "--runs-per-gpu", 1, "runs that share a GPU; default: 1"),
-                (there, "--runs-per-job", 1, "runs that share a task of a job array; default: 1"),
-                (there, "--cpus-per-run", 1, "cores of each run; default: 1"),
-                (there, "--gib-per-run", 10, "memory of each run in GiB; default: 10"),
-                (there, "--gpus-per-job", None, "GPUs of a task; default: none"),
-                (
-                    there,
-                    "--seconds-to-stop",
-                    300,
-                    "time before the limit at which runs are told to stop; default: 300",
-                ),
-                (there, "--poll-seconds", 30, "time between two looks at the queue; default: 30"),
-            ):
-                group.add_argument(flag, type=positive, default=default, metavar="N", help=text)
-            there.add_argument(
-                "--time", default="24:00:00", help="limit of a task; default: 24:00:00"
-            )
-            there.add_argument("--partition")
-            there.add_argument("--account")
-            there.add_argument(
-                "--sbatch",
-                default="",
-                metavar="OPTIONS",
-                help="more options of sbatch, in one string",
-            )
-            flags = {
-                a.option_strings[0]: str(g.title) for g in (here, there) for a in g._group_actions
-            }
-            one.set_defaults(of_backend=flags)
+        ours[name] = commands.add_parser(name)
+        ours[name].add_argument("grid", help="name of the grid")
+    ours["remove"].add_argument("curve")
+    ours["work"].add_argument("--tasks")
+    ours["work"].add_argument("--threads", type=int)
+    launch = ours["launch"]
+    backends: Any = {"choices": ("local", "slurm"), "default": "local"}
+    launch.add_argument("--backend", **backends, help="default: local")
+    here, there = launch.add_argument_group("local"), launch.add_argument_group("slurm")
+    for group, options in ((here, LOCAL), (there, SLURM)):
+        for name, default, text in options:
+            count: Any = {"type": positive, "default": default, "metavar": "N"}
+            group.add_argument(f"--{name}", **count, help=text)
+    there.add_argument("--time", default="24:00:00", help="limit of a task; default: 24:00:00")
+    there.add_argument("--partition")
+    there.add_argument("--account")
+    text = "more options of sbatch, in one string"
+    there.add_argument("--sbatch", default="", metavar="OPTIONS", help=text)
+    owners = {a.option_strings[0]: str(g.title) for g in (here, there) for a in g._group_actions}
+    launch.set_defaults(of_backend=owners)
     return top
 
 

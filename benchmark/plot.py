@@ -1,6 +1,7 @@
-"""Statistics and pictures of a grid of runs, from its run folders or from a CSV file alone.
+"""Statistics and pictures of runs, from their folders or from a CSV file alone.
 
     python benchmark/plot.py curves GRID --reference Impala-DQN
+    python benchmark/plot.py curves RUN_DIR RUN_DIR ...             # runs made by hand
     python benchmark/plot.py sweep GRID --x width --flat "DQN dense"
     python benchmark/plot.py curves benchmark/results/GRID.csv --out x  # from an earlier file
 
@@ -8,86 +9,89 @@ KIND is one of
     curves      score over the steps
     sweep       final score against the flag --x
     profile     share of the runs whose final score is above tau
+    epochs      each epoch beside the published runs' prediction interval (Atari)
     metrics     what was logged under --keys, over the steps
     layers      sparsity of each layer over the steps
     covariance  cosines between the loss gradients of 32 transitions
 
 A grid is a file of one JSON object per planned run: {"curve", "script", "flags": {"env-id": "Pong",
-...}, "folder"}. RUNS is an environment variable, by default runs; where SMOKE is set, RUNS/smoke.
-Written are RUNS/GRID.csv, .png, .svg, .md and _table.csv. Picture and table are always made from
-the CSV file, so that it alone gives them again, byte for byte. Only runs that have finished count
-in final scores; "n of m" says how many of the planned ones have.
+...}, "folder"}. Runs made by hand are named by the flags in which they differ. RUNS is an
+environment variable, by default runs; where SMOKE is on, RUNS/smoke. Written are RUNS/GRID.csv,
+.png, .svg, .pdf, .md and _table.csv (comparison.* beside the first folder for runs made by hand).
+Picture and table are always made from the CSV file, so that it alone gives them again, byte for
+byte. Only runs that have finished count in final scores; "n of m" says how many of the planned
+ones have.
 
-Scores of Atari games are human-normalised and pooled over the games; returns are shown for each
-environment. Statistics are Agarwal et al.'s (2021, https://arxiv.org/abs/2108.13264): IQM,
+Scores of Atari games are human-normalised and pooled over the games; --baseline pools those of
+other environments, with random play as 0 and the mean of that curve as 1. Else returns are shown
+for each environment. Statistics are Agarwal et al.'s (2021, https://arxiv.org/abs/2108.13264): IQM,
 optimality gap, median and mean of the games' means, with 95 % percentile intervals from a bootstrap
-that redraws the seeds within each game.
+that redraws the seeds within each game; of an environment with up to three seeds, mean and range.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shlex
 import sys
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 import tyro
+from common import ANCHORS, GAMES, HUMAN, canonical, outlive_readers, runs_folder, switch
 from matplotlib.figure import Figure
 
-matplotlib.rcParams.update(
-    {
-        "svg.hashsalt": "cleanrl-sparse",
-        "axes.grid": True,
-        "grid.alpha": 0.3,
-        "font.size": 9,
-        "axes.titlesize": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-)
-ANCHORS = Path(__file__).parent / "anchors"
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "cleanrl-sparse",
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.2,
+    "pdf.fonttype": 42,  # text stays text, as publishers ask for
+    "text.parse_math": False,  # a $ is a $
+}
+matplotlib.rcParams.update(STYLE)
 REFERENCES = ("CNN-DQN", "CNN-Rainbow", "Impala-DQN", "Impala-Rainbow")
-with open(ANCHORS / "atari_human_normalisation.csv", newline="") as table:
-    HUMAN = {
-        row["game"]: (float(row["random"]), float(row["human"])) for row in csv.DictReader(table)
-    }
-GAMES = {*HUMAN, "AirRaid", "Carnival", "ElevatorAction", "JourneyEscape", "Pooyan"}
+with open(ANCHORS / "minatar_random.csv", newline="") as table:
+    RANDOM = {row["game"]: float(row["random"]) for row in csv.DictReader(table)}
+RANDOM |= {game: random for game, (random, _) in HUMAN.items()}
 SPARSITY = {"sparsity_target": "sparsity/target", "sparsity_prunable": "sparsity/prunable"}
-NUMBERS = (
-    "step",
-    "return",
-    "d4rl_score",
-    *SPARSITY,
-    "i",
-    "j",
-    "cosine",
-)  # columns; those of keys have a slash
-SCORES = {"human": "human-normalised score", "return": "return", "d4rl": "D4RL score"}
+# Columns of numbers; those of keys have a slash.
+NUMBERS = ("step", "return", "d4rl_score", *SPARSITY, "i", "j", "cosine")
+SCORES = {
+    "human": "human-normalised score",
+    "baseline": "return, of the baseline's",
+    "return": "return",
+    "d4rl": "D4RL score",
+}
 SCORING = ("curves", "sweep", "profile")
 USES = {
     "flat": ("sweep",),
     "keys": ("metrics",),
     "sparsity": ("curves",),
+    "against": ("curves",),
+    "baseline": SCORING,
     "per_env": SCORING,
-    "reference": SCORING,
+    "reference": (*SCORING, "epochs"),
     "score": SCORING,
     "bootstrap": SCORING,
     "seed": SCORING,
     "last": (*SCORING, "metrics", "layers"),
 }  # flag: the kinds that read it
 # Okabe and Ito's colours, which the colour-blind can tell apart; dashes and markers for prints in
-# black and white. As
-# their numbers have no common divisor, 28 curves differ in colour or dash.
+# black and white. As their numbers have no common divisor, 28 curves differ in colour or dash.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "os^Dv*XP<"
@@ -103,30 +107,30 @@ class Args:
     """Flags."""
 
     kind: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="KIND")]  # one of the above
-    grid: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(metavar="GRID")
-    ]  # of RUNS/GRID.jsonl, or a .csv file
-    # flag in which the runs differ, such as width; kinds other than sweep make a curve of each
-    # value
+    # of RUNS/GRID.jsonl, or a .csv file, or folders of runs
+    grid: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="GRID ...")]
+    # flag in which the runs differ, such as width; all kinds but sweep make a curve of each value
     x: str = ""
+    panel: str = ""  # flag, such as width: a panel for each of its values
+    against: str = ""  # curve that is in every panel, one panel for each other curve (curves)
     flat: Words = ()  # curve that is the same at all --x: a horizontal line (sweep)
     # keys of metrics.jsonl, or their beginning up to a slash; none: analysis/ (metrics)
     keys: Words = ()
-    per_env: bool = (
-        False  # a panel for each game, with returns unless --score says otherwise (Atari)
-    )
-    sparsity: bool = False  # a second row of panels with the sparsity over the steps (curves)
+    per_env: bool = False  # a panel for each game, with returns unless --score says otherwise
+    sparsity: bool = False  # a second row of panels with the share of weights left (curves)
     # Dopamine's published runs: CNN-DQN, CNN-Rainbow, Impala-DQN, Impala-Rainbow (Atari)
     reference: Words = ()
-    score: str = (
-        "auto"  # human, return or d4rl; auto: human for Atari unless --per-env, else return
-    )
+    baseline: tuple[str, ...] = ()  # curve whose mean final return is 1; with --x, its value too
+    # human, baseline, return or d4rl; auto: baseline where --baseline is given, human for Atari
+    # unless --per-env, else return
+    score: str = "auto"
     last: int = 1  # scores whose mean is a run's final score, at least 1
     bootstrap: int = 2000  # replicates of the bootstrap, at least 100
     seed: int = 0  # of the bootstrap
     title: str = ""  # above the picture
     # path of the files to write, without an ending; default: beside the manifest or the .csv file
     out: str = ""
+    few: tyro.conf.Suppress[bool] = False  # mean and range, as no environment has four seeds
 
 
 @dataclass
@@ -137,10 +141,11 @@ class Run:
     env_id: str
     seed: int
     x: str
+    panel: str
     finished: bool
-    columns: dict[
-        str, np.ndarray
-    ]  # [T] each, NaN where nothing was logged; T = 0 if it has not begun
+    columns: dict[str, np.ndarray]  # [T] each; T = 0 if it has not begun
+    # Where a column was logged, since NaN may have been; a column that is not in it: where not NaN.
+    logged: dict[str, np.ndarray] = field(default_factory=dict)
     scored: bool = True  # False for a game without a human score where that is asked for
     published: bool = False
 
@@ -148,14 +153,15 @@ class Run:
         """Return steps and values of a column where it was logged."""
         steps = self.columns["step"]
         values = self.columns.get(column, np.full(len(steps), np.nan))
-        return steps[~np.isnan(values)], values[~np.isnan(values)]
+        where = self.logged.get(column, ~np.isnan(values))
+        return steps[where], values[where]
 
-    def final(self, column: str, last: int) -> float:
-        """Return the mean of the last values of a column, NaN if the run has not finished or has
+    def final(self, column: str, last: int) -> float | None:
+        """Return the mean of the last values of a column, None if the run has not finished or has
         none.
         """
         values = self.series(column)[1][-last:]
-        return float(values.mean()) if self.finished and len(values) else float("nan")
+        return float(values.mean()) if self.finished and len(values) else None
 
 
 def fail(text: str) -> NoReturn:
@@ -178,10 +184,17 @@ def check(args: Args) -> None:
             fail(f"--{flag.replace('_', '-')} is for {', '.join(kinds)}, not for {args.kind}")
     if args.kind == "sweep" and not args.x:
         fail("--x is missing: the flag in which the runs differ, such as --x width")
-    if args.x.replace("-", "_") in ("curve", "env_id", "seed", "finished", "seconds", *NUMBERS):
-        fail(f"--x must be a flag in which the runs of a curve differ, such as width, not {args.x}")
+    if args.kind == "epochs" and not args.reference:
+        fail("--reference is missing: the published runs, such as --reference CNN-DQN")
+    for flag, name in (("x", args.x), ("panel", args.panel)):
+        if name.replace("-", "_") in ("curve", "env_id", "seed", "finished", "seconds", *NUMBERS):
+            fail(f"--{flag} must be a flag in which runs differ, such as width, not {name}")
     if args.score not in ("auto", *SCORES):
-        fail(f"--score must be auto, human, return or d4rl, not {args.score}")
+        fail(f"--score must be auto, {', '.join(SCORES)}, not {args.score}")
+    if args.score == "baseline" and not args.baseline:
+        fail("--score baseline needs --baseline CURVE")
+    if len(args.baseline) > 1 + bool(args.x):
+        fail("--baseline takes a curve, and with --x its value too")
     if args.last < 1 or args.bootstrap < 100 or args.seed < 0:
         fail("--last must be at least 1, --bootstrap at least 100, --seed at least 0")
     for name in words(args.reference):
@@ -223,9 +236,8 @@ def measure(folder: Path, atari: bool, args: Args) -> list[Row]:
     wanted = words(args.keys) if args.kind == "metrics" else [score]
     steps, latest, rows = defaultdict[int, Row](dict), Row(), list[Row]()
     for record in records(folder / "metrics.jsonl", [*wanted, "sparsity/"]):
-        steps[record["step"]].update(
-            record
-        )  # a step may have several, the last evaluation without sparsity
+        # A step may have several records; that of the last evaluation has no sparsity.
+        steps[record["step"]].update(record)
     for step, record in sorted(steps.items()):
         latest |= {key: record[key] for key in matching(record, ["sparsity/"])}
         if not (found := matching(record, wanted)):
@@ -247,10 +259,8 @@ def entries(folder: Path) -> list[Row]:
         return []
     try:
         matrix = np.load(paths[-1], allow_pickle=False).astype(float)
-        pairs, step = (
-            np.argwhere(np.triu(np.ones_like(matrix))),
-            int(paths[-1].stem.rpartition("-")[2]),
-        )
+        pairs = np.argwhere(np.triu(np.ones_like(matrix)))
+        step = int(paths[-1].stem.rpartition("-")[2])
         return [{"step": step, "i": int(i), "j": int(j), "cosine": matrix[i, j]} for i, j in pairs]
     except (OSError, EOFError, ValueError):
         fail(f"{paths[-1]}: must be a square matrix of cosines, written by np.save")
@@ -268,78 +278,95 @@ def text_of(value: Any) -> str:
         return "" if value is None else str(value)
 
 
-def collect(path: Path, args: Args) -> list[Row]:
-    """Return the rows of the CSV file of a grid; a planned run that has nothing to show is a row
-    without a step.
+def flags_of(folder: Path) -> Row:
+    """Return the flags of a run from its args.json, {} before it has begun."""
+    path = folder / "args.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        fail(f"{path}: not JSON")
+
+
+def plans_of_grid(path: Path) -> list[tuple[str, Row]]:
+    """Return what a manifest plans: for each line where it stands, and curve, script, flags (with
+    those of args.json) and folder.
     """
     if not path.exists():
         known = ", ".join(sorted(other.stem for other in path.parent.glob("*.jsonl"))) or "none"
-        fail(f"{path}: no such grid; the grids there are: {known}; or give the path of a .csv file")
-    rows, seen, families = list[Row](), set[tuple[Any, ...]](), set[bool]()
+        hint = f"the grids there are: {known}; or give a .csv file or run folders"
+        fail(f"{path}: no such grid; {hint}")
+    plans = []
     for i, line in enumerate(path.read_text().splitlines(), 1):
         try:
             plan = json.loads(line)
-            curve, script, folder = (
-                str(plan["curve"]),
-                str(plan["script"]),
-                path.parent / plan["folder"],
-            )
-            flags = {
-                name.replace("-", "_"): True if value == "" else value
-                for name, value in plan["flags"].items()
-            }
+            folder = path.parent / plan["folder"]
+            own = {name.replace("-", "_"): value for name, value in plan["flags"].items()}
+            plan = {"curve": str(plan["curve"]), "script": str(plan["script"]), "folder": folder}
         except (ValueError, TypeError, KeyError, AttributeError):
             fail(f"{path}: line {i} must be a JSON object with curve, script, flags and folder")
-        try:
-            resolved = (
-                json.loads((folder / "args.json").read_text())
-                if (folder / "args.json").exists()
-                else {}
-            )
-        except ValueError:
-            fail(f"{folder / 'args.json'}: not JSON")
-        flags = resolved | {name[3:]: False for name in flags if name.startswith("no_")} | flags
-        env_id, atari = (
-            str(flags.get("dataset") or flags.get("env_id") or ""),
-            bool(re.search("atari|rainbow", script)),
-        )
-        if not env_id or not str(flags.get("seed", "")).isdecimal():
-            fail(f"{path}: line {i}: its flags must have a seed, and env-id or dataset")
-        if atari:
-            env_id = re.sub(r"^ALE/|(NoFrameskip)?-v[45]$", "", env_id)
-        elif env_id.endswith(".hdf5") or Path(env_id).is_absolute():
+        flags = flags_of(folder) | {name[3:]: False for name in own if name.startswith("no_")}
+        flags |= {name: True if value == "" else value for name, value in own.items()}
+        plans.append((f"{path}: line {i}", plan | {"flags": flags}))
+    return plans
+
+
+def plans_of_folders(folders: list[Path], args: Args) -> list[tuple[str, Row]]:
+    """Return the same for runs made by hand; a curve is named by the flags in which they differ."""
+    found = {folder: flags_of(folder) for folder in folders}
+    if missing := [folder for folder, flags in found.items() if not flags]:
+        fail(f"{missing[0]}: no run is there (it has no args.json)")
+    # What says where and how a run is made says nothing about what it is.
+    ignored = {"env_id", "seed", "run_dir", "resume", "device", "track", "wandb_project", "dataset"}
+    ignored |= {"checkpoint_minutes", "keep_checkpoint", args.x, args.panel}
+    names = list(dict.fromkeys(name for flags in found.values() for name in flags))
+    texts = {name: {text_of(flags.get(name)) for flags in found.values()} for name in names}
+    differing = [name for name in names if name not in ignored and len(texts[name]) > 1]
+    plans = []
+    for folder, flags in found.items():
+        script = str(flags.get("script", ""))
+        parts = [Path(script).stem] if "script" in differing else []
+        for name in differing:
+            if name in flags and name != "script":
+                parts.append(f"{name.replace('_', '-')} {text_of(flags[name])}")
+        curve = ", ".join(parts) or Path(script).stem
+        plan = {"curve": curve, "script": script, "flags": flags, "folder": folder}
+        plans.append((str(folder), plan))
+    return plans
+
+
+def collect(path: Path, plans: list[tuple[str, Row]], args: Args) -> list[Row]:
+    """Return the rows of the CSV file; a planned run that has nothing to show is a row without a
+    step.
+    """
+    rows, seen, families = list[Row](), set[tuple[Any, ...]](), set[str]()
+    for where, plan in plans:
+        flags, folder = plan["flags"], plan["folder"]
+        name = str(flags.get("dataset") or flags.get("env_id") or "")
+        if not name or not str(flags.get("seed", "")).isdecimal():
+            fail(f"{where}: its flags must have a seed, and env-id or dataset")
+        env_id = name if flags.get("dataset") else canonical(name, plan["script"])
+        if env_id.endswith(".hdf5") or Path(env_id).is_absolute():
             env_id = Path(env_id).name.removesuffix(".hdf5")
-        run = {"curve": curve, "env_id": env_id, "seed": int(flags["seed"])}
-        run |= (
-            {args.x: "" if curve in words(args.flat) else text_of(flags.get(args.x))}
-            if args.x
-            else {}
-        )
+        run = {"curve": plan["curve"], "env_id": env_id, "seed": int(flags["seed"])}
+        for flag in filter(None, (args.x, args.panel)):
+            flat = flag == args.x and plan["curve"] in words(args.flat)
+            run[flag] = "" if flat else text_of(flags.get(flag))
         if tuple(run.values()) in seen:
-            fail(
-                f"{path}: line {i}: {curve}, {env_id}, seed {run['seed']} once more; --x must be "
-                "what differs"
-            )
+            again = f"{plan['curve']}, {env_id}, seed {run['seed']} once more"
+            fail(f"{where}: {again}; --x must be what differs")
         seen.add(tuple(run.values()))
-        families.add(atari)
+        family = re.search("minatar|atari|rainbow", plan["script"])
+        families.add(family[0].replace("rainbow", "atari") if family else "")
         run["finished"] = int((folder / "final.json").exists())
-        logged = entries(folder) if args.kind == "covariance" else measure(folder, atari, args)
-        rows += [run | row for row in logged or [{}]]
+        covariance = args.kind == "covariance"
+        found = entries(folder) if covariance else measure(folder, family is not None, args)
+        rows += [run | row for row in found or [{}]]
     if not rows or len(families) > 1:
-        fail(
-            f"{path}: "
-            + (
-                "has Atari and other runs, which no picture can show"
-                if rows
-                else "no runs are in it"
-            )
-        )
+        mixed = "has Atari and other runs, which no picture can show"
+        fail(f"{path}: {mixed if rows else 'no runs are in it'}")
     if not any("step" in row for row in rows):
-        what = (
-            f"--keys {' '.join(words(args.keys))}"
-            if args.kind == "metrics"
-            else "what this kind shows"
-        )
+        keys = f"--keys {' '.join(words(args.keys))}"
+        what = keys if args.kind == "metrics" else "what this kind shows"
         fail(f"{path}: no run in it has logged {what} yet")
     return rows
 
@@ -349,51 +376,46 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     integer.
     """
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(
-            file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n"
-        )
+        names = list(dict.fromkeys(key for row in rows for key in row))
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow(
-                {
-                    key: f"{value:.6g}" if isinstance(value, float) else value
-                    for key, value in row.items()
-                }
-            )
+            texts = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow(texts)
 
 
 def read_runs(path: Path, args: Args) -> list[Run]:
-    """Return the runs of a CSV file in its order."""
+    """Return the runs of a CSV file in its order; spreadsheets and pandas may have written it."""
     groups = defaultdict[tuple[str, ...], list[dict[str, str]]](list)
-    needed = ["curve", "env_id", "seed", "finished", "step", *([args.x] if args.x else [])]
+    needed = ["curve", "env_id", "seed", "finished", "step"]
+    needed += [flag for flag in (args.x, args.panel) if flag]
     needed += ["i", "j", "cosine"] if args.kind == "covariance" else ["return", *SPARSITY]
     needed += ["d4rl_score"] if args.score == "d4rl" else []
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # Excel's mark comes off
             reader = csv.DictReader(file)
             names = list(reader.fieldnames or ())
             if missing := ", ".join(name for name in needed if name not in names):
                 fail(f"{path}: no column {missing}; there are {', '.join(names) or 'none'}")
             for row in reader:
-                groups[row["curve"], row["env_id"], row["seed"], row.get(args.x, "")].append(row)
+                seed, flags = f"{float(row['seed']):g}", (row.get(args.x), row.get(args.panel))
+                key = (row["curve"], row["env_id"], seed, *(text or "" for text in flags))
+                groups[key].append(row)
         runs = []
-        for (curve, env_id, seed, x), rows in groups.items():
+        for (curve, env_id, seed, x, panel), rows in groups.items():
             begun = [row for row in rows if row["step"]]
-            columns = {
-                name: np.array([float(row[name] or "nan") for row in begun])
-                for name in names
-                if name in NUMBERS or "/" in name
-            }
+            kept = [name for name in names if name in NUMBERS or "/" in name]
+            columns = {k: np.array([float(row[k] or "nan") for row in begun]) for k in kept}
+            logged = {k: np.array([row[k] != "" for row in begun], bool) for k in kept}
             if args.kind != "covariance" and (np.diff(columns["step"]) <= 0).any():
-                fail(
-                    f"{path}: {curve}, {env_id}, seed {seed} is there more than once; --x must "
-                    "be what differs"
-                )
+                what = f"{curve}, {env_id}, seed {seed} is there more than once"
+                fail(f"{path}: {what}; --x must be what differs")
             if x and args.kind != "sweep":
                 curve = f"{curve}, {args.x} {x}"
-            runs.append(
-                Run(curve, env_id, int(seed), text_of(x), rows[0]["finished"] == "1", columns)
-            )
+            done = {"true": 1.0, "false": 0.0}.get(rows[0]["finished"].lower())
+            finished = bool(float(rows[0]["finished"]) if done is None else done)
+            run = Run(curve, env_id, int(seed), text_of(x), text_of(panel), finished, columns)
+            runs.append(replace(run, logged=logged))
     except (TypeError, ValueError) as error:
         fail(f"{path}: not a CSV file of this program ({' '.join(str(error).split())})")
     return runs
@@ -404,41 +426,51 @@ def published(name: str, games: set[str], end: float) -> list[Run]:
     runs, values = list[Run](), defaultdict[str, list[list[float]]](list)
     with open(ANCHORS / "dopamine_atari_40M.csv", newline="") as file:
         for game, network, agent, frames, *scores in csv.reader(file):
-            if (
-                game in games
-                and f"{network}-{agent}" == name
-                and (frames == "1" or int(frames) * 250_000 <= end)
-            ):
+            if game not in games or f"{network}-{agent}" != name:
+                continue
+            if frames == "1" or int(frames) * 250_000 <= end:
                 values[game].append([int(frames) * 250_000, *map(float, scores)])
     network, _, agent = name.partition("-")
+    curve = f"Dopamine {agent} {network} (published)"
     for game, rows in values.items():
         steps, *returns = np.array(rows).T
-        runs += [
-            Run(
-                f"Dopamine {agent} {network} (published)",
-                game,
-                seed,
-                "",
-                True,
-                {"step": steps, "return": own},
-                published=True,
-            )
-            for seed, own in enumerate(returns, 1)
-        ]
+        for seed, own in enumerate(returns, 1):
+            columns = {"step": steps, "return": own}
+            runs.append(Run(curve, game, seed, "", "", True, columns, published=True))
     return runs
 
 
-def add_scores(runs: list[Run], args: Args) -> None:
-    """Give each run a column score: its return, its D4RL score or (return - random) / (human -
-    random).
-    """
+def baseline_of(runs: list[Run], args: Args) -> dict[str, tuple[float, float]]:
+    """Return for each environment random play's return and the mean final one of --baseline."""
+    curve, x = (*args.baseline, "")[:2]
+    name = f"{curve}, {args.x} {x}" if x and args.kind != "sweep" else curve
+    finals = defaultdict[str, list[float]](list)
     for run in runs:
-        values = run.columns.get(
-            "d4rl_score" if args.score == "d4rl" else "return", np.full(0, np.nan)
-        )
-        if args.score == "human":
-            run.scored = run.env_id in HUMAN
-            low, high = HUMAN.get(run.env_id, (np.nan, np.nan))
+        value = run.final("return", args.last)
+        if run.curve == name and x in ("", run.x) and value is not None:
+            finals[run.env_id].append(value)
+    if not finals:
+        names = ", ".join(curves_of(runs))
+        fail(f"--baseline {' '.join(args.baseline)}: no finished run of it; curves: {names}")
+    if unknown := [env_id for env_id in finals if env_id not in RANDOM]:
+        fail(f"--baseline: the score of random play is not known of {unknown[0]}")
+    return {env_id: (RANDOM[env_id], float(np.mean(own))) for env_id, own in finals.items()}
+
+
+def add_scores(runs: list[Run], args: Args) -> None:
+    """Give each run a column score: its return, its D4RL score, or (return - low) / (high - low)
+    with random play as low, a human or the baseline as high.
+    """
+    scale = {"human": HUMAN}.get(args.score, {})
+    if args.score == "baseline":
+        scale = baseline_of(runs, args)
+    for run in runs:
+        source = "d4rl_score" if args.score == "d4rl" else "return"
+        values = run.columns.get(source, np.full(0, np.nan))
+        run.logged["score"] = run.logged.get(source, ~np.isnan(values))
+        if args.score in ("human", "baseline"):
+            run.scored = run.env_id in scale
+            low, high = scale.get(run.env_id, (np.nan, np.nan))
             values = (values - low) / (high - low)
         run.columns["score"] = values
 
@@ -478,6 +510,14 @@ def estimate(statistic: Callable[[Strata], np.ndarray], strata: Strata, args: Ar
     return np.stack([point, *np.percentile(statistic(redrawn), [2.5, 97.5], axis=0)])
 
 
+def centre(strata: Strata, args: Args) -> np.ndarray:
+    """Return [3]: what is drawn of scores: IQM and interval, or of few seeds mean and range."""
+    if args.few:
+        scores = np.concatenate(strata)
+        return np.array([scores.mean(), scores.min(), scores.max()])
+    return estimate(iqm, strata, args)
+
+
 def strata_of(runs: Sequence[Run], values: Sequence[float]) -> Strata:
     """Return one value for each run, grouped by environment."""
     groups = defaultdict[str, list[float]](list)
@@ -499,10 +539,8 @@ def timeline(runs: list[Run], column: str) -> tuple[np.ndarray, np.ndarray, list
     if not runs:
         return np.empty(0), np.empty((0, 0)), []
     series = [run.series(column) for run in runs]
-    start, end = (
-        max(s[0] for s, _ in series),
-        (max if runs[0].finished else min)(s[-1] for s, _ in series),
-    )
+    start = max(steps[0] for steps, _ in series)
+    end = (max if runs[0].finished else min)(steps[-1] for steps, _ in series)
     steps = np.unique(np.concatenate([s for s, _ in series]))
     steps = steps[(steps >= start) & (steps <= end)]
     return steps, np.stack([v[np.searchsorted(s, steps, "right") - 1] for s, v in series], 1), runs
@@ -517,16 +555,52 @@ def curves_of(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def panels_of(runs: list[Run], args: Args) -> list[tuple[Row, list[Run]]]:
-    """Return facts and runs of each panel: one for all if scores are pooled, else one for each
-    environment.
+    """Return facts and runs of each panel: one for each value of --panel, for each environment
+    unless scores are pooled, and for each curve beside that of --against.
     """
-    if not args.per_env:
-        return [({}, runs)]
-    env_ids = sorted({run.env_id for run in runs if run.scored})
-    return [
-        ({"environment": env_id}, [run for run in runs if run.env_id == env_id])
-        for env_id in env_ids
+    panels = [(Row(), runs)]
+    if args.panel:
+        texts = sorted({run.panel for run in runs if not run.published}, key=sortable)
+        own = {text: [run for run in runs if run.panel == text or run.published] for text in texts}
+        panels = [({args.panel: text}, mine) for text, mine in own.items()]
+    if args.per_env:
+        env_ids = sorted({run.env_id for run in runs if run.scored})
+        panels = [
+            (facts | {"environment": env_id}, [run for run in mine if run.env_id == env_id])
+            for facts, mine in panels
+            for env_id in env_ids
+        ]
+    if args.against:
+        if args.against not in (names := list(curves_of(runs))):
+            fail(f"--against {args.against}: no such curve; there are {', '.join(names)}")
+        panels = [
+            (facts, [run for run in mine if run.curve in (args.against, name) or run.published])
+            for facts, mine in panels
+            for name in names
+            if name != args.against and not curves_of(runs)[name][0].published
+        ]
+    return panels
+
+
+def sortable(text: str) -> tuple[float, str]:
+    """Return a key that sorts numbers by their value and words by the alphabet."""
+    try:
+        return float(text), ""
+    except ValueError:
+        return float("inf"), text
+
+
+def title_of(facts: Row) -> str:
+    """Return what stands above a panel: environment, or the value of --panel."""
+    own = [
+        f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if key != "environment"
     ]
+    return ", ".join([*own, *filter(None, [facts.get("environment")])])
+
+
+def literal(text: str) -> str:
+    """Return a label that matplotlib does not hide, as it does with those that begin with _."""
+    return f"\u200b{text}" if text.startswith("_") else text
 
 
 def looks_of(runs: list[Run]) -> dict[str, Row]:
@@ -535,26 +609,14 @@ def looks_of(runs: list[Run]) -> dict[str, Row]:
     """
     looks, greys = dict[str, Row](), 0
     for name, mine in curves_of(runs).items():
-        i, n, m = (
-            len(looks),
-            sum(run.finished for run in mine if run.scored),
-            sum(run.scored for run in mine),
-        )
-        looks[name] = {
-            "color": COLOURS[i % 7],
-            "linestyle": DASHES[i % 4],
-            "marker": MARKERS[i % 9],
-            "markersize": 4.5,
-        }
+        i, scored = len(looks), [run for run in mine if run.scored]
+        looks[name] = {"color": COLOURS[i % 7], "linestyle": DASHES[i % 4]}
+        looks[name] |= {"marker": MARKERS[i % 9], "markersize": 3}
         if mine[0].published:
-            looks[name] = {
-                "color": "0.55",
-                "linestyle": DASHES[greys % 4],
-                "linewidth": 1.2,
-                "zorder": 1.5,
-            }
+            looks[name] = {"color": "0.55", "linestyle": DASHES[greys % 4], "zorder": 1.5}
             greys += 1
-        looks[name]["label"] = name + (f" ({n} of {m} runs finished)" if n < m else "")
+        n, m = sum(run.finished for run in scored), len(scored)
+        looks[name]["label"] = literal(name) + (f" ({n} of {m} runs finished)" if n < m else "")
     return looks
 
 
@@ -563,19 +625,38 @@ def draw_line(axis: Any, x: np.ndarray, lines: np.ndarray, look: Row) -> None:
     curves.
     """
     stride = max(1, len(x) // 8)
-    axis.plot(
-        x, lines[0], **look, markevery=(MARKERS.find(look.get("marker", "o")) * stride // 9, stride)
-    )
-    axis.fill_between(x, lines[1], lines[2], color=look["color"], alpha=0.15, linewidth=0, zorder=1)
+    first = MARKERS.find(look.get("marker", "o")) * stride // 9
+    axis.plot(x, lines[0], **look, markevery=(first, stride))
+    axis.fill_between(x, lines[1], lines[2], color=look["color"], alpha=0.12, linewidth=0, zorder=1)
 
 
 def draw_range(axis: Any, runs: list[Run], column: str, scale: float, look: Row) -> None:
     """Draw the mean of a column over the steps between its lowest and highest run."""
     steps, values, used = timeline(runs, column)
     if used:
-        draw_line(
-            axis, steps * scale, np.stack([values.mean(1), values.min(1), values.max(1)]), look
-        )
+        lines = np.stack([values.mean(1), values.min(1), values.max(1)])
+        draw_line(axis, steps * scale, lines, look)
+
+
+def draw_density(axis: Any, runs: list[Run], scale: float, look: Row) -> None:
+    """Draw the mean share of weights that is left, between lowest and highest run."""
+    # Of what is pruned before training only the network's own sparsity is logged.
+    logged = [key for key in SPARSITY if any(len(run.series(key)[0]) for run in runs)]
+    steps, values, used = timeline(runs, (logged or [""])[0])
+    if used:
+        left = np.maximum(1 - values, 1e-4)
+        lines = np.stack([left.mean(1), left.min(1), left.max(1)])
+        draw_line(axis, steps * scale, lines, look)
+
+
+def scale_density(axes: Sequence[Any]) -> None:
+    """Give all such axes one logarithmic scale, on which 95 and 99 % pruned lie apart."""
+    low = 0.8 * min([0.1, *(line.get_ydata().min() for axis in axes for line in axis.get_lines())])
+    ticks = [t for t in (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4) if t >= low]
+    for axis in axes:
+        axis.set(yscale="log", ylim=(low, 1.2), ylabel="weights left")
+        axis.set_yticks(ticks, [f"{100 * t:g} %" for t in ticks])
+        axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
 def unit_of(runs: list[Run]) -> tuple[float, str]:
@@ -587,18 +668,17 @@ def unit_of(runs: list[Run]) -> tuple[float, str]:
 
 
 def new_figure(
-    count: int, deep: int = 1, across: int = 0, size: float = 2.9
+    count: int, deep: int = 1, across: int = 0, size: float = 2.3
 ) -> tuple[Figure, np.ndarray]:
     """Return a figure and its axes [count, deep]: panels of `deep` axes one above the other,
     `across` in a row.
     """
     across = across or (count if count <= 4 else 5 if count <= 20 else 6)
     rows = -(-count // across)
-    large = max(1, 6 / (across * size))  # a single panel is larger than one of many
-    figure = Figure(
-        (across * size * large, rows * deep * 0.8 * size * (0.4 + 0.6 * large)),
-        layout="constrained",
-    )
+    large = max(1, 3.6 / (across * size))  # a single panel is larger than one of many
+    width = across * size * large
+    height = rows * deep * 0.8 * size * (0.4 + 0.6 * large)
+    figure = Figure((width, height), layout="constrained")
     axes = figure.subplots(rows * deep, across, squeeze=False)
     axes = axes.reshape(rows, deep, across).transpose(0, 2, 1).reshape(rows * across, deep)
     for axis in axes[count:].flat:
@@ -606,39 +686,45 @@ def new_figure(
     return figure, axes[:count]
 
 
+def seeds_of(runs: list[Run]) -> Counter[tuple[str, ...]]:
+    """Return how many runs of ours count for each curve, environment and flag: those that have
+    finished, or where none has, all that have begun.
+    """
+    ours = [run for run in runs if not run.published]
+    begun = [run for run in ours if len(run.columns["step"])]
+    seeds: Counter[tuple[str, ...]] = Counter()
+    seeds.update({(run.curve, run.env_id, run.x, run.panel): 0 for run in ours})
+    used = [run for run in ours if run.finished] or begun
+    seeds.update((run.curve, run.env_id, run.x, run.panel) for run in used)
+    return seeds
+
+
 def caption_of(runs: list[Run], args: Args, what: str, band: str) -> str:
     """Return what a picture is over: games, seeds, what its bands are, what was left out."""
-    ours = [run for run in runs if not run.published]
-    used = [run for run in ours if run.finished] or [
-        run for run in ours if len(run.columns["step"])
-    ]
-    seeds = Counter({(run.curve, run.env_id, run.x): 0 for run in ours})
-    seeds.update((run.curve, run.env_id, run.x) for run in used)
+    ours, seeds = [run for run in runs if not run.published], seeds_of(runs)
     few, most = min(seeds.values()), max(seeds.values())
-    games, lost = (
-        {run.env_id for run in ours},
-        sorted({run.env_id for run in ours if not run.scored}),
-    )
+    games = {run.env_id for run in ours}
+    lost = sorted({run.env_id for run in ours if not run.scored})
     if not args.per_env:
         what += f"; games: {len(games) - len(lost)}" + (f" of {len(games)}" if lost else "")
-    text = f"{what}; seeds: {f'{few} to ' if few < most else ''}{most}"
-    if most <= 3 and "bootstrap" in band and (args.per_env or len(games) == 1):
+    if most <= 3 and "bootstrap" in band and len(games) == 1:
         band += ", which of so few are from the lowest to the highest"
+    text = f"{what}; seeds: {f'{few} to ' if few < most else ''}{most}"
     text += f"; {band if most > 1 else 'no interval'}." if band else "."
-    return text + (f" Left out, having no human score: {', '.join(lost)}." if lost else "")
+    if args.score == "baseline":
+        text += f" Random play is 0, the mean of {' '.join(args.baseline)} is 1 on each."
+    return text + (f" Left out, having no such score: {', '.join(lost)}." if lost else "")
 
 
-def range_row(values: Sequence[float]) -> Row:
-    """Return number, mean, lowest and highest of final values, which are NaN for runs that have not
-    finished.
+def range_row(values: Sequence[float | None]) -> Row:
+    """Return number, mean, lowest and highest of final values, which are None for runs that have
+    not finished.
     """
-    known = [value for value in values if not np.isnan(value)]
+    known = [value for value in values if value is not None]
     row: Row = {"runs": len(known), "of_runs": len(values)}
-    return row | (
-        {"mean": float(np.mean(known)), "lowest": min(known), "highest": max(known)}
-        if known
-        else {}
-    )
+    if not known:
+        return row
+    return row | {"mean": float(np.mean(known)), "lowest": np.min(known), "highest": np.max(known)}
 
 
 def final_row(facts: Row, runs: list[Run], args: Args) -> Row:
@@ -646,48 +732,60 @@ def final_row(facts: Row, runs: list[Run], args: Args) -> Row:
     environment.
     """
     finals = {id(run): run.final("score", args.last) for run in runs if run.scored}
-    done = [run for run in runs if not np.isnan(finals.get(id(run), np.nan))]
+    known = {key: value for key, value in finals.items() if value is not None}
+    done = [run for run in runs if id(run) in known]
     row: Row = facts | {"runs": len(done), "of_runs": len(finals)}
     if not args.per_env:
-        row |= {
-            "games": len({run.env_id for run in done}),
-            "of_games": len({run.env_id for run in runs}),
-        }
+        row["games"] = len({run.env_id for run in done})
+        row["of_games"] = len({run.env_id for run in runs})
     if not done:
         return row
-    strata = strata_of(done, [finals[id(run)] for run in done])
-    for name in ("iqm",) if args.per_env else STATISTICS:
-        row[name], row[f"{name}_low"], row[f"{name}_high"] = estimate(
-            STATISTICS[name], strata, args
-        ).tolist()
+    strata = strata_of(done, [known[id(run)] for run in done])
+    if not args.few:
+        for name in ("iqm",) if args.per_env else STATISTICS:
+            values = estimate(STATISTICS[name], strata, args).tolist()
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), values))
     row |= range_row([*finals.values()]) if args.per_env else {}
-    row |= {column: float(np.mean([run.final(column, 1) for run in done])) for column in SPARSITY}
+    for column in SPARSITY:
+        shares = [share for run in done if (share := run.final(column, 1)) is not None]
+        row |= {column: float(np.mean(shares))} if shares else {}
     scale, unit = unit_of(runs)
     return row | {unit: float(max(run.series("score")[0][-1] for run in done) * scale)}
 
 
+def once(rows: list[Row]) -> list[Row]:
+    """Return each row once: a curve may stand in several panels."""
+    return list({repr(row): row for row in rows}.values())  # by its text, as NaN is not NaN
+
+
+def band_of(args: Args) -> tuple[str, str]:
+    """Return what is drawn of the scores, and what the bands around it are."""
+    if args.few:
+        return "mean", "bands: lowest to highest seed"
+    return "IQM", "bands: 95 % bootstrap intervals over seeds"
+
+
 def draw_curves(runs: list[Run], args: Args) -> Drawing:
-    """Draw the scores, and if asked for the sparsity, over the steps."""
-    panels, looks, (scale, unit), rows = (
-        panels_of(runs, args),
-        looks_of(runs),
-        unit_of(runs),
-        list[Row](),
-    )
+    """Draw the scores, and if asked for the weights that are left, over the steps."""
+    panels, looks, (scale, unit) = panels_of(runs, args), looks_of(runs), unit_of(runs)
     figure, axes = new_figure(len(panels), 1 + args.sparsity)
+    rows, (what, band) = list[Row](), band_of(args)
     for (facts, mine), column in zip(panels, axes):
         for name, curve in curves_of(mine).items():
             steps, values, used = timeline(curve, "score")
-            bands = [estimate(iqm, strata_of(used, row), args) for row in values]
+            bands = [centre(strata_of(used, row), args) for row in values]
             draw_line(column[0], steps * scale, np.reshape(bands, (-1, 3)).T, looks[name])
-            if args.sparsity:  # of what is pruned before training only the network's own is logged
-                logged = [key for key in SPARSITY if any(len(run.series(key)[0]) for run in curve)]
-                draw_range(column[1], curve, (logged or [""])[0], scale, looks[name])
-                column[1].set(ylabel="sparsity", ylim=(-0.03, 1.03))
+            if args.sparsity and not curve[0].published:
+                draw_density(column[1], curve, scale, looks[name])
             rows.append(final_row({"curve": name} | facts, curve, args))
-        column[0].set(title=facts.get("environment", ""), ylabel=f"{SCORES[args.score]}, IQM")
+        column[0].set(title=title_of(facts), ylabel=f"{SCORES[args.score]}, {what}")
         column[-1].set_xlabel(unit)
-    return figure, rows, caption_of(runs, args, "IQM", "bands: 95 % bootstrap intervals over seeds")
+    if args.sparsity:
+        scale_density([*axes[:, 1]])
+    for i, (facts, _) in enumerate(panels):  # beside one curve, those of an environment share y
+        if args.against and i > 0 and facts == panels[i - 1][0]:
+            axes[i, 0].sharey(axes[i - 1, 0])
+    return figure, once(rows), caption_of(runs, args, what[0].upper() + what[1:], band)
 
 
 def draw_profile(runs: list[Run], args: Args) -> Drawing:
@@ -695,47 +793,43 @@ def draw_profile(runs: list[Run], args: Args) -> Drawing:
     panels, looks, rows = panels_of(runs, args), looks_of(runs), list[Row]()
     figure, axes = new_figure(len(panels))
     for (facts, mine), axis in zip(panels, axes[:, 0]):
-        done = [
-            (run, final) for run in mine if not np.isnan(final := run.final("score", args.last))
-        ]
-        finals = [final for _, final in done] or [0]
-        taus = np.linspace(min(0, *finals), np.quantile(finals, 0.975), 161)
+        finals = [(run, run.final("score", args.last)) for run in mine]
+        done = [(run, final) for run, final in finals if final is not None and np.isfinite(final)]
+        scores = [final for _, final in done] or [0.0]
+        taus = np.linspace(min(0, *scores), np.quantile(scores, 0.975), 161)
 
         def above(strata: Strata) -> np.ndarray:
             """Return [..., taus]: the share of the scores that are above each."""
-            scores = np.concatenate(strata, -1)
-            return np.stack([(scores > tau).mean(-1) for tau in taus], -1)
+            pooled = np.concatenate(strata, -1)
+            return np.stack([(pooled > tau).mean(-1) for tau in taus], -1)
 
         for name, curve in curves_of(mine).items():
             if found := [pair for pair in done if pair[0].curve == name]:
                 draw_line(axis, taus, estimate(above, strata_of(*zip(*found)), args), looks[name])
             rows.append(final_row({"curve": name} | facts, curve, args))
-        axis.set(
-            title=facts.get("environment", ""),
-            xlabel=f"tau: {SCORES[args.score]}",
-            ylabel="share of runs above",
-        )
-    return (
-        figure,
-        rows,
-        caption_of(runs, args, "Final scores", "bands: 95 % bootstrap intervals over seeds"),
-    )
+        axis.set(title=title_of(facts), xlabel=f"tau: {SCORES[args.score]}")
+        axis.set_ylabel("share of runs above")
+    band = "bands: 95 % bootstrap intervals over seeds"
+    return figure, rows, caption_of(runs, args, "Final scores", band)
 
 
 def places_of(values: list[str], x: str) -> tuple[list[str], np.ndarray]:
     """Return the values in order and where they stand: to scale, on a logarithmic one from a ratio
-    of 50.
+    of 50; sparsities by the logarithm of what they leave.
 
-    At equal distances stand words, sparsities, and numbers whose labels would overlap.
+    At equal distances stand words, and numbers whose labels would overlap.
     """
     try:
         values = sorted(values, key=float)
     except ValueError:
         return values, np.arange(len(values))
     places = np.array(values, float)
-    places = np.log10(places) if places[0] > 0 and places[-1] >= 50 * places[0] else places
-    crowded = len(values) > 1 and np.diff(places).min() < np.ptp(places) / 12
-    return values, np.arange(len(values)) if crowded or "sparsity" in x else places
+    if "sparsity" in x and places[-1] < 1:
+        places = -np.log10(1 - places)
+    elif places[0] > 0 and places[-1] >= 50 * places[0]:
+        places = np.log10(places)
+    crowded = len(values) > 1 and np.diff(places).min() < np.ptp(places) / 14
+    return values, np.arange(len(values)) if crowded else places
 
 
 def draw_sweep(runs: list[Run], args: Args) -> Drawing:
@@ -749,10 +843,8 @@ def draw_sweep(runs: list[Run], args: Args) -> Drawing:
     runs = [run for run in runs if run.x or run.curve in flat]
     values = list(dict.fromkeys(run.x for run in runs if run.curve not in flat))
     if not values:
-        fail(
-            f"--x {args.x}: no run of {args.grid} has that flag, in the manifest or in its "
-            "args.json"
-        )
+        what = f"no run of {' '.join(args.grid)} has that flag, in the manifest or in its args.json"
+        fail(f"--x {args.x}: {what}")
     values, places = places_of(values, args.x)
     panels, looks, rows = panels_of(runs, args), looks_of(runs), list[Row]()
     moving = [name for name in looks if name not in flat]
@@ -760,69 +852,91 @@ def draw_sweep(runs: list[Run], args: Args) -> Drawing:
     # can be told apart.
     step = min(0.06, 0.4 / len(moving)) * (np.diff(places).min() if len(places) > 1 else 1)
     figure, axes = new_figure(len(panels))
+    what, band = band_of(args)
+    middle = ("mean", "lowest", "highest") if args.few else ("iqm", "iqm_low", "iqm_high")
     for (facts, mine), axis in zip(panels, axes[:, 0]):
         for name, curve in curves_of(mine).items():
             look, points = looks[name], list[tuple[float, ...]]()
-            for value, place in [("", 0)] if name in flat else zip(values, places):
+            for value, place in [("", 0.0)] if name in flat else zip(values, places):
                 some = [run for run in curve if name in flat or run.x == value]
-                if some:
-                    rows.append(
-                        row := final_row({"curve": name} | facts | {args.x: value}, some, args)
-                    )
-                    points += (
-                        [(place, *(row[key] for key in ("iqm", "iqm_low", "iqm_high")))]
-                        if "iqm" in row
-                        else []
-                    )
+                if not some:
+                    continue
+                row = final_row({"curve": name} | facts | {args.x: value}, some, args)
+                rows.append(row)
+                if middle[0] in row:
+                    points.append((place, *(row[key] for key in middle)))
             if name in flat:
+                line = {key: value for key, value in look.items() if "marker" not in key}
                 for _, level, *ends in points:
-                    axis.axhline(
-                        level, **{key: value for key, value in look.items() if "marker" not in key}
-                    )
+                    axis.axhline(level, **line)
                     axis.axhspan(*ends, color=look["color"], alpha=0.12, linewidth=0, zorder=1)
             else:
                 x, y, low, high = np.reshape(points, (-1, 4)).T
                 x = x + step * (moving.index(name) - (len(moving) - 1) / 2)
                 axis.plot(x, y, **look)
-                axis.errorbar(
-                    x,
-                    (low + high) / 2,
-                    (high - low) / 2,
-                    fmt="none",
-                    color=look["color"],
-                    capsize=3,
-                )
-        axis.set(title=facts.get("environment", ""), xlabel=args.x.replace("_", " "))
-        axis.set_ylabel(f"{SCORES[args.score]}, IQM")
-        axis.set_xticks(places, values)
-    caption = caption_of(
-        runs, args, "IQM of final scores", "bars and bands: 95 % bootstrap intervals over seeds"
-    )
+                bars: Row = {"fmt": "none", "color": look["color"], "capsize": 2}
+                axis.errorbar(x, (low + high) / 2, (high - low) / 2, **bars)
+        axis.set(title=title_of(facts), xlabel=args.x.replace("_", " "))
+        axis.set_ylabel(f"{SCORES[args.score]}, {what}")
+        axis.set_xticks(places, values, fontsize=8)
+    bars_are = band.replace("bands:", "bars and bands:")
+    caption = caption_of(runs, args, f"{what[0].upper()}{what[1:]} of final scores", bars_are)
     if args.reference:
         frames = max(run.columns["step"][-1] for run in runs if run.published) * 4e-6
         caption += f" Published scores are those at {frames:g} million frames."
-    return (
-        figure,
-        rows,
-        caption
-        + (f" {len(lost)} runs that do not say their {args.x} are left out." if lost else ""),
-    )
+    if lost:
+        caption += f" {len(lost)} runs that do not say their {args.x} are left out."
+    return figure, once(rows), caption
+
+
+def draw_epochs(runs: list[Run], args: Args) -> Drawing:
+    """Draw each epoch's return beside the published runs of the same agent, with the interval in
+    which a sixth run of theirs would lie 95 times of 100: mean +- t(0.975, 4) sd sqrt(1 + 1 / 5).
+    """
+    ours = [run for run in runs if not run.published]
+    pairs = []  # curve of ours, game, and the published runs of its agent
+    for name, curve in curves_of(ours).items():
+        agent = name.partition(" ")[0]
+        theirs = [run for run in runs if run.published and f" {agent} " in run.curve]
+        if not theirs:
+            fail(f"--reference: none is of {agent}, the first word of the curve {name}")
+        for env_id in sorted({run.env_id for run in curve}):
+            pairs.append((name, env_id, [run for run in theirs if run.env_id == env_id]))
+    figure, axes = new_figure(len(pairs))
+    rows, inside, total = list[Row](), 0, 0
+    for (name, env_id, theirs), axis in zip(pairs, axes[:, 0]):
+        known = np.stack([run.columns["return"] for run in theirs])  # [5, epochs]
+        steps = theirs[0].columns["step"]
+        half = 2.776 * known.std(0, ddof=1) * (1 + 1 / 5) ** 0.5
+        bounds = np.stack([known.mean(0), known.mean(0) - half, known.mean(0) + half])
+        label = theirs[0].curve
+        draw_line(axis, steps * 4e-6, bounds, {"color": "0.55", "linestyle": "--", "label": label})
+        for run in (run for run in ours if (run.curve, run.env_id) == (name, env_id)):
+            own_steps, values = run.series("return")
+            axis.plot(own_steps * 4e-6, values, "o", color=COLOURS[2], markersize=4, label="ours")
+            for step, value in zip(own_steps, values):
+                if step not in steps:
+                    continue
+                middle, low, high = bounds[:, np.flatnonzero(steps == step)[0]]
+                row: Row = {"curve": name, "environment": env_id, "seed": run.seed}
+                row |= {"million frames": step * 4e-6, "return": value}
+                row |= {"published": middle, "published_low": low, "published_high": high}
+                rows.append(row | {"inside": "yes" if low <= value <= high else "no"})
+                inside, total = inside + (low <= value <= high), total + 1
+        axis.set(title=f"{name}, {env_id}", xlabel="million frames", ylabel="return")
+    interval = "bands: 95 % prediction intervals of the five published runs"
+    return figure, rows, f"{inside} of {total} epochs lie inside; {interval}."
 
 
 def draw_metrics(runs: list[Run], args: Args) -> Drawing:
     """Draw what was logged over the steps: a row of panels for each key, a column for each
     environment.
     """
-    logged = list(
-        dict.fromkeys(
-            key for run in runs for key in run.columns if "/" in key and len(run.series(key)[0])
-        )
-    )
+    names = [key for run in runs for key in run.columns if "/" in key and len(run.series(key)[0])]
+    logged = list(dict.fromkeys(names))
     if missing := [name for name in words(args.keys) if not matching(logged, [name])]:
-        fail(
-            f"--keys {missing[0]}: no run of {args.grid} has logged it; there are "
-            f"{', '.join(logged)}"
-        )
+        what = f"no run of {' '.join(args.grid)} has logged it; there are {', '.join(logged)}"
+        fail(f"--keys {missing[0]}: {what}")
     keys, env_ids = matching(logged, words(args.keys)), sorted({run.env_id for run in runs})
     looks, (scale, unit), rows = looks_of(runs), unit_of(runs), list[Row]()
     figure, axes = new_figure(len(env_ids), len(keys), len(env_ids))
@@ -842,37 +956,28 @@ def draw_layers(runs: list[Run], args: Args) -> Drawing:
     """Draw the sparsity of each layer over the steps, a mean over environments and seeds: a panel
     for each curve.
     """
-    layers = list(
-        dict.fromkeys(
-            key for run in runs for key in run.columns if key.startswith("sparsity/layer/")
-        )
-    )
+    names = [key for run in runs for key in run.columns if key.startswith("sparsity/layer/")]
+    layers = list(dict.fromkeys(names))
     if not layers:
-        fail(
-            f"{args.grid}: no sparsity/layer/NAME is in it; a .csv file must come from an "
-            "earlier plot.py layers"
+        what = (
+            "no sparsity/layer/NAME is in it; a .csv file must come from an earlier plot.py layers"
         )
+        fail(f"{' '.join(args.grid)}: {what}")
     figure, axes = new_figure(len(curves_of(runs)))
     shades, (scale, unit), rows = matplotlib.colormaps["viridis"], unit_of(runs), list[Row]()
     for (name, curve), axis in zip(curves_of(runs).items(), axes[:, 0]):
         for i, key in enumerate(layers):
             if mine := [run for run in curve if len(run.series(key)[0])]:
                 layer = key.removeprefix("sparsity/layer/")
-                look = {
-                    "color": shades(0.9 * i / len(layers)),
-                    "linestyle": DASHES[i % 4],
-                    "marker": MARKERS[i % 9],
-                }
-                draw_range(axis, mine, key, scale, look | {"label": layer, "markersize": 4})
-                rows.append(
-                    {"curve": name, "layer": layer}
-                    | range_row([run.final(key, args.last) for run in curve])
-                )
-        axis.set(title=textwrap.fill(name, 40), xlabel=unit, ylabel="sparsity", ylim=(-0.03, 1.03))
-    what = (
-        "Mean, bands from lowest to highest run; environments: "
-        f"{', '.join(sorted({run.env_id for run in runs}))}"
-    )
+                look: Row = {"color": shades(0.9 * i / len(layers)), "linestyle": DASHES[i % 4]}
+                look |= {"marker": MARKERS[i % 9], "label": literal(layer), "markersize": 3}
+                draw_range(axis, mine, key, scale, look)
+                finals = range_row([run.final(key, args.last) for run in curve])
+                rows.append({"curve": name, "layer": layer} | finals)
+        axis.set(title=textwrap.fill(name, 40), xlabel=unit)
+        axis.set(ylabel="sparsity", ylim=(-0.03, 1.03))
+    env_ids = ", ".join(sorted({run.env_id for run in runs}))
+    what = f"Mean, bands from lowest to highest run; environments: {env_ids}"
     return figure, rows, caption_of(runs, args, what, "")
 
 
@@ -880,23 +985,17 @@ def draw_covariance(runs: list[Run], args: Args) -> Drawing:
     """Draw the gradient covariance of the lowest seed that has one: a row for each curve, a column
     per environment.
     """
-    env_ids, names, means = (
-        sorted({run.env_id for run in runs}),
-        list(curves_of(runs)),
-        dict[int, float](),
-    )
+    env_ids, names = sorted({run.env_id for run in runs}), list(curves_of(runs))
+    means = dict[int, float | None]()
     figure, axes = new_figure(len(env_ids), len(names), len(env_ids), 2.3)
     for run in sorted(runs, key=lambda run: -run.seed):  # a lower seed is drawn over a higher one
-        axis, (i, j) = (
-            axes[env_ids.index(run.env_id), names.index(run.curve)],
-            (run.columns[key] for key in "ij"),
-        )
+        axis = axes[env_ids.index(run.env_id), names.index(run.curve)]
+        i, j = (run.columns[key] for key in "ij")
+        rows, columns = i.astype(int), j.astype(int)
         matrix = np.eye(int(max(i, default=0)) + 1)
-        matrix[i.astype(int), j.astype(int)] = matrix[j.astype(int), i.astype(int)] = run.columns[
-            "cosine"
-        ]
+        matrix[rows, columns] = matrix[columns, rows] = run.columns["cosine"]
         off = matrix[~np.eye(len(matrix), dtype=bool)]
-        means[id(run)] = float(np.abs(off).mean()) if len(off) else float("nan")
+        means[id(run)] = float(np.abs(off).mean()) if len(off) else None
         if len(off):
             axis.clear()
             image = axis.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="none")
@@ -905,31 +1004,31 @@ def draw_covariance(runs: list[Run], args: Args) -> Drawing:
     for env_id, column in zip(env_ids, axes):
         column[0].set_title(env_id)
     figure.colorbar(image, ax=list(axes.flat), label="cosine of two loss gradients", shrink=0.8)
-    rows = [
-        {"curve": name, "environment": where or "all"}
-        | range_row([means[id(run)] for run in curve])
-        for where in ("", *env_ids)
-        for name, curve in curves_of([run for run in runs if where in ("", run.env_id)]).items()
-    ]
-    return (
-        figure,
-        rows,
-        "Loss gradients of 32 transitions of the replay. Table: absolute values off the diagonal.",
+    table = list[Row]()
+    for where in ("", *env_ids):
+        some = [run for run in runs if where in ("", run.env_id)]
+        for name, curve in curves_of(some).items():
+            facts = {"curve": name, "environment": where or "all"}
+            table.append(facts | range_row([means[id(run)] for run in curve]))
+    what = (
+        "Loss gradients of 32 transitions of the replay. Table: absolute values off the diagonal."
     )
+    return figure, table, what
 
 
 KINDS = {
     "curves": draw_curves,
     "sweep": draw_sweep,
     "profile": draw_profile,
+    "epochs": draw_epochs,
     "metrics": draw_metrics,
     "layers": draw_layers,
     "covariance": draw_covariance,
 }
 
 
-def save_picture(figure: Figure, caption: str, title: str, out: Path) -> None:
-    """Write OUT.png and OUT.svg, with caption and legend below the panels."""
+def save_picture(figure: Figure, title: str, out: Path) -> None:
+    """Write OUT.png, OUT.svg and OUT.pdf, with the legend below the panels."""
     labels = dict[str, Any]()
     for axis in figure.axes:
         labels = dict(zip(*axis.get_legend_handles_labels()[::-1])) | labels
@@ -937,56 +1036,40 @@ def save_picture(figure: Figure, caption: str, title: str, out: Path) -> None:
             axis.set_ylabel("")
     width, height = figure.get_size_inches()
     columns = max(1, min(len(labels), int(13 * width / (8 + max(map(len, labels), default=0)))))
-    lines = textwrap.wrap(caption, int(16 * width))
-    figure.set_size_inches(width, height + 0.2 * -(-len(labels) // columns) + 0.15 * len(lines))
-    figure.legend(
-        labels.values(),
-        labels.keys(),
-        title="\n".join(lines),
-        loc="outside lower center",
-        ncols=columns,
-        fontsize=8,
-        title_fontsize=7.5,
-        handlelength=4.5,
-        frameon=False,
-    )
+    figure.set_size_inches(width, height + 0.2 * -(-len(labels) // columns))
+    where: Row = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    figure.legend(labels.values(), labels.keys(), **where, fontsize=8, handlelength=3)
     figure.suptitle(title)
-    figure.savefig(f"{out}.png", dpi=130)
-    figure.savefig(
-        f"{out}.svg", metadata={"Date": None}
-    )  # a date would make the same picture different bytes
+    # A date would make the same picture different bytes.
+    figure.savefig(f"{out}.png", dpi=200)
+    figure.savefig(f"{out}.svg", metadata={"Date": None})
+    figure.savefig(f"{out}.pdf", metadata={"CreationDate": None})
 
 
 def number(value: Any) -> str:
-    """Return a cell of a table: two digits or more."""
-    if isinstance(value, str | int):
-        return value if isinstance(value, str) else f"{value:,}"
+    """Return a cell of a table: two digits or more; - for what there is not."""
+    if value is None or isinstance(value, str):
+        return value if isinstance(value, str) else "-"
+    if isinstance(value, int):
+        return f"{value:,}"
     size = abs(value)
+    if not np.isfinite(value) or 0 < size < 0.01:
+        return f"{value:.2g}"
     digits = 0 if size >= 1000 or size == size // 1 else 1 if size >= 100 else 2 if size >= 1 else 3
-    return (
-        "-"
-        if np.isnan(value)
-        else f"{value:,.{digits}f}"
-        if digits < 3 or size >= 0.01
-        else f"{value:.2g}"
-    )
+    return f"{value:,.{digits}f}"
 
 
 def markdown(rows: list[Row]) -> str:
     """Return a table in Markdown: `9 of 15` from runs and of_runs, `1.68 [1.64, 1.71]` from iqm,
     iqm_low, iqm_high.
     """
+    names = {"iqm": "IQM", "gap": "optimality gap"}
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    columns = [
-        key for key in columns if not key.startswith("of_") and not key.endswith(("_low", "_high"))
-    ]
-    lines = [
-        [{"iqm": "IQM", "gap": "optimality gap"}.get(key, key.replace("_", " ")) for key in columns]
-    ]
-    lines.append(["---"] * len(columns))
+    kept = [k for k in columns if not k.startswith("of_") and not k.endswith(("_low", "_high"))]
+    lines = [[names.get(key, key.replace("_", " ")) for key in kept], ["---"] * len(kept)]
     for row in rows:
-        cells = [number(row.get(key, np.nan)) for key in columns]
-        for i, key in enumerate(columns):
+        cells = [number(row.get(key)) for key in kept]
+        for i, key in enumerate(kept):
             cells[i] += f" of {row[f'of_{key}']:,}" if f"of_{key}" in row else ""
             if not np.isnan(row.get(f"{key}_low", np.nan)):
                 cells[i] += f" [{number(row[f'{key}_low'])}, {number(row[f'{key}_high'])}]"
@@ -994,13 +1077,30 @@ def markdown(rows: list[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def source_of(args: Args) -> tuple[Path, list[tuple[str, Row]]]:
+    """Return the CSV file or manifest that GRID names, or where the comparison of run folders would
+    have one; and what is planned, nothing for a CSV file.
+    """
+    first = Path(args.grid[0])
+    if all(Path(name).is_dir() for name in args.grid):
+        plans = plans_of_folders([Path(name) for name in args.grid], args)
+        return first.parent / "comparison.jsonl", plans
+    if len(args.grid) > 1:
+        missing = next(name for name in args.grid if not Path(name).is_dir())
+        fail(f"{missing}: not a folder; GRID is one grid, one .csv file, or folders of runs")
+    if first.suffix == ".csv":
+        return first, []
+    path = runs_folder() / f"{args.grid[0]}.jsonl"
+    return path, plans_of_grid(path)
+
+
 def make(args: Args) -> None:
     """Write the CSV file, unless it is the source, then from it the picture and the table."""
-    args = replace(args, x=args.x.replace("-", "_"), keys=args.keys or (("analysis/",),))
-    folder = Path(os.environ.get("RUNS") or "runs") / ("smoke" if os.environ.get("SMOKE") else "")
-    path = Path(args.grid) if args.grid.endswith(".csv") else Path(folder, f"{args.grid}.jsonl")
+    args = replace(args, x=args.x.replace("-", "_"), panel=args.panel.replace("-", "_"))
+    args = replace(args, keys=args.keys or (("analysis/",),))
+    path, plans = source_of(args)
     out = Path(args.out or path.with_suffix(""))
-    rows = collect(path, args) if path.suffix == ".jsonl" else []
+    rows = collect(path, plans, args) if path.suffix == ".jsonl" else []
     out.parent.mkdir(parents=True, exist_ok=True)
     if rows:
         path = Path(f"{out}.csv")
@@ -1011,27 +1111,22 @@ def make(args: Args) -> None:
         fail(f"{path}: no run in it has a step")
     atari = any(run.env_id in GAMES for run in runs)
     if not atari and (args.reference or args.score == "human"):
-        fail(
-            f"--{'reference' if args.reference else 'score human'}: {args.grid} is not of Atari "
-            "games"
-        )
+        flag = "reference" if args.reference else "score human"
+        fail(f"--{flag}: {' '.join(args.grid)} is not of Atari games")
     if args.score == "auto":
-        args = replace(
-            args, score="human" if atari and not args.per_env and args.kind in SCORING else "return"
-        )
-    args = replace(
-        args, per_env=args.per_env or args.score != "human"
-    )  # nothing else is on one scale
+        pooled = "baseline" if args.baseline else "human" if atari and not args.per_env else ""
+        args = replace(args, score=pooled if pooled and args.kind in SCORING else "return")
+    # Nothing but human and baseline scores is on one scale.
+    args = replace(args, per_env=args.per_env or args.score not in ("human", "baseline"))
     for name in words(args.reference):
         runs += published(name, {run.env_id for run in runs}, end)
+    args = replace(args, few=args.per_env and max(seeds_of(runs).values()) <= 3)
     add_scores(runs, args)
     if not any(run.scored for run in runs):
-        fail(
-            f"--score human: no game of {args.grid} has a human score; --per-env shows their "
-            "returns"
-        )
+        what = f"no game of {' '.join(args.grid)} has a human score; --per-env shows their returns"
+        fail(f"--score human: {what}")
     figure, table, caption = KINDS[args.kind](runs, args)
-    save_picture(figure, caption, args.title, out)
+    save_picture(figure, args.title, out)
     write_rows(Path(f"{out}_table.csv"), table)
     text = f"{markdown(table)}\n{caption}\n"
     Path(f"{out}.md").write_text(text)
@@ -1043,7 +1138,7 @@ def main(args: Args) -> None:
     line.
     """
     check(args)
-    if os.environ.get("DRY"):  # tests of shell scripts look at what they would run
+    if switch("DRY"):  # tests of shell scripts look at what they would run
         return print(shlex.join(["python", *sys.argv]))
     try:
         make(args)
@@ -1052,4 +1147,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     main(tyro.cli(Args, description=__doc__))

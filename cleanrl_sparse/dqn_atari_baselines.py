@@ -6,8 +6,8 @@
 """DQN on Atari with the baselines that gradual magnitude pruning is compared to.
 
 Paper: Obando-Ceron, Courville, Castro, "In value-based deep reinforcement learning, a pruned
-network is a good network", ICML 2024, arXiv 2402.12479, figures 12, 13 and 22. The agent is that of
-dqn_atari_gmp.py.
+network is a good network", ICML 2024, arXiv 2402.12479, figures 12, 13, 22 and 24 to 27. The agent
+is that of dqn_atari_gmp.py.
 
     python dqn_atari_baselines.py --sparsity 0 --regulariser redo --network impala --width 3
     python dqn_atari_baselines.py --pruner rigl --prune-every 5000 --network impala --width 3
@@ -20,9 +20,9 @@ replace the smallest weights every --prune-every gradient steps, by random ones 
 largest gradient; lottery (Frankle and Carbin 2019), the final mask of another run on that run's
 initial weights.
 
-Regularisation (--regulariser): weight-decay, 1e-5 within Adam; l2-features, features of length 1
-(Kumar et al. 2021); redo, dormant units are made anew (Sokar et al. 2023); reset, the last layer
-is made anew (Nikishin et al. 2022).
+Regularisation (--regulariser): weight-decay, within Adam; l2-features, features of length 1 (Kumar
+et al. 2021); redo, dormant units are made anew (Sokar et al. 2023); reset, the last layers are made
+anew (Nikishin et al. 2022).
 
 Differences from the papers, and guesses ([C] read in the paper, [I] inferred, [D] our decision):
  1. [C] RigL and SET replace 0.3 of a layer's weights at first, less along a cosine until
@@ -36,7 +36,7 @@ Differences from the papers, and guesses ([C] read in the paper, [I] inferred, [
     target network, too.
  5. [D] Masks, schedule, width and environments: as in dqn_atari_gmp.py.
 
-Figures: benchmark/gmp_figure12.sh, 13, 22. More: docs/dqn_atari_baselines.md.
+Figures: benchmark/gmp_figure12.sh, 13, 22, 24 to 27. More: docs/dqn_atari_baselines.md.
 """
 
 from __future__ import annotations
@@ -138,6 +138,10 @@ class Method:
     prune_start: Share = 0.2  # gmp: share of the run's gradient steps at which pruning begins
     prune_end: Share = 0.8  # gmp, rigl, set: share after which the masks stay
     prune_every: Count = 1000  # gmp, rigl, set: gradient steps between new masks; RigL's: 5,000
+    weight_decay: Amount = 1e-5  # weight-decay: Adam's
+    redo_threshold: Share = 0.1  # redo: share of its layer's mean output up to which one is dormant
+    reset_every: Count = 100_000  # reset: gradient steps between resets
+    reset_layers: Literal["last", "penultimate", "both"] = "last"  # reset: what is made anew
 
 
 @dataclass
@@ -346,7 +350,8 @@ class DQN(nn.Module):
         self.weights = list(prunable(self.online).values())
         self.masks = list(self.online.buffers())
         adam: Any = {"lr": args.learning_rate, "eps": args.adam_eps, "capturable": args.compile}
-        adam["weight_decay"] = 1e-5 if args.regulariser == "weight-decay" else 0.0
+        decays = args.regulariser == "weight-decay"
+        adam["weight_decay"] = args.weight_decay if decays else 0.0
         self.optimizer = torch.optim.Adam(self.online.parameters(), fused=True, **adam)
         self.register_buffer("latest", torch.zeros(2, device=device))
         self.gradient_step, self.sparsity = 0, 0.0  # sparsity: the schedule's
@@ -423,7 +428,7 @@ class DQN(nn.Module):
                 self.regrow_if_due(replay)
             if regulariser == "redo" and now > 0 and now % 1000 == 0:
                 self.recycle(replay)
-            if regulariser == "reset" and now > 0 and now % 100_000 == 0:
+            if regulariser == "reset" and now > 0 and now % self.args.reset_every == 0:
                 self.reset()
             self.gradient_step += 1
             if self.graph:
@@ -463,7 +468,8 @@ class DQN(nn.Module):
     def recycle(self, replay: FrameReplay) -> None:
         """ReDo: draw dormant units' incoming weights anew, set their outgoing ones to 0.
 
-        A unit is dormant whose mean output over 64 states is at most 0.1 of its layer's mean.
+        A unit is dormant whose mean output over 64 states is at most --redo-threshold of its
+        layer's mean.
         """
         names = [("conv1", "conv2"), ("conv2", "conv3"), ("conv3", "dense")]
         if self.args.network == "impala":
@@ -483,7 +489,7 @@ class DQN(nn.Module):
         for (before, behind), (name, _) in zip(layers, names):
             outputs = by_unit(inputs[behind].float(), len(before.weight))
             score = outputs.transpose(0, 1).flatten(1).abs().mean(1)
-            dead.append(score <= 0.1 * (score.mean() + 1e-9))
+            dead.append(score <= self.args.redo_threshold * (score.mean() + 1e-9))
             new: Any = fresh.get_submodule(name)
             for old, values in ((before.weight, new.weight[dead[-1]]), (before.bias, 0.0)):
                 old[dead[-1]] = values
@@ -499,13 +505,16 @@ class DQN(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Draw the last layer anew, in the target network too, and empty its moments."""
-        self.online.output.load_state_dict(self.fresh().output.state_dict())
-        for tensor in self.online.output.parameters():
-            self.optimizer.state[tensor]["exp_avg"].zero_()
-            self.optimizer.state[tensor]["exp_avg_sq"].zero_()
-        torch._foreach_mul_(self.weights, self.masks)
-        self.target.output.load_state_dict(self.online.output.state_dict())
+        """Draw the --reset-layers anew, in the target network too, and empty their moments."""
+        fresh, layers = self.fresh(), {"last": ["output"], "penultimate": ["dense"]}
+        for name in layers.get(self.args.reset_layers, ["dense", "output"]):
+            layer = self.online.get_submodule(name)
+            layer.load_state_dict(fresh.get_submodule(name).state_dict())
+            for tensor in layer.parameters():
+                self.optimizer.state[tensor]["exp_avg"].zero_()
+                self.optimizer.state[tensor]["exp_avg_sq"].zero_()
+            torch._foreach_mul_(self.weights, self.masks)
+            self.target.get_submodule(name).load_state_dict(layer.state_dict())
 
     def fresh(self) -> QNetwork:
         """Return a new network, drawn from the seed and the gradient step."""

@@ -395,6 +395,42 @@ def test_the_last_layer_is_made_anew(small: ModuleType, monkeypatch: pytest.Monk
     assert torch.equal(agent.online.output.weight, again), "drawn from the seed and the step"
 
 
+@pytest.mark.parametrize(
+    ("layers", "changed"),
+    [("last", {"output"}), ("penultimate", {"dense"}), ("both", {"dense", "output"})],
+)
+def test_the_layers_that_are_reset_and_when(
+    small: ModuleType, monkeypatch: pytest.MonkeyPatch, layers: str, changed: set[str]
+) -> None:
+    flags = {"regulariser": "reset", "reset_layers": layers, "reset_every": 2}
+    agent, replay = agent_of(small, **flags), filled(small)
+    learn(agent, replay, 2)
+    before = {name: p.clone() for name, p in agent.online.named_parameters()}
+    monkeypatch.setattr(agent, "update", lambda *_: None)
+    learn(agent, replay, 1)
+    after = dict(agent.online.named_parameters())
+    moved = {
+        name.partition(".")[0] for name, p in before.items() if not torch.equal(p, after[name])
+    }
+    assert moved == changed
+    for name in changed:
+        online, target = agent.online.get_submodule(name), agent.target.get_submodule(name)
+        assert torch.equal(online.weight, target.weight)
+
+
+def test_the_flags_of_weight_decay_and_of_dormancy(baselines: ModuleType) -> None:
+    agent = agent_of(baselines, regulariser="weight-decay", weight_decay=0.5)
+    assert agent.optimizer.param_groups[0]["weight_decay"] == 0.5
+    recycled = []
+    for threshold in (0.0, 1.0):
+        agent = agent_of(baselines, regulariser="redo", redo_threshold=threshold)
+        replay = filled_replay(baselines, 84, 40)
+        learn(agent, replay, 3)
+        agent.recycle(replay)
+        recycled.append(int((agent.online.output.weight == 0).all(0).sum()))
+    assert recycled[0] < recycled[1] > 1, "of its layer's mean: at 1 about half of the units"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", ["--regulariser redo --pruner rigl --prune-every 9", "--regulariser l2-features"]

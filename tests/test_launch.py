@@ -5,6 +5,7 @@ figures' scripts.
 from __future__ import annotations
 
 import contextlib
+import csv
 import itertools
 import json
 import os
@@ -30,15 +31,19 @@ BENCHMARK = SCRIPTS.parent / "benchmark"
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 class Args:
     env_id: str = "Pong"
     seed: int = 1
+    total_timesteps: int = 10_000_000
+    learning_starts: int = 20_000
     ticks: int = 5
     status: int = 0
     mask: str = ""
     quiet: bool = False
+    rate: float = 0.5
+    kind: Literal["a", "b"] = "a"
     limit: ClassVar[int] = 3
 
 def stop(*_):
@@ -76,14 +81,12 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.runs = folder, folder / "runs"
-        for name, text in (
-            ("benchmark", (BENCHMARK / "launch.py").read_text()),
-            ("cleanrl_sparse", STAND_IN),
-        ):
-            (folder / name).mkdir()
-            (folder / name / ("launch.py" if name == "benchmark" else "stand_in.py")).write_text(
-                text
-            )
+        for name in ("launch.py", "common.py"):
+            (folder / "benchmark").mkdir(exist_ok=True)
+            shutil.copy(BENCHMARK / name, folder / "benchmark")
+        shutil.copytree(BENCHMARK / "anchors", folder / "benchmark" / "anchors")
+        (folder / "cleanrl_sparse").mkdir()
+        (folder / "cleanrl_sparse" / "stand_in.py").write_text(STAND_IN)
 
     def begin(self, *words: str, **environment: str) -> subprocess.Popen[str]:
         """Start the launcher."""
@@ -169,7 +172,7 @@ def test_the_same_run_has_one_id_however_it_is_written(place: Place) -> None:
     """Defaults given or not, other spellings of a number; a switch and other values make another
     run.
     """
-    flags = ["--ticks 6", "--ticks 6.0 --seed 1", "--env-id Pong --ticks 6 --no-quiet"]
+    flags = ["--ticks 6", "--rate 5e-1 --ticks 6 --seed 1", "--env-id Pong --ticks 6 --no-quiet"]
     flags += ["--ticks 6 --quiet", "--ticks 7"]
     for i, words in enumerate(flags):
         place.add(str(i), *words.split())
@@ -410,14 +413,51 @@ def test_dry_prints_commands_and_smoke_makes_the_grid_tiny(place: Place) -> None
         "--seed",
         "2",
     ]
-    (place.folder / "cleanrl_sparse" / "stand_in_atari.py").write_text(STAND_IN)
-    words[3] = "stand_in_atari.py"
+    script = place.folder / "cleanrl_sparse" / "fork.py"
+    words[3] = "fork.py"  # whatever its name: the flags decide
+    script.write_text(STAND_IN.replace("learning_starts", "warm_up"))
+    status, _, err = place.launch(*words, SMOKE="yes")
+    assert status == 2 and "fork.py has no --learning-starts" in err
+    script.write_text(STAND_IN)
     assert place.launch(*words, "3", "--ticks", "4", "5", "6", SMOKE="1", RUNS="elsewhere")[0] == 0
     place.runs = place.folder / "elsewhere" / "smoke"
-    flags = [
-        {"env-id": "Breakout", "seed": seed, "ticks": ticks} for seed in "12" for ticks in "45"
-    ]
+    tiny = {"env-id": "Pong", "total-timesteps": "2000", "learning-starts": "1900"}
+    flags = [tiny | {"seed": seed, "ticks": ticks} for seed in "12" for ticks in "45"]
     assert [run["flags"] for run in place.manifest()] == flags
+
+
+def test_switches_that_are_off_or_neither(place: Place) -> None:
+    place.add("a")
+    for value in ("0", "no", "False"):
+        status, out, _ = place.launch("status", "g", DRY=value, SMOKE=value)
+        assert status == 0 and "waiting" in out
+    status, _, err = place.launch("status", "g", SMOKE="maybe")
+    assert status == 2 and err == "launch.py: SMOKE=maybe: must be 1 or 0\n"
+
+
+def test_one_name_for_one_environment(place: Place) -> None:
+    """What a script takes for the same game is the same run, in a folder of the same name."""
+    (place.folder / "cleanrl_sparse" / "dqn_atari.py").write_text(STAND_IN)
+    (place.folder / "cleanrl_sparse" / "sac.py").write_text(STAND_IN)
+    names = ["ms_pacman", "MsPacman", "ALE/MsPacman-v5", "MsPacmanNoFrameskip-v4"]
+    place.launch("add", "g", "a", "dqn_atari.py", "--env-id", *names)
+    place.launch("add", "g", "b", "sac.py", "--env-id", "Hopper", "Hopper-v5")
+    place.launch("add", "g", "c", "stand_in.py", "--env-id", "x" * 300)
+    folders = [run["folder"] for run in place.manifest()]
+    assert len({*folders[:4]}) == 1 and folders[0].startswith("MsPacman__")
+    assert len({*folders[4:6]}) == 1 and folders[4].startswith("Hopper-v5__")
+    assert len(folders[6]) < 200
+
+
+def test_a_failure_is_named_by_its_error(place: Place) -> None:
+    """Of the box that tyro draws around a bad flag, not its border."""
+    script = place.folder / "cleanrl_sparse" / "boxed.py"
+    lines = ["╭─ Parsing error ─╮", "│ invalid choice: 3 │", "│ ──── │", "│ See --help │", "╰────╯"]
+    box = "\n".join(lines)
+    script.write_text(f"class Args:\n    seed: int = 1\nraise SystemExit({box!r})\n")
+    place.launch("add", "g", "a", "boxed.py")
+    status, _, err = place.launch("launch", "g")
+    assert status == 1 and "ended with status 1: invalid choice: 3" in err
 
 
 def stand_ins(folder: Path, **changes: str) -> dict[str, str]:
@@ -457,7 +497,7 @@ def test_a_task_of_a_tiny_grid_finds_it_whatever_the_grid_has_become(
         ["bash", "submitted"], check=True, cwd=tmp_path, env=os.environ | environment | task
     )
     (final,) = place.runs.glob("smoke/*/final.json")
-    assert final.parent.name.startswith("default__stand_in__1__")
+    assert final.parent.name.startswith("Pong__stand_in__1__")
 
 
 def test_jobs_of_another_folder_of_runs_are_not_taken_for_ours(
@@ -527,6 +567,10 @@ def test_what_slurm_does_not_take_waits_for_a_later_launch(place: Place, tmp_pat
             ["add", "g", "a", "stand_in.py", "--no-quiet", "1"],
             "--no-quiet: a switch, which takes no value",
         ),
+        (["add", "g", "a", "stand_in.py", "--seed", "1e6"], "--seed 1e6: must be an integer"),
+        (["add", "g", "a", "stand_in.py", "--rate", "fast"], "--rate fast: must be a number"),
+        (["add", "g", "a", "stand_in.py", "--kind", "c"], "--kind c: must be one of a, b"),
+        (["add", "g", "a", "stand_in.py", "--seed"], "--seed: a value is missing"),
         (["add", "g", "a", "stand_in.py", "--limit", "1"], "--limit: stand_in.py has no such flag"),
         (["launch", "g", "--runs-per-job", "4"], "--runs-per-job is for --backend slurm"),
         (
@@ -603,23 +647,12 @@ def test_the_figures_commands_are_accepted_by_their_scripts(
                 (sys.modules.get(name) or load_script(name)).parse()
 
 
-# By hand from the papers: how many runs of each script, which games or tasks, every other flag with
-# all its values. Of
-# a flag that comes twice the later ones count, and seeds are 1 to 5 where none are named.
+# The games and tasks of the two papers' figures, by the number that figures.csv has for them.
 EAU_GAMES = {
-    "BeamRider",
-    "MsPacman",
-    "Qbert",
-    "Pong",
-    "Enduro",
-    "SpaceInvaders",
-    "Assault",
-    "CrazyClimber",
-    "Boxing",
-    "VideoPinball",
+    *("BeamRider", "MsPacman", "Qbert", "Pong", "Enduro", "SpaceInvaders", "Assault"),
+    *("CrazyClimber", "Boxing", "VideoPinball"),
 }
-FOUR = {"BeamRider", "Breakout", "Enduro", "VideoPinball"}
-TASKS = {"Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "Walker2d-v5"}
+MANY: dict[str, object] = {"15": FIFTEEN_GAMES, "10": EAU_GAMES, "60": 60}
 SHORT = {
     "DQN": "dqn_atari_gmp",
     "RAINBOW": "rainbow_resnet_gmp",
@@ -629,69 +662,8 @@ SHORT = {
     "EAUSAC": "sac_mujoco_eaudeqn",
     "CQL": "cql_offline_snip",
 }
-PAIR = "sparsity 0 0.95"
-WIDE = f"network impala, width 3, {PAIR}"
-LISTS: dict[str, tuple[str, object, str]] = {
-    "gmp_figure01": (
-        "DQN 750 RAINBOW 750",
-        FIFTEEN_GAMES,
-        f"network impala, width 1 2 3 4 5, {PAIR}",
-    ),
-    "gmp_figure02": ("DQN 3", {"Breakout"}, f"{WIDE}, seed 1, sparsity 0.9 0.95 0.99"),
-    "gmp_figure03": ("DQN 300", FIFTEEN_GAMES, f"{WIDE}, sparsity 0 0.9 0.95 0.99"),
-    "gmp_figure04": ("DQN 450", FIFTEEN_GAMES, f"network cnn, width 1 3 5, {PAIR}"),
-    "gmp_figure05": ("RAINBOW 600", FIFTEEN_GAMES, f"{WIDE}, replay-ratio 0.25 0.5 1 2"),
-    "gmp_figure06": ("DQN 600 RAINBOW 600", 60, WIDE),
-    "gmp_figure09_18": ("SAC 100", TASKS, f"seed 1 2 3 4 5 6 7 8 9 10, {PAIR}"),
-    "gmp_figure10": ("DQN 150 RAINBOW 150", FIFTEEN_GAMES, f"{WIDE}, total-timesteps 25000000"),
-    "gmp_figure11": ("DQN 40 RAINBOW 40", FOUR, WIDE),
-    "gmp_figure12": (
-        "DQN 150 BASELINES 300",
-        FIFTEEN_GAMES,
-        f"{WIDE}, regulariser l2-features weight-decay redo reset",
-    ),
-    "gmp_figure13": ("DQN 150 BASELINES 75", FIFTEEN_GAMES, f"{WIDE}, pruner lottery"),
-    "gmp_figure14": ("DQN 40 RAINBOW 40", FOUR, WIDE),
-    "gmp_figure15": ("DQN 375", FIFTEEN_GAMES, f"{WIDE}, sparsity 0 0.5 0.95 0.98 0.99"),
-    "gmp_figure16": ("RAINBOW 300", FIFTEEN_GAMES, f"{WIDE}, sparsity 0 0.8 0.95 0.99"),
-    "gmp_figure17": ("DQN 600", FIFTEEN_GAMES, f"{WIDE}, replay-ratio 0.25 0.5 1 2"),
-    "gmp_figure22": (
-        "DQN 150 BASELINES 75",
-        FIFTEEN_GAMES,
-        f"{WIDE}, pruner rigl, prune-every 5000",
-    ),
-    "gmp_figure28": ("DQN 600", FIFTEEN_GAMES, f"{WIDE}, learning-rate 1e-5 3e-5 6.25e-5 1.25e-4"),
-    "gmp_figure29": ("DQN 600", FIFTEEN_GAMES, f"{WIDE}, batch-size 16 32 64 128"),
-    "gmp_figure30": ("DQN 150", FIFTEEN_GAMES, f"{WIDE}, n-step 3"),
-    "atari_first_epochs": (
-        "DQN 5 RAINBOW 2",
-        {"Breakout", "Enduro", "KungFuMaster", "MsPacman", "Qbert"},
-        "seed 1, network cnn, sparsity 0, total-timesteps 1000000",
-    ),
-    "eaudedqn_online": (
-        "DQN 300 EAU 150",
-        EAU_GAMES,
-        f"feature-size 32 512 2048, network cnn, {PAIR}",
-    ),
-    "eaudedqn_num_networks": ("EAU 200", EAU_GAMES, "num-networks 2 3 5 8"),
-    "eaudedqn_max_exponent": ("EAU 200", EAU_GAMES, "max-exponent 1 2 3 5"),
-    "eaudedqn_max_sparsity_step": ("EAU 200", EAU_GAMES, "max-sparsity-step 0.001 0.003 0.01 0.03"),
-    "eaudedqn_behaviour": ("EAU 150", EAU_GAMES, "behaviour inverse-loss uniform argmin"),
-    "cql_pruners": (
-        "CQL 90",
-        set(),
-        "dataset local/hopper/medium-v0 local/hopper/medium-expert-v0, seed 1 2 3, "
-        "total-timesteps 1000000, "
-        "precision fp32, pruner none snip grasp random magnitude, sparsity 0.5 0.7 0.9 0.95 0.99",
-    ),
-    "eaudesac_mujoco": (
-        "SAC 100 EAUSAC 50",
-        TASKS,
-        "total-timesteps 1000000, precision fp32, width 1, learning-starts 5000, learning-rate "
-        "1e-3, "
-        "reward-scale 1, target-entropy -1, weight-decay 0, sparsity 0 0.8 0.95 0.99, prune-actor",
-    ),
-}
+with open(BENCHMARK / "figures.csv", newline="") as table:
+    LISTS = {row["figure"]: row for row in csv.DictReader(table)}
 
 
 def test_every_figure_has_its_lists() -> None:
@@ -705,7 +677,11 @@ def test_every_figure_has_its_lists() -> None:
 def test_the_figures_lists_are_the_papers(
     figure: str, commands: dict[str, list[list[str]]]
 ) -> None:
-    text, games, flags = LISTS[figure]
+    """benchmark/figures.csv, written by hand from the papers: how many runs of each script, which
+    games or tasks, every other flag with all its values; seeds are 1 to 5 where none are named.
+    """
+    row = LISTS[figure]
+    text, games, flags = row["runs"], MANY.get(row["games"], {*row["games"].split()}), row["flags"]
     counts = {
         f"cleanrl_sparse/{SHORT[name]}.py": int(runs)
         for name, runs in zip(*[iter(text.split())] * 2)
@@ -720,13 +696,13 @@ def test_the_figures_lists_are_the_papers(
                 seen.setdefault(flag[2:], set()).update([] if value.startswith("--") else [value])
     found = seen.pop("env-id", set())
     assert found == games or len(found) == games
-    wanted = {
-        name: {*values}
-        for name, *values in (flag.split() for flag in f"seed 1 2 3 4 5, {flags}".split(", "))
-    }
-    assert {
-        flag: values for flag, values in seen.items() if flag not in ("run-dir", "lottery-mask")
-    } == wanted
+    wanted = {"seed": {*"12345"}}
+    for flag in flags.split("; "):
+        name, *values = flag.split()
+        wanted[name] = {*values}
+    del seen["run-dir"]
+    seen.pop("lottery-mask", None)
+    assert seen == wanted
     header = (BENCHMARK / f"{figure}.sh").read_text()
     assert f"# {len(training):,} runs of" in header and 10 <= len(header.splitlines()) <= 30
 

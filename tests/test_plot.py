@@ -46,6 +46,7 @@ Plot = Callable[..., list[dict[str, str]]]
 
 @pytest.fixture(scope="session")
 def module() -> ModuleType:
+    sys.path.insert(0, str(PLOT.parent))  # for benchmark/common.py
     spec = importlib.util.spec_from_file_location("plot", PLOT)
     assert spec and spec.loader
     found = importlib.util.module_from_spec(spec)
@@ -139,7 +140,7 @@ def epochs(*returns: float | None, sparsity: float = 0.0) -> list[Record]:
 
 
 def args_of(module: ModuleType, **flags: Any) -> Any:
-    return module.Args(**({"kind": "curves", "grid": "grid"} | flags))
+    return module.Args(**({"kind": "curves", "grid": ("grid",)} | flags))
 
 
 def strata(rows: list[list[float]]) -> list[np.ndarray]:
@@ -305,9 +306,6 @@ def test_runs_become_rows(tmp_path: Path, plot: Plot) -> None:
         "environment": "Hopper-v5",
         "runs": "1",
         "of_runs": "3",
-        "iqm": "30",
-        "iqm_low": "nan",
-        "iqm_high": "nan",
         "mean": "30",
         "lowest": "30",
         "highest": "30",
@@ -316,7 +314,7 @@ def test_runs_become_rows(tmp_path: Path, plot: Plot) -> None:
         "thousand steps": "0.2",
     }
     cells = (tmp_path / "grid.md").read_text().splitlines()[2]
-    assert cells == "| dense | Hopper-v5 | 1 of 3 | 30 | 30 | 30 | 30 | 0.200 | 0.100 | 0.200 |"
+    assert cells == "| dense | Hopper-v5 | 1 of 3 | 30 | 30 | 30 | 0.200 | 0.100 | 0.200 |"
 
 
 def test_final_scores_are_normalised_and_pooled(tmp_path: Path, plot: Plot) -> None:
@@ -376,9 +374,9 @@ def test_curves_are_the_scores_of_each_epoch(
     (band, _) = scores.collections
     assert band.get_paths()[0].get_extents().bounds == pytest.approx((1, 0, 3, 2))
     assert [line.get_ydata().tolist() for line in shares.get_lines()] == [
-        [0, 0, 0, 0],
-        [0.25, 0.25],
-    ]  # of 0.5 and 0
+        [1, 1, 1, 1],
+        [0.75, 0.75],
+    ]  # weights left at sparsities of 0 and of 0.5 and 0
     assert [(row["curve"], row["runs"], row["iqm"]) for row in rows] == [
         ("done", "2", "1.5"),
         ("begun", "0", ""),
@@ -483,7 +481,9 @@ def test_where_the_values_of_a_sweep_stand(module: ModuleType) -> None:
         [-5, -4, -3],
     )  # a ratio of 100
     assert places("1", "8", "1.1") == (["1", "1.1", "8"], [0, 1, 2])  # labels would overlap
-    assert places("0.99", "0", "0.5", x="sparsity") == (["0", "0.5", "0.99"], [0, 1, 2])
+    names, where = places("0.99", "0", "0.5", "0.9", x="sparsity")
+    assert names == ["0", "0.5", "0.9", "0.99"] and where == pytest.approx([0, 0.30103, 1, 2])
+    assert places("0.99", "0.01", "0", x="sparsity")[1] == [0, 1, 2]  # labels would overlap
     assert places("uniform", "erk") == (["uniform", "erk"], [0, 1])
 
 
@@ -512,7 +512,8 @@ def test_d4rl_scores_of_datasets(tmp_path: Path, plot: Plot, figures: list[Any])
         "45",
     )
     assert plot("curves", "grid", "--sparsity")[0]["mean"] == "1500"
-    assert figures[1].axes[1].get_lines()[0].get_xydata().tolist() == [[1, 0.9]]
+    left = figures[1].axes[1].get_lines()[0].get_xydata().tolist()
+    assert left == [[1, pytest.approx(0.1)]]
 
 
 def test_metrics_and_layers_over_the_steps(tmp_path: Path, plot: Plot, figures: list[Any]) -> None:
@@ -617,7 +618,7 @@ def test_the_csv_file_gives_the_same_table_and_pictures(
         not (tmp_path / "new" / "again.csv").exists()
         and (tmp_path / "grid.csv").read_bytes() == source
     )
-    for ending in (".png", ".svg", ".md", "_table.csv"):
+    for ending in (".png", ".svg", ".pdf", ".md", "_table.csv"):
         assert (tmp_path / f"grid{ending}").read_bytes() == (
             tmp_path / "new" / f"again{ending}"
         ).read_bytes(), ending
@@ -746,3 +747,119 @@ def test_the_command_line_and_its_environment(tmp_path: Path) -> None:
         result.returncode == 0
         and result.stdout == f"python {PLOT} sweep nowhere --x width --flat 'DQN dense'\n"
     )
+
+
+def hopper(*returns: float) -> list[Record]:
+    """Return the records of evaluations every 100 steps."""
+    keys = {"sparsity/target": 0.0, "sparsity/prunable": 0.5}
+    return [
+        {"step": 100 * i, "seconds": 1.0 * i, "eval/episodic_return": value} | keys
+        for i, value in enumerate(returns, 1)
+    ]
+
+
+def test_runs_made_by_hand_are_named_by_what_differs(
+    tmp_path: Path, plot: Plot, module: ModuleType
+) -> None:
+    """No manifest: the folders alone. Seeds are the runs of a curve; folders and devices say
+    nothing.
+    """
+    folders = []
+    for i, (sparsity, seed) in enumerate([(0.0, 1), (0.0, 2), (0.9, 1)]):
+        folder = plan(tmp_path, "x", "Hopper-v5", seed, hopper(1.0, 10.0 * i), script="sac.py")
+        flags = json.loads((folder / "args.json").read_text())
+        flags |= {"sparsity": sparsity, "run_dir": f"x{i}", "device": f"cuda:{i}"}
+        (folder / "args.json").write_text(json.dumps(flags))
+        folders.append(str(folder))
+    module.main(tyro.cli(module.Args, args=["curves", *folders]))
+    rows = read(tmp_path / "comparison_table.csv")
+    found = [(row["curve"], row["runs"], row["mean"]) for row in rows]
+    assert found == [("sparsity 0", "2", "5"), ("sparsity 0.9", "1", "20")]
+    module.main(tyro.cli(module.Args, args=["curves", *folders[:2]]))
+    assert [row["curve"] for row in read(tmp_path / "comparison_table.csv")] == ["sac"]
+
+
+def test_a_baseline_puts_games_without_a_human_score_on_one_scale(
+    tmp_path: Path, plot: Plot, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(return - random) / (mean of the baseline - random), here of two MinAtar games."""
+    monkeypatch.setitem(module.RANDOM, "MinAtar/Breakout", 1.0)
+    monkeypatch.setitem(module.RANDOM, "MinAtar/Freeway", 0.0)
+    script = "dqn_minatar_gmp.py"
+    for seed in (1, 2):
+        for game, low in (("Breakout", 10.0), ("space_invaders", 1.0), ("freeway", 40.0)):
+            if game != "space_invaders":
+                plan(tmp_path, "dense", game, seed, epochs(low * seed), script=script, width="1")
+                plan(tmp_path, "dense", game, seed, epochs(5.0), script=script, width="4")
+                plan(tmp_path, "95 %", game, seed, epochs(low * 2), script=script, width="1")
+    flags = ("sweep", "grid", "--x", "width", "--baseline", "dense", "1")
+    rows = {(row["curve"], row["width"]): row for row in plot(*flags)}
+    # Breakout: 10, 20, mean 15, random 1; Freeway: 40, 80, mean 60, random 0.
+    assert float(rows["dense", "1"]["mean"]) == pytest.approx(1)
+    assert float(rows["dense", "4"]["mean"]) == pytest.approx((4 / 14 + 5 / 60) / 2, abs=1e-6)
+    assert float(rows["95 %", "1"]["mean"]) == pytest.approx((19 / 14 + 80 / 60) / 2, abs=1e-5)
+    text = (tmp_path / "grid.md").read_text()
+    assert "Random play is 0, the mean of dense 1 is 1" in text and "thousand" in text
+
+
+def test_epochs_beside_the_published_prediction_interval(
+    tmp_path: Path, plot: Plot, module: ModuleType
+) -> None:
+    """Breakout, CNN-DQN, the first million frames: by hand from the anchors."""
+    (first,) = (
+        [float(value) for value in line[4:]]
+        for line in csv.reader(open(module.ANCHORS / "dopamine_atari_40M.csv"))
+        if line[:4] == ["Breakout", "CNN", "DQN", "1"]
+    )
+    mean = sum(first) / 5
+    sd = (sum((value - mean) ** 2 for value in first) / 4) ** 0.5
+    half = 2.776 * sd * 1.2**0.5
+    plan(tmp_path, "DQN", "Breakout", 1, epochs(mean + 0.99 * half, 1000.0))
+    rows = plot("epochs", "grid", "--reference", "CNN-DQN", "CNN-Rainbow")
+    assert [row["inside"] for row in rows] == ["yes", "no"]
+    assert float(rows[0]["published_high"]) == pytest.approx(mean + half, rel=1e-5)
+    assert float(rows[0]["published_low"]) == pytest.approx(mean - half, rel=1e-5)
+    assert "1 of 2 epochs lie inside" in (tmp_path / "grid.md").read_text()
+
+
+def test_panels_of_a_flag_and_of_each_curve_against_one(
+    tmp_path: Path, plot: Plot, figures: list[Any]
+) -> None:
+    for curve in ("dense", "a", "b"):
+        for width in ("3", "10"):
+            plan(tmp_path, curve, "Pong", 1, epochs(1.0), width=width)
+    rows = plot("curves", "grid", "--panel", "width", "--against", "dense")
+    assert [axis.get_title() for axis in figures[0].axes] == ["width 3"] * 2 + ["width 10"] * 2
+    labels = [[line.get_label() for line in axis.get_lines()] for axis in figures[0].axes]
+    assert labels == [["dense", "a"], ["dense", "b"]] * 2
+    found = [(row["curve"], row["width"]) for row in rows]
+    assert found == [(c, w) for w in ("3", "10") for c in ("dense", "a", "b")]
+
+
+def test_what_spreadsheets_make_of_a_file_and_what_is_not_finite(
+    tmp_path: Path, plot: Plot
+) -> None:
+    """A byte-order mark, 1.0 or True for 1; a return that is not a number is shown as such."""
+    plan(tmp_path, "a", "Hopper-v5", 1, hopper(5.0, float("nan")), script="sac.py")
+    plan(tmp_path, "b", "Hopper-v5", 1, hopper(5.0, float("inf")), script="sac.py")
+    plan(tmp_path, "c", "Hopper-v5", 1, hopper(5.0, 7.0), script="sac.py")
+    table = plot("curves", "grid")
+    assert [(row["runs"], row["mean"]) for row in table] == [("1", "nan"), ("1", "inf"), ("1", "7")]
+    cells = [
+        line.split(" | ")[2:4] for line in (tmp_path / "grid.md").read_text().splitlines()[2:5]
+    ]
+    assert cells == [["1 of 1", "nan"], ["1 of 1", "inf"], ["1 of 1", "7"]]
+    text = (tmp_path / "grid.csv").read_text()
+    for finished in ("1.0", "True", "TRUE"):
+        changed = text.replace(",1,1,100", f",1.0,{finished},100").replace(
+            ",1,1,200", f",1.0,{finished},200"
+        )
+        (tmp_path / "sheet.csv").write_text("\ufeff" + changed)
+        assert plot("curves", str(tmp_path / "sheet.csv")) == table
+
+
+def test_labels_reach_the_picture_as_they_are(tmp_path: Path, plot: Plot) -> None:
+    plan(tmp_path, "_hidden $x$ 5 %", "Hopper-v5", 1, hopper(5.0), script="sac.py")
+    plot("curves", "grid", "--title", "$y", pictures=True)
+    text = (tmp_path / "grid.svg").read_text()
+    assert "_hidden $x$ 5 %" in text and "$y" in text
