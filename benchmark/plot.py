@@ -120,7 +120,8 @@ class Args:
     sparsity: bool = False  # a second row of panels with the share of weights left (curves)
     # Dopamine's published runs: CNN-DQN, CNN-Rainbow, Impala-DQN, Impala-Rainbow (Atari)
     reference: Words = ()
-    baseline: tuple[str, ...] = ()  # curve whose mean final return is 1; with --x, its value too
+    # curve whose mean final return is 1; with --x or --panel, its value too
+    baseline: tuple[str, ...] = ()
     # human, baseline, return or d4rl; auto: baseline where --baseline is given, human for Atari
     # unless --per-env, else return
     score: str = "auto"
@@ -193,8 +194,8 @@ def check(args: Args) -> None:
         fail(f"--score must be auto, {', '.join(SCORES)}, not {args.score}")
     if args.score == "baseline" and not args.baseline:
         fail("--score baseline needs --baseline CURVE")
-    if len(args.baseline) > 1 + bool(args.x):
-        fail("--baseline takes a curve, and with --x its value too")
+    if len(args.baseline) > 1 + bool(args.x or args.panel):
+        fail("--baseline takes a curve, and with --x or --panel its value too")
     if args.last < 1 or args.bootstrap < 100 or args.seed < 0:
         fail("--last must be at least 1, --bootstrap at least 100, --seed at least 0")
     for name in words(args.reference):
@@ -442,13 +443,14 @@ def published(name: str, games: set[str], end: float) -> list[Run]:
 
 def baseline_of(runs: list[Run], args: Args) -> dict[str, tuple[float, float]]:
     """Return for each environment random play's return and the mean final one of --baseline."""
-    curve, x = (*args.baseline, "")[:2]
-    name = f"{curve}, {args.x} {x}" if x and args.kind != "sweep" else curve
+    curve, value = (*args.baseline, "")[:2]
+    name = f"{curve}, {args.x} {value}" if args.x and value and args.kind != "sweep" else curve
     finals = defaultdict[str, list[float]](list)
     for run in runs:
-        value = run.final("return", args.last)
-        if run.curve == name and x in ("", run.x) and value is not None:
-            finals[run.env_id].append(value)
+        mine = run.curve == name and value in ("", run.x, run.panel)
+        final = run.final("return", args.last)
+        if mine and final is not None:
+            finals[run.env_id].append(final)
     if not finals:
         names = ", ".join(curves_of(runs))
         fail(f"--baseline {' '.join(args.baseline)}: no finished run of it; curves: {names}")

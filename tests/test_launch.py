@@ -661,6 +661,8 @@ SHORT = {
     "SAC": "sac_mujoco_gmp",
     "EAUSAC": "sac_mujoco_eaudeqn",
     "CQL": "cql_offline_snip",
+    "MINIDQN": "dqn_minatar_gmp",
+    "MINIEAU": "eaudeqn_minatar",
 }
 with open(BENCHMARK / "figures.csv", newline="") as table:
     LISTS = {row["figure"]: row for row in csv.DictReader(table)}

@@ -1,0 +1,747 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.13", "numpy>=1.26", "minatar>=1.0.15", "tyro>=0.9",
+#                 "safetensors>=0.5", "tensorboard>=2.18", "tqdm>=4.66", "wandb>=0.18"]
+# ///
+"""DQN on MinAtar with gradual magnitude pruning, on one core: 95 % of its weights go by the end.
+
+Paper: Obando-Ceron, Courville, Castro, "In value-based deep reinforcement learning, a pruned
+network is a good network", ICML 2024, arXiv 2402.12479. The games: Young and Tian, "MinAtar", 2019,
+arXiv 1903.03176 (pip install --no-deps minatar).
+
+From 20 % to 80 % of the gradient steps the weights of the smallest magnitude are removed along a
+cubic schedule (Zhu and Gupta 2017), every 1,000 gradient steps. What is removed stays removed.
+
+    python dqn_minatar_gmp.py --env-id Breakout --width 4    # 1M steps, 95 %
+    python dqn_minatar_gmp.py --sparsity 0                   # the dense baseline
+    python dqn_minatar_gmp.py --resume runs/Breakout__dqn_minatar_gmp__1__1790000000
+
+The method is that of dqn_atari_gmp.py, with its guesses. What differs ([D] our decision):
+ 1. [D] The settings of the agent are those with which a dense DQN learns best on two games.
+ 2. [D] One environment, whose episodes no limit ends, as in MinAtar's own DQN; rewards unclipped.
+ 3. [D] No returns over n steps and no analyses of the network.
+ 4. [D] --compile and --precision bf16 are refused: networks as small as these gain nothing.
+
+Figures: benchmark/minatar_*.sh. More: docs/eaudeqn_minatar.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import fcntl
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import platform
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, make_dataclass
+from importlib import import_module
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import numpy as np
+import torch
+import tyro
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# >>> shared: run-flags
+# Types of flags: the smallest and the largest value, and what --help and messages say of them.
+ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
+Count = Annotated[int, (1, math.inf, "at least 1"), tyro.conf.arg(metavar="INT >= 1")]
+Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), tyro.conf.arg(metavar="INT >= 0")]
+Amount = Annotated[float, (0, LARGEST, "at least 0 and finite"), tyro.conf.arg(metavar="X >= 0")]
+Rate = Annotated[float, (ABOVE_0, LARGEST, "above 0 and finite"), tyro.conf.arg(metavar="X > 0")]
+Share = Annotated[float, (0, 1, "in [0, 1]"), tyro.conf.arg(metavar="X in [0, 1]")]
+
+
+@dataclass
+class Running:
+    """Where and how it runs."""
+
+    device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
+    compile: bool = False  # sampling and update as a CUDA graph (not yet tried on a GPU)
+    run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
+    resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
+    checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
+    keep_checkpoint: bool = False  # keep the last ones when the run has finished
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
+    wandb_project: str = "cleanrl-sparse"  # project there
+    # <<< shared: run-flags
+
+
+# >>> shared: minatar-flags
+@dataclass
+class Training:
+    """The agent and its game."""
+
+    env_id: str = "Breakout"  # Asterix, Breakout, Freeway, Seaquest or SpaceInvaders
+    seed: Index = 1  # seed of everything random
+    total_timesteps: Count = 1_000_000  # steps of the run
+    learning_starts: Count = 5_000  # steps of random play before the first gradient step
+    buffer_size: Count = 100_000  # transitions in the replay, 60 to 140 bytes of memory each
+    batch_size: Count = 32  # transitions per gradient step
+    learning_rate: Rate = 2.5e-4  # Adam's step size
+    adam_eps: Rate = 3.125e-4  # Adam's epsilon
+    gamma: Share = 0.99  # discount factor
+    replay_ratio: Rate = 0.25  # gradient steps per step
+    target_every: Count = 4_000  # steps between target updates
+    epsilon_end: Share = 0.01  # final probability of a random action
+    epsilon_steps: Count = 100_000  # steps over which it falls from 1, after the random play
+    epoch_steps: Count = 50_000  # steps per epoch, whose mean return is reported
+    width: Count = 1  # multiplies the 16 channels of the convolution
+    feature_size: Count = 128  # units of the dense layer
+    eval_episodes: Index = 10  # episodes of the final evaluation, at epsilon 0.001
+    eval_steps: Count = 10_000  # steps after which an episode of it is cut off
+
+
+# <<< shared: minatar-flags
+@dataclass
+class Method:
+    """Gradual magnitude pruning; the defaults are the paper's."""
+
+    sparsity: Share = 0.95  # share of the prunable weights that is zero in the end; 0 never prunes
+    prune_start: Share = 0.2  # share of the run's gradient steps at which pruning begins
+    prune_end: Share = 0.8  # share at which the final sparsity is reached
+    prune_every: Count = 1000  # gradient steps between new masks
+
+
+@dataclass
+class Args(Running, Training, Method):
+    """All flags."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that are not accepted, naming the flag."""
+        check_ranges(self)
+        small = self.precision == "fp32" and not self.compile
+        require(small, "--precision, --compile: these networks are too small to gain by it")
+        smallest = min(self.learning_starts, self.buffer_size)
+        text = f"--learning-starts, --buffer-size {smallest}: at least --batch-size"
+        require(smallest >= self.batch_size, f"{text}, {self.batch_size}")
+        require(self.sparsity < 1, "--sparsity: must be below 1")
+        ordered = self.prune_start <= self.prune_end
+        require(ordered, f"--prune-end {self.prune_end}: must be at least --prune-start")
+
+
+# >>> shared: minatar-network
+class QNetwork(nn.Module):
+    """Q-values of a MinAtar game (Young and Tian 2019): a convolution and a dense layer."""
+
+    def __init__(self, channels: int, num_actions: int, args: Args) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 16 * args.width, 3)  # 10 x 10 -> 8 x 8
+        self.dense = nn.Linear(64 * 16 * args.width, args.feature_size)
+        self.output = nn.Linear(args.feature_size, num_actions)
+        for p in self.parameters():
+            nn.init.xavier_uniform_(p) if p.ndim > 1 else nn.init.zeros_(p)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Map obs [C, 10, 10, B], 0 or 1, to Q-values [num_actions, B]."""
+        return q_values([p[None] for p in self.parameters()], obs)[0]
+
+
+def q_values(parameters: list[Tensor], obs: Tensor) -> Tensor:
+    """Map obs [C, 10, 10, B] to [K, num_actions, B], of K networks in stacked parameters [K, ...].
+
+    The batch comes last: then each layer is weight @ x, of which autograd copies nothing.
+    """
+    weight1, bias1, weight2, bias2, weight3, bias3 = parameters
+    k, batch = len(weight1), obs.shape[-1]
+    patches = obs.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 4, 5, 1, 2, 3)  # [C, 3, 3, 8, 8, B]
+    x = patches.reshape(1, -1, 64 * batch).expand(k, -1, -1)
+    x = torch.relu(torch.baddbmm(bias1[:, :, None], weight1.flatten(2), x))  # [K, 16, 8 * 8 * B]
+    x = torch.relu(torch.baddbmm(bias2[:, :, None], weight2, x.view(k, -1, batch)))
+    return torch.baddbmm(bias3[:, :, None], weight3, x)
+
+
+# <<< shared: minatar-network
+# >>> shared: sparsity
+def prunable(network: nn.Module) -> dict[str, Tensor]:
+    """Return what pruning may remove: every tensor of two or more dimensions, so no bias."""
+    return {k.removesuffix(".weight"): p for k, p in network.named_parameters() if p.ndim >= 2}
+
+
+def add_masks(network: nn.Module) -> None:
+    """Give each prunable weight a mask (1: kept) as a buffer: state_dict() has it too."""
+    for i, weight in enumerate(prunable(network).values()):
+        network.register_buffer(f"mask{i}", torch.ones_like(weight))
+
+
+def sparsity_report(network: nn.Module) -> dict[str, float]:
+    """Return the shares of zeros, of all prunable weights and of each layer, and what is left."""
+    weights, total = prunable(network), sum(p.numel() for p in network.parameters())
+    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+    pruned, size = sum(zeros.values()), sum(weight.numel() for weight in weights.values())
+    report = {"prunable": pruned / size, "total": pruned / total, "active_params": total - pruned}
+    report |= {f"layer/{name}": zeros[name] / w.numel() for name, w in weights.items()}
+    return {f"sparsity/{key}": float(value) for key, value in report.items()}
+
+
+# <<< shared: sparsity
+# >>> shared: pruning
+def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]:
+    """Return a score of any sign for each prunable weight; the lowest are pruned first.
+
+    Put another criterion here (docs/pruning_criterion.md); a random one draws from `rng`.
+    """
+    return [weight.abs() for weight in prunable(network).values()]
+
+
+def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
+    """Return the share of each prunable tensor to keep, for a total sparsity in [0, 1].
+
+    The Erdos-Renyi-Kernel rule (Evci et al. 2020): eps * sum(shape) / prod(shape), with eps such
+    that the total holds; a tensor that would exceed 1 is dense, and eps is solved again.
+    """
+    sizes = np.array([weight.numel() for weight in prunable(network).values()])
+    sums = np.array([sum(weight.shape) for weight in prunable(network).values()])
+    dense = np.zeros(len(sizes), bool)
+    for _ in sizes:  # each turn but the last finds another one
+        left = (1 - sparsity) * sizes.sum() - sizes[dense].sum()
+        eps = left / max(1, sums[~dense].sum())
+        dense |= eps * sums >= sizes
+    return np.where(dense, 1.0, eps * sums / sizes).tolist()
+
+
+@torch.no_grad()
+def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
+    """Lower the masks to these densities; the weights are left alone.
+
+    Counts are exact, ties go to the lower index, every tensor keeps at least one weight. What is
+    pruned stays pruned: it counts as -inf.
+    """
+    for score, mask, density in zip(pruning_scores(network, rng), network.buffers(), densities):
+        flat = torch.where(mask > 0, score, -math.inf).flatten().cpu().numpy()
+        kept = max(1, round(len(flat) * density))
+        threshold = np.partition(flat, -kept)[-kept]  # far faster than a sort
+        keep = flat > threshold
+        keep[np.flatnonzero(flat == threshold)[: kept - keep.sum()]] = True
+        mask.mul_(torch.from_numpy(keep).view(mask.shape).to(mask.device))
+
+
+# <<< shared: pruning
+
+
+# >>> shared: schedule
+def pruning_progress(step: int, start: int, end: int) -> float:
+    """Return the share of the final sparsity to have at a gradient step, in [0, 1].
+
+    1 - (1 - (t - t0) / (t1 - t0)) ** 3
+    """
+    if not start <= step < end:
+        return float(step >= end)
+    return 1 - (1 - (step - start) / (end - start)) ** 3
+
+
+# <<< shared: schedule
+class DQN(nn.Module):
+    """The online network, which is pruned, and the target network."""
+
+    latest: Tensor  # [2]: loss and mean Q-value of the latest update
+
+    def __init__(self, args: Args, channels: int, num_actions: int, device: torch.device) -> None:
+        super().__init__()
+        self.args, self.num_actions, self.device = args, num_actions, device
+        torch.manual_seed(args.seed)
+        self.online = QNetwork(channels, num_actions, args)
+        add_masks(self.online)
+        self.online.to(device)
+        self.target = copy.deepcopy(self.online)
+        self.weights = list(prunable(self.online).values())
+        self.masks = list(self.online.buffers())
+        adam: Any = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True}
+        self.optimizer = torch.optim.Adam(self.online.parameters(), **adam)
+        self.register_buffer("latest", torch.zeros(2, device=device))
+        self.gradient_step, self.sparsity = 0, 0.0  # sparsity: the schedule's
+        updates = max(1, self.updates_by(args.total_timesteps))  # of the run
+        self.start = min(updates - 1, round(args.prune_start * updates))
+        self.end = min(updates - 1, round(args.prune_end * updates))
+        # Each use of randomness has its own generator.
+        uses = ("act", "score")
+        self.rng = {use: np.random.default_rng((args.seed, i)) for i, use in enumerate(uses)}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what state_dict() has beside networks and masks."""
+        rng = {use: rng.bit_generator.state for use, rng in self.rng.items()}
+        counters = (self.gradient_step, self.sparsity)
+        return {"optimizer": self.optimizer.state_dict(), "rng": rng, "counters": counters}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what get_extra_state() gave."""
+        self.gradient_step, self.sparsity = state["counters"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for use, rng in self.rng.items():
+            rng.bit_generator.state = state["rng"][use]
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, epsilon: float) -> int:
+        """Return an epsilon-greedy action for obs [C, 10, 10]."""
+        if self.rng["act"].random() < epsilon:
+            return int(self.rng["act"].integers(self.num_actions))
+        return int(self.online(torch.from_numpy(obs[..., None]).to(self.device).float()).argmax())
+
+    def update(self, obs: Any, next_obs: Any, actions: Any, rewards: Any, terminated: Any) -> None:
+        """Take one gradient step on a batch."""
+        with torch.no_grad():
+            next_q = self.target(next_obs).amax(0)
+            td_target = rewards + self.args.gamma * next_q * (1 - terminated)  # [B]
+        q_taken = self.online(obs).gather(0, actions[None])[0]  # [B]
+        loss = (q_taken - td_target).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_mul_(self.weights, self.masks)
+            self.latest.copy_(torch.stack([loss, q_taken.mean()]))
+
+    def updates_by(self, step: int) -> int:
+        """Return how many gradient steps are due by a step."""
+        ratio = self.args.replay_ratio
+        return math.floor(step * ratio) - math.floor(self.args.learning_starts * ratio)
+
+    def learn(self, replay: PackedReplay, step: int) -> None:
+        """Prune and update as often as is due by `step`."""
+        while self.gradient_step < self.updates_by(step):
+            self.prune_if_due()
+            self.gradient_step += 1
+            self.update(*replay.sample(self.args.batch_size))
+
+    @torch.no_grad()
+    def prune_if_due(self) -> None:
+        """Lower the masks along the schedule, every --prune-every gradient steps and at its end.
+
+        They are those of the weights before this gradient step, whose gradient does not know of
+        them yet (JaxPruner's order): update() sets to zero what they remove, after Adam's step.
+        """
+        step, start, end = self.gradient_step, self.start, self.end
+        due = (step - start) % self.args.prune_every == 0 or step == end
+        if due and start <= step <= end:
+            progress = pruning_progress(step, start, end)
+            final = erk_densities(self.online, self.args.sparsity)
+            prune(self.online, [1 - progress * (1 - d) for d in final], self.rng["score"])
+            self.sparsity = progress * self.args.sparsity
+
+    def report(self) -> dict[str, float]:
+        """Return what is logged: of the latest update, and of the online network."""
+        record = sparsity_report(self.online) | {"sparsity/target": self.sparsity}
+        if self.gradient_step > 0:
+            loss, q_value = self.latest.tolist()
+            record |= {"losses/td_loss": loss, "losses/q_values": q_value}
+        return record
+
+
+def main(args: Args) -> None:
+    """Train, evaluate the network, and leave the run's folder."""
+    device, game = find_device(args), Game(args.env_id, (args.seed, 0))
+    agent = DQN(args, len(game.obs), len(game.action_set), device)
+    replay = PackedReplay(args, device, game.obs)
+    run = Run(args, game.title)
+    step, returns, epoch_return = 0, list[float](), None  # returns: of this epoch's episodes
+    if saved := run.load():
+        step, returns, epoch_return = saved["progress"]
+        play_again(game, replay, run, *saved["game"])
+        agent.load_state_dict(saved["agent"])
+        replay.rng.bit_generator.state = saved["sampling"]
+    bar = progress_bar(args.total_timesteps, step, "step")
+
+    while step < args.total_timesteps:
+        # Act and step.
+        fallen = min(1.0, max(0.0, (step - args.learning_starts) / args.epsilon_steps))
+        epsilon = 1 + (args.epsilon_end - 1) * fallen
+        action = agent.act(game.obs, epsilon)
+        reward, terminated = game.step(action)
+        step += 1
+        ended = step == args.total_timesteps
+        # Store.
+        replay.add(action, reward, terminated, game.obs)
+        for score, length in game.episodes:
+            run.log(step, {"charts/episodic_return": score, "charts/episodic_length": length})
+            returns.append(score)
+            text = f"return {score:g}, sparsity {agent.sparsity:.3f}"
+            bar.set_postfix_str(text, refresh=False)
+        # Learn and prune.
+        agent.learn(replay, step)
+        if not math.isfinite(agent.latest[0]):
+            kept = f"checkpoint {run.newest[:12] or 'none'} is kept"
+            require(False, f"step {step}: the losses are {agent.latest[:1].tolist()}; {kept}", 1)
+        # Target.
+        if step % args.target_every == 0 and agent.gradient_step > 0 and not ended:
+            agent.target.load_state_dict(agent.online.state_dict())
+        # Log.
+        bar.update()
+        epoch_ended = step % args.epoch_steps == 0
+        if ended or epoch_ended or step % max(args.target_every, 1000) == 0:
+            record = agent.report() | {
+                "charts/SPS": (bar.n - bar.initial) / bar.format_dict["elapsed"],
+                "charts/epsilon": epsilon,
+                "charts/learning_rate": args.learning_rate,
+                "charts/buffer_size": replay.count,
+                "memory/replay_bytes": replay.nbytes,
+                "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            }
+            if epoch_ended:
+                epoch_return, returns = sum(returns) / len(returns) if returns else None, []
+                record |= {} if epoch_return is None else {"charts/epoch_return": epoch_return}
+            run.log(step, record)
+        # Save.
+        if run.stops or ended or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
+            state = {"progress": (step, returns, epoch_return), "agent": agent.state_dict()}
+            state |= {"game": (bytes(game.actions), torch.from_numpy(game.obs.copy()))}
+            run.save(step, state | {"sampling": replay.rng.bit_generator.state})
+        require(not run.stops, f"stopped at step {step}; go on with --resume {run.path}", 75)
+
+    bar.close()
+    scores = evaluate(agent.online, run)
+    run.finish(step, agent.online, scores, epoch_return=epoch_return)
+
+
+# >>> shared: minatar-env
+GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
+
+
+class Game:
+    """A game as MinAtar has it: sticky actions 0.1, minimal actions, difficulty ramping, no limit.
+
+    `obs` [C, 10, 10] bool is what the agent sees now: after an end, the next episode's start. All
+    of it follows from the seed and the actions, which is how a run is restored.
+    """
+
+    def __init__(self, env_id: str, seed: tuple[int, int]) -> None:
+        names = {name.replace("_", ""): name for name in GAMES}
+        key = re.sub(r"^MinAtar/|-v[01]$|_", "", env_id).lower()
+        require(key in names, f"--env-id {env_id}: no such game; there are {' '.join(names)}")
+        logging.disable()  # it warns that without seaborn it cannot draw
+        try:
+            self.env = import_module("minatar").Environment(names[key])
+        except ImportError as error:
+            require(False, f"{error}: pip install --no-deps minatar")
+        logging.disable(logging.NOTSET)
+        self.env.seed(seed)
+        self.title = names[key].title().replace("_", "")
+        self.action_set = self.env.minimal_action_set()
+        self.actions = bytearray()  # all that were taken
+        self.begin()
+
+    def begin(self) -> None:
+        """Start an episode."""
+        self.env.reset()
+        self.obs = self.env.state().transpose(2, 0, 1)
+        self.score, self.length = 0.0, 0
+
+    def step(self, action: int) -> tuple[float, bool]:
+        """Take a step; return its reward, and whether the episode terminated.
+
+        `episodes` has the return and the length of the one that did.
+        """
+        reward, terminated = self.env.act(self.action_set[action])
+        self.actions.append(action)
+        self.score += float(reward)
+        self.length += 1
+        self.episodes = [(self.score, self.length)] if terminated else []
+        if terminated:
+            self.begin()
+        else:
+            self.obs = self.env.state().transpose(2, 0, 1)
+        return float(reward), terminated
+
+
+def play_again(game: Game, replay: PackedReplay, run: Run, actions: bytes, obs: Tensor) -> None:
+    """Play a checkpoint's game again, which fills the replay too."""
+    bar = progress_bar(len(actions), 0, "step", "playing again")
+    for action in actions:
+        replay.add(action, *game.step(action), game.obs)
+        bar.update()
+        require(not run.stops, f"stopped; go on with --resume {run.path}", 75)
+    bar.close()
+    same = np.array_equal(game.obs, obs.numpy())
+    require(same, "--resume: the game went another way; it takes the minatar of versions.json")
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, run: Run) -> dict[str, float]:
+    """Play --eval-episodes at epsilon 0.001; return what is logged of them."""
+    n, seed = run.args.eval_episodes, (run.args.seed, 1)  # training's is (seed, 0)
+    if n == 0:
+        return {}
+    game, rng, total = Game(run.args.env_id, seed), np.random.default_rng(seed), 0.0
+    device = next(network.parameters()).device
+    with progress_bar(n, 0, "episode", "evaluating") as bar:
+        for _ in range(n):
+            game.begin()
+            for _ in range(run.args.eval_steps):
+                obs = torch.from_numpy(game.obs[..., None]).to(device).float()
+                explore = rng.random() < 0.001
+                greedy = int(network(obs).argmax())
+                action = int(rng.integers(len(game.action_set))) if explore else greedy
+                reward, terminated = game.step(action)
+                total += reward
+                require(not run.stops, f"stopped; go on with --resume {run.path}", 75)
+                if terminated:
+                    break
+            bar.update()
+    return {"eval/episodic_return": total / n, "eval/episodes": n}
+
+
+# <<< shared: minatar-env
+# >>> shared: packed-replay
+class PackedReplay:
+    """Uniform replay of the last --buffer-size transitions, in main memory, a bit to a cell.
+
+    A ring of rows, one per step: what was seen, done and got. What is seen next is in the next row.
+    """
+
+    def __init__(self, args: Args, device: torch.device, obs: np.ndarray) -> None:
+        self.device, self.shape, self.step = device, obs.shape, 0
+        self.rows = args.buffer_size + 1  # with what is seen now
+        self.bits = np.zeros((self.rows, math.ceil(obs.size / 8)), np.uint8)
+        self.facts = np.zeros((self.rows, 3), np.float32)  # action, reward, terminated
+        self.rng = np.random.default_rng((args.seed, 9))
+        self.nbytes = self.bits.nbytes + self.facts.nbytes
+        self.bits[0] = np.packbits(obs)
+
+    @property
+    def count(self) -> int:
+        """The number of transitions."""
+        return min(self.step, self.rows - 1)
+
+    def add(self, action: int, reward: float, terminated: bool, obs: np.ndarray) -> None:
+        """Store an action, the step that it made, and what is seen now."""
+        self.facts[self.step % self.rows] = action, reward, terminated
+        self.step += 1
+        self.bits[self.step % self.rows] = np.packbits(obs)
+
+    def sample(self, batch_size: int) -> tuple[Tensor, ...]:
+        """Draw transitions uniformly, with replacement.
+
+        Returns obs, next_obs [C, 10, 10, B], actions [B] int64, rewards, terminated [B] floats.
+        """
+        steps = self.rng.integers(self.step - self.count, self.step, batch_size)
+        rows = np.stack([steps, steps + 1]) % self.rows  # [2, B]
+        cells = math.prod(self.shape)
+        bits = np.unpackbits(self.bits[rows], axis=2, count=cells)  # [2, B, C * 10 * 10]
+        seen = np.ascontiguousarray(bits.transpose(0, 2, 1)).reshape(2, *self.shape, batch_size)
+        obs, next_obs = torch.from_numpy(seen).to(self.device).float()
+        facts = torch.from_numpy(self.facts[rows[0]].T.copy()).to(self.device)
+        return obs, next_obs, facts[0].long(), facts[1], facts[2]
+
+
+# <<< shared: packed-replay
+# >>> shared: run
+class Run:
+    """A run's folder: records (metrics.jsonl is the source of truth), checkpoints, the model."""
+
+    def __init__(self, args: Args, title: str) -> None:
+        name = f"{title}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 1000}"
+        self.args, self.path = args, Path(args.resume or args.run_dir or f"runs/{name}")
+        self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
+        fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
+        line = f"--run-dir {self.path}: exists; to go on with the run in it, --resume {self.path}"
+        require(fresh or args.resume != "", line)
+        if args.track:
+            import wandb
+
+            name = re.sub(r"[^\w.-]", "-", self.path.resolve().name)  # what W&B takes
+            own: Any = {"id": name, "resume": "allow", "project": args.wandb_project}
+            wandb.init(**own, config=vars(args), sync_tensorboard=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path / ".lock", "a")
+        try:
+            if os.environ.get("RUN_LOCK") != str(self.path):  # benchmark/launch.py has locked it
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            require(False, f"{self.path}: another process is at work on this run")
+        if fresh:
+            git = ["sh", "-c", "git rev-parse HEAD"]  # where there is no git, nothing is said
+            head = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True).stdout
+            packages = {d.name: d.version for d in reversed([*distributions()])}
+            cpu = args.device == "cpu"
+            facts: dict[str, Any] = {"commit": head.decode().strip() or None}
+            facts["device"] = platform.platform() if cpu else torch.cuda.get_device_name()
+            facts |= {"python": sys.version, "packages": packages}
+            self.write("versions.json", json.dumps(facts, indent=1).encode())
+            flags = {"script": Path(__file__).name} | vars(args)
+            self.write("args.json", json.dumps(flags, indent=1).encode())
+        self.stops: list[int] = []  # signals; under nohup SIGHUP asks nothing
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda number, _: self.stops.append(number))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file that a crash leaves whole or absent."""
+        try:
+            with open(self.path / ".tmp", "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(self.path / ".tmp", self.path / name)
+        except OSError as error:
+            require(False, f"{self.path / name} cannot be written ({error})", 1)
+
+    def load(self) -> dict[str, Any]:
+        """Return the newest whole checkpoint, {} before the first; cut the records back to it."""
+        state, paths = dict[str, Any](), sorted(self.folder.iterdir(), reverse=True)
+        for path in paths:
+            data = path.read_bytes()
+            if path.name.endswith(hashlib.sha256(data).hexdigest()):
+                state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
+                self.newest = path.name
+                print(f"{self.path}: going on from step {state['step']}")
+                break
+            print(f"{path} is damaged; looking for the checkpoint before it", file=sys.stderr)
+        require(bool(state or not paths), f"{self.folder}: no checkpoint is whole", 1)
+        self.start = time.time() - state.get("seconds", 0.0)
+        self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
+        whole = self.metrics.tell() >= state.get("metrics", 0)
+        require(whole, f"{self.metrics.name} is shorter than when the checkpoint was written")
+        self.metrics.truncate(state.get("metrics", 0))
+        self.metrics.seek(0, os.SEEK_END)
+        self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
+        return state
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Append a record to metrics.jsonl, and give it to TensorBoard."""
+        record = {"step": step, "seconds": round(time.time() - self.start, 3)} | values
+        self.metrics.write(json.dumps(record).encode() + b"\n")
+        for key, value in values.items():
+            self.board.add_scalar(key, value, step)
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint, named by its step and SHA-256; the one before it is kept."""
+        self.board.flush()
+        os.fsync(self.metrics.fileno())
+        state |= {"step": step, "seconds": time.time() - self.start, "metrics": self.metrics.tell()}
+        torch.save(state, data := io.BytesIO())
+        name = f"{step:012d}-{hashlib.sha256(data.getbuffer()).hexdigest()}"
+        self.write(f"checkpoint/{name}", data.getvalue())
+        for path in self.folder.iterdir():
+            if path.name not in (name, self.newest):
+                path.unlink()
+        self.newest, self.saved_at = name, time.monotonic()
+
+    def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
+        """Save the network with its flags, write final.json, and tell what came out."""
+        flags = {"script": Path(__file__).name} | vars(self.args) | {"run_dir": "", "resume": ""}
+        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
+        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))  # without -0.0
+        if scores:
+            self.log(step, scores)
+        self.board.close()
+        final = {"status": "finished", "step": step, "seconds": time.time() - self.start} | facts
+        text = json.dumps(final | scores | sparsity_report(network), indent=1)
+        self.write("final.json", text.encode())
+        for path in [] if self.args.keep_checkpoint else self.folder.iterdir():
+            path.unlink()
+        print(f"{text}\neverything is in {self.path}")
+
+
+def require(accepted: bool, line: str, status: int = 2) -> None:
+    """End with a line unless `accepted`: 2 is bad input, 1 a fault, 75 stopped and resumable."""
+    if not accepted:
+        tqdm.write(f"{Path(__file__).name}: {line}", sys.stderr)
+        sys.exit(status)
+
+
+def check_ranges(args: Args) -> None:
+    """Refuse values outside their flag's range."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        for low, high, text in getattr(hint, "__metadata__", ())[:1]:
+            flag, value = name.replace("_", "-"), getattr(args, name)
+            require(low <= value <= high, f"--{flag} {value}: must be {text}")
+
+
+def find_device(args: Args) -> torch.device:
+    """Return the device of --device; fp32 means fp32 there."""
+    known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
+    name = {"auto": known[0], "cuda": "cuda:0"}.get(args.device, args.device)
+    require(name in known, f"--device {args.device}: this machine has {', '.join(known)}")
+    require(name != "cpu" or not args.compile, "--compile: only with --device cuda")
+    torch.backends.cudnn.allow_tf32 = False
+    if name != "cpu":
+        torch.cuda.set_device(name)
+    args.device = name  # a run is resumed where it began: generators differ between devices
+    return torch.device(name)
+
+
+def progress_bar(total: int, initial: int, unit: str, about: str = "") -> tqdm:
+    """Return a bar; where the output is no terminal, a plain line now and then."""
+    options: Any = {"unit": unit, "desc": about, "unit_scale": True, "dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        options |= {
+            "mininterval": 30,
+            "bar_format": "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n",
+        }
+    return tqdm(total=total, initial=initial, **options)
+
+
+def parse() -> Args:
+    """Return the flags of the command line; with --resume those of the run."""
+    groups = make_dataclass("Flags", [(c.__name__.lower(), c) for c in reversed(Args.__bases__)])
+    about, config = (__doc__ or "").partition("\n")[0], (tyro.conf.OmitArgPrefixes,)
+    parts = vars(tyro.cli(groups, description=about, config=config)).values()
+    args = Args(**{name: value for part in parts for name, value in vars(part).items()})
+    if not any(flag.startswith("--resume") for flag in sys.argv):
+        return args
+    others = [x for x in sys.argv[1:] if x.startswith("--") and not x.startswith("--resume")]
+    require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
+    try:
+        saved = json.loads(Path(args.resume, "args.json").read_text())
+        require(saved.pop("script") == Path(__file__).name, "--resume: the run of another script")
+        args = Args(**saved | {"resume": args.resume or "."})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        require(False, f"--resume {args.resume}: no run of this script is there ({error})")
+    finished = Path(args.resume, "final.json").exists()
+    require(not finished, f"{args.resume} is finished; nothing is left to do", 0)
+    return args
+
+
+class Output(io.FileIO):
+    """Standard output or error; what nobody reads any more is dropped, and ends no run."""
+
+    def write(self, data: Any) -> int:
+        """Write what can be written."""
+        with suppress(OSError):
+            return super().write(data) or len(data)
+        return len(data)
+
+
+def command_line() -> None:
+    """Run main; a fault ends it with one line and an exit status."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # glibc keeps freed memory:
+        mallopt(option, value)  # else every update faults its gradients' pages in anew
+    try:
+        main(parse())
+    except Exception as error:
+        if "allocate" in str(error):
+            about = "these flags need more memory than there is: "
+        elif type(error).__module__.startswith("wandb"):
+            about = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
+        elif isinstance(error, OSError):
+            about = ""
+        else:
+            raise  # a fault of ours, which deserves its traceback
+        require(False, about + str(error).splitlines()[0], 1)
+
+
+if __name__ == "__main__":
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass  # what stands for a stream that was closed
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        stream = io.BufferedWriter(Output(fd, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))
+    command_line()
+# <<< shared: run
