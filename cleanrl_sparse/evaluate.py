@@ -12,12 +12,14 @@ It needs RUN_DIR/model.safetensors only, which has the script and its flags in i
 load_model() and then q_values() or mean_actions() are all that it takes to use a model elsewhere.
 
 The protocol is that of training. Atari: sticky actions 0.25, losing a life does not end an
-episode, 27,000 steps at most, scores undiscounted and unclipped. MuJoCo: the policy's mean action.
+episode, 27,000 steps at most, scores undiscounted and unclipped. MinAtar (which needs
+pip install --no-deps minatar): sticky actions 0.1. MuJoCo: the policy's mean action.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -47,7 +49,7 @@ class Args:
     run_dir: Annotated[Path, tyro.conf.Positional]  # folder of a finished run
     episodes: int = 10  # episodes to play, at least 1
     steps: int = 27_000  # steps after which an episode is cut off, at least 1
-    epsilon: float = 0.001  # Atari: probability of a random action, in [0, 1]
+    epsilon: float = 0.001  # Atari, MinAtar: probability of a random action, in [0, 1]
     seed: int = 0  # seed of the episodes, which are none of training's; at least 0
     device: str = "cpu"  # cpu, cuda or cuda:INDEX
     video: Path | None = None  # film the first episode into this .mp4 file
@@ -74,11 +76,16 @@ def load_model(run_dir: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def q_values(weights: dict[str, Tensor], flags: dict[str, Any], obs: Tensor) -> Tensor:
-    """Return Q-values [B, actions] of stacked frames obs [B, 4, 84, 84], floats in [0, 1]."""
+    """Return Q-values [B, actions] of stacked frames obs [B, 4, 84, 84], floats in [0, 1], or of
+    MinAtar's cells [B, C, 10, 10], 0 or 1.
+    """
 
     def parameters(name: str) -> tuple[Tensor, Tensor]:
         return weights[f"{name}.weight"], weights[f"{name}.bias"]
 
+    if "conv.weight" in weights:  # MinAtar
+        x = F.relu(F.conv2d(obs, *parameters("conv"))).flatten(1)
+        return F.linear(F.relu(F.linear(x, *parameters("dense"))), *parameters("output"))
     if "conv1.weight" in weights:
         x = F.relu(F.conv2d(obs, *parameters("conv1"), stride=4, padding=2))
         x = F.relu(F.conv2d(F.pad(x, (1, 2, 1, 2)), *parameters("conv2"), stride=2))
@@ -135,6 +142,48 @@ class AtariGames:
         return rewards, terminated | truncated
 
 
+class MinAtarGames:
+    """N MinAtar games; `obs` [N, C, 10, 10] float32, 0 or 1."""
+
+    def __init__(self, env_id: str, num_envs: int, seed: int) -> None:
+        logging.disable()  # it warns that without seaborn it cannot draw
+        from minatar import Environment
+
+        name = re.sub(r"^MinAtar/|-v[01]$|_", "", env_id).lower()
+        name = name.replace("spaceinvaders", "space_invaders")
+        self.title = name.title().replace("_", "")
+        self.envs = [Environment(name) for _ in range(num_envs)]
+        for env, n in zip(self.envs, first_seeds(seed, num_envs)):
+            env.seed(n)
+            env.reset()
+        self.moves = self.envs[0].minimal_action_set()
+        self.num_actions = len(self.moves)
+        self.look()
+
+    def look(self) -> None:
+        """Note what is seen now."""
+        seen = np.stack([env.state() for env in self.envs])
+        self.obs = seen.transpose(0, 3, 1, 2).astype(np.float32)
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Take a step with actions [N]; return rewards and whether the episodes ended, [N]."""
+        results = [env.act(self.moves[action]) for env, action in zip(self.envs, actions)]
+        rewards, ended = zip(*results)
+        for i in np.flatnonzero(ended).tolist():  # its score counts no more
+            self.envs[i].reset()
+        self.look()
+        return np.array(rewards, float), np.array(ended)
+
+    def picture(self) -> np.ndarray:
+        """Return the first game, [320, 320, 3] uint8, each kind of thing in its own colour."""
+        shades = np.arange(1, len(self.obs[0]) + 1) / len(self.obs[0])
+        colours = np.stack([shades, 1 - shades, 0.4 + 0.6 * (shades * 3 % 1)], 1)
+        cells = np.zeros((10, 10, 3))
+        for layer, colour in zip(self.obs[0], colours):
+            cells[layer > 0] = colour
+        return (255 * cells.repeat(32, 0).repeat(32, 1)).astype(np.uint8)
+
+
 class Environments:
     """N of Gymnasium's environments, actions in [-1, 1] rescaled; `obs` [N, O] float32."""
 
@@ -169,14 +218,19 @@ def first_seeds(seed: int, num_envs: int) -> list[int]:
     return [int(key.generate_state(1)[0]) for key in keys]
 
 
-def film_of(args: Args, envs: AtariGames | Environments, env_id: str, seed: int) -> Any:
+Games = AtariGames | MinAtarGames | Environments
+
+
+def film_of(args: Args, envs: Games, env_id: str, seed: int) -> Any:
     """Return a generator that films the first episode: it is sent the actions of each step."""
-    atari = isinstance(envs, AtariGames)
-    if not atari and not os.environ.get("DISPLAY"):
+    atari, mujoco = isinstance(envs, AtariGames), isinstance(envs, Environments)
+    if mujoco and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen
     try:  # the same episode once more, with the same seed and actions, in pictures
         if atari:
             film: Any = AtariGames(env_id, 1, seed, colour=True)
+        elif not mujoco:
+            film = MinAtarGames(env_id, 1, seed)
         else:
             film = Environments(env_id, 1, seed, render_mode="rgb_array")
             film.envs[0].render()
@@ -187,12 +241,14 @@ def film_of(args: Args, envs: AtariGames | Environments, env_id: str, seed: int)
 
     def picture() -> np.ndarray:
         """Return what is to be seen now, [H, W, 3] uint8."""
-        return np.ascontiguousarray(film.obs[0, 0] if atari else film.envs[0].render())
+        if not atari:
+            return film.envs[0].render() if mujoco else film.picture()
+        return np.ascontiguousarray(film.obs[0, 0])
 
     def write() -> Any:
         """Write a picture before each step."""
         height, width, _ = picture().shape
-        rate = 15 if atari else film.envs[0].metadata["render_fps"]
+        rate = film.envs[0].metadata["render_fps"] if mujoco else 15
         options: Any = {"fps": rate, "macro_block_size": 2}
         path = str(args.video.absolute()) if args.video else ""
         writer = imageio_ffmpeg.write_frames(path, (width, height), **options)
@@ -212,7 +268,7 @@ def film_of(args: Args, envs: AtariGames | Environments, env_id: str, seed: int)
 
 @torch.no_grad()
 def play(
-    args: Args, envs: AtariGames | Environments, act: Callable[[np.ndarray], np.ndarray], film: Any
+    args: Args, envs: Games, act: Callable[[np.ndarray], np.ndarray], film: Any
 ) -> list[float]:
     """Play one episode in each environment; return their undiscounted returns."""
     scores, over = np.zeros(args.episodes), np.zeros(args.episodes, bool)
@@ -281,7 +337,8 @@ def main(args: Args) -> None:
     weights = {name: weight.to(args.device) for name, weight in weights.items()}
     policy = "actor.output.weight" in weights
     try:
-        kind: Any = Environments if policy else AtariGames
+        kind: Any = MinAtarGames if "minatar" in flags["script"] else AtariGames
+        kind = Environments if policy else kind
         envs = kind(env_id, args.episodes, seed)
     except Exception as error:  # of many kinds: a missing package, an environment that is gone
         require(False, f"{env_id} cannot be made: {' '.join(str(error).split())}")
@@ -291,12 +348,13 @@ def main(args: Args) -> None:
         inputs = torch.from_numpy(obs).to(args.device)
         if policy:
             return mean_actions(weights, inputs).cpu().numpy()
-        greedy = q_values(weights, flags, inputs / 255).argmax(1).cpu().numpy()
+        inputs = inputs if kind is MinAtarGames else inputs / 255
+        greedy = q_values(weights, flags, inputs).argmax(1).cpu().numpy()
         explore = rng.random(len(obs)) < args.epsilon
         return np.where(explore, rng.integers(envs.num_actions, size=len(obs)), greedy)
 
     if policy:
-        require(args.epsilon == 0.001, f"--epsilon {args.epsilon}: only for Atari, not {env_id}")
+        require(args.epsilon == 0.001, f"--epsilon {args.epsilon}: not for {env_id}")
         weights = {name: w for name, w in weights.items() if name.startswith("actor.")}
     film = film_of(args, envs, env_id, seed) if args.video else None
     scores = play(args, envs, act, film)
@@ -310,16 +368,15 @@ def main(args: Args) -> None:
     low, high = mean_interval(scores)
     interval = f"95 % interval [{low:.2f}, {high:.2f}], from {min(scores):g} to {max(scores):g}"
     print(f"return {np.mean(scores):.2f}, {interval}")
-    if not policy:
+    if kind is AtariGames:
         human = human_normalized(envs.title, float(np.mean(scores)))
         score = "this game has no human score" if human is None else f"{human:.3f}"
         print(f"human-normalised score: {score}")
     for name, weight in weights.items():
         if weight.ndim > 1:
-            zero = (
-                f"{float((weight == 0).float().mean()):7.2%} of {weight.numel():,} weights are zero"
-            )
-            print(f"  {name.removesuffix('.weight'):20} {zero}")
+            share = float((weight == 0).float().mean())
+            what = f"{share:7.2%} of {weight.numel():,} weights are zero"
+            print(f"  {name.removesuffix('.weight'):20} {what}")
     if args.video:
         print(f"film of the first episode: {args.video}")
 

@@ -43,15 +43,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         runs = item.path.name == "test_runs.py"
         baselines = runs and "dqn_atari_baselines" in item.name
         twin = runs and any(
-            f"{name}_gmp" in item.name for name in ("dqn_atari", "sac_mujoco", "rainbow_resnet")
+            f"{name}_gmp" in item.name
+            for name in ("dqn_atari", "dqn_minatar", "sac_mujoco", "rainbow_resnet")
         )
         costly = (
             "broken_off" in getattr(item, "fixturenames", ())
             or "_gmp-3" in item.name
             or "alone" in item.name
         )
-        if "cql_offline_snip-3" in item.name:
-            item.add_marker(pytest.mark.skip(reason="it has no environments to train in"))
+        if (
+            "cql_offline_snip-3" in item.name
+            or "minatar-3" in item.name
+            or "minatar_gmp-3" in item.name
+        ):
+            item.add_marker(pytest.mark.skip(reason="it has one environment or none to train in"))
         shared = item.get_closest_marker("shared") and "eaudeqn_atari" not in item.name
         names = {*getattr(item, "fixturenames", ())}
         damage = names & {"killed", "mended"} or "survives_a_signal" in item.name
