@@ -29,6 +29,7 @@ import statistics
 import struct
 import sys
 import time
+import warnings
 import zlib
 from dataclasses import dataclass
 from itertools import pairwise
@@ -261,8 +262,8 @@ def choose_kernel(layer: Layer, first: bool) -> int:
     (outputs, inputs), entries = layer.weight.shape, np.count_nonzero(layer.weight)
     active = 1.0 if first else 0.5  # about half of the units fire
     cycles = {
-        ROWS: 1.6 * entries + 5 * outputs,
-        COLUMNS: 3 * inputs + 2.2 * entries * active,
+        ROWS: 1.25 * entries + 10 * outputs,
+        COLUMNS: 3 * inputs + active * (6 * inputs + 1.25 * entries),
         DENSE_ROWS: outputs * (inputs / 8 + 8),
         DENSE_COLUMNS: inputs * (3 + active * (outputs / 8 + 5)),
     }
@@ -359,6 +360,7 @@ C_KERNELS = r"""
 #define LANES 4
 #endif
 typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float quad __attribute__((vector_size(16)));
 #else
 #define LANES 1
 typedef float vec;
@@ -401,8 +403,22 @@ KERNEL int count(const unsigned char *table, int i) /* the table's i-th 16-bit i
     return table[2 * i] | table[2 * i + 1] << 8;
 }
 
-/* value: the i-th weight of a table; values: LANES of them from the i-th on. */
+/* value(): the i-th weight of a table; values(), four(): LANES or 4 of them from the i-th on. */
 @VALUE@
+#if LANES == 1
+KERNEL float values(const unsigned char *table, int i)
+{
+    return value(table, i);
+}
+#endif
+
+KERNEL uint32_t word(const unsigned char *from) /* four bytes in one load */
+{
+    uint32_t bytes;
+    memcpy(&bytes, from, 4);
+    return bytes;
+}
+
 /* Lines (rows or columns) of a sparse matrix, in groups of one length. */
 typedef struct {
     const unsigned char *groups, *deltas, *values;
@@ -422,18 +438,25 @@ KERNEL void sparse_rows(lines t, const float *x, float *y, int outputs)
     int i, k;
     for (i = 0; i < outputs; i++) {
         const float *at = x;
-        float even = 0, odd = 0;
+        float sum[4] = {0};
         if (t.left == 0)
             next_group(&t);
-        for (k = 0; k + 1 < t.length; k += 2) {
-            at += t.deltas[k];
-            even += *at * value(t.values, k);
-            at += t.deltas[k + 1];
-            odd += *at * value(t.values, k + 1);
+        for (k = 0; k + 4 <= t.length; k += 4) { /* four sums, of which none waits for another */
+            const uint32_t step = word(t.deltas + k);
+            at += step & 255;
+            sum[0] += *at * value(t.values, k);
+            at += step >> 8 & 255;
+            sum[1] += *at * value(t.values, k + 1);
+            at += step >> 16 & 255;
+            sum[2] += *at * value(t.values, k + 2);
+            at += step >> 24;
+            sum[3] += *at * value(t.values, k + 3);
         }
-        if (k < t.length)
-            even += at[t.deltas[k]] * value(t.values, k);
-        y[i] += even + odd;
+        for (; k < t.length; k++) {
+            at += t.deltas[k];
+            sum[0] += *at * value(t.values, k);
+        }
+        y[i] += sum[0] + sum[1] + (sum[2] + sum[3]);
         t.left--;
         t.deltas += t.length;
         t.values += t.length * VALUE_BYTES;
@@ -457,7 +480,22 @@ KERNEL void sparse_columns(lines t, int groups, const unsigned char *order, cons
             const unsigned char *weight = t.values + list[i] * t.length * VALUE_BYTES;
             const float input = x[count(order, list[i])];
             float *at = y;
-            for (k = 0; k < t.length; k++) {
+            k = 0;
+#if LANES > 1
+            for (; k + 4 <= t.length; k += 4) {
+                const uint32_t step = word(delta + k);
+                const quad product = input * four(weight, k);
+                at += step & 255;
+                *at += product[0];
+                at += step >> 8 & 255;
+                *at += product[1];
+                at += step >> 16 & 255;
+                *at += product[2];
+                at += step >> 24;
+                *at += product[3];
+            }
+#endif
+            for (; k < t.length; k++) {
                 at += delta[k];
                 *at += input * value(weight, k);
             }
@@ -638,6 +676,18 @@ KERNEL float value(const unsigned char *table, int i)
 {
     return number(table, i);
 }
+
+#if LANES > 1
+#define VALUES(name, type, n) \\
+    KERNEL type name(const unsigned char *table, int i) \\
+    { \\
+        type v; \\
+        memcpy(&v, table + 4 * i, sizeof v); \\
+        return v; \\
+    }
+VALUES(values, vec, LANES)
+VALUES(four, quad, 4)
+#endif
 """,
     "fp16": """#define VALUE_BYTES 2
 
@@ -649,6 +699,25 @@ KERNEL float value(const unsigned char *table, int i)
     memcpy(&f, &bits, 4);
     return f * 0x1p112f; /* from the exponents of 32 bits to those of 16 */
 }
+
+#if LANES > 1
+#define VALUES(name, type, n) \\
+    typedef uint16_t name##_halves __attribute__((vector_size(2 * n))); \\
+    typedef uint32_t name##_words __attribute__((vector_size(4 * n))); \\
+    KERNEL type name(const unsigned char *table, int i) \\
+    { \\
+        name##_halves half; \\
+        name##_words bits; \\
+        type v; \\
+        memcpy(&half, table + 2 * i, sizeof half); \\
+        bits = __builtin_convertvector(half, name##_words); \\
+        bits = (bits & 0x8000u) << 16 | (bits & 0x7fffu) << 13; \\
+        memcpy(&v, &bits, sizeof v); \\
+        return v * 0x1p112f; \\
+    }
+VALUES(values, vec, LANES)
+VALUES(four, quad, 4)
+#endif
 """,
     "int8": """#define VALUE_BYTES 1
 
@@ -656,19 +725,31 @@ KERNEL float value(const unsigned char *table, int i)
 {
     return (signed char)table[i];
 }
+
+#if LANES > 1
+typedef signed char bytes __attribute__((vector_size(LANES)));
+typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef int32_t four_ints __attribute__((vector_size(16)));
+
+KERNEL vec values(const unsigned char *table, int i) /* in steps, which compilers do well */
+{
+    bytes v;
+    memcpy(&v, table + i, sizeof v);
+    return __builtin_convertvector(
+        __builtin_convertvector(__builtin_convertvector(v, shorts), ints), vec);
+}
+
+KERNEL quad four(const unsigned char *table, int i)
+{
+    int32_t w;
+    memcpy(&w, table + i, 4);
+    return __builtin_convertvector(
+        (four_ints){w, w, w, w} << (four_ints){24, 16, 8, 0} >> (four_ints){24, 24, 24, 24}, quad);
+}
+#endif
 """,
 }
-C_VECTOR = """
-KERNEL vec values(const unsigned char *table, int i)
-{
-    float v[LANES];
-    int k;
-    for (k = 0; k < LANES; k++)
-        v[k] = value(table, i + k);
-    return load(v);
-}
-"""
-
 C_POOL = r"""
 /* The largest of 3 x 3 pixels, at every second one, of an image of n x n pixels. */
 KERNEL void pool(const float *image, int pitch, int n, float *to, int side, int pad)
@@ -704,14 +785,21 @@ KERNEL void add(const float *image, int pitch, int n, float *to)
 """
 
 C_PIXELS = r"""
-/* Copy a frame of n x n bytes to its padded phases, as floats. */
-KERNEL void split_frame(const unsigned char *frame, int n, float unit, float *image, float *phases,
-                        int stride, int pad, int side)
+/* The same for a frame of n x n bytes, times a unit. */
+KERNEL void split_frame(const unsigned char *frame, int n, float unit, float *phases, int stride,
+                        int pad, int side)
 {
-    int i;
-    for (i = 0; i < n * n; i++)
-        image[i] = (float)frame[i] * unit;
-    split(image, n, n, phases, stride, pad, side);
+    int y, x, i;
+    for (y = 0; y < n; y++) {
+        UNROLL
+        for (x = 0; x < stride; x++) {
+            const int phase = (y + pad) % stride * stride + (x + pad) % stride;
+            float *to = phases + (phase * side + (y + pad) / stride) * side + (x + pad) / stride;
+            const unsigned char *from = frame + y * n + x;
+            for (i = 0; i < (n - x + stride - 1) / stride; i++)
+                to[i] = (float)from[i * stride] * unit;
+        }
+    }
 }
 """
 
@@ -887,10 +975,9 @@ class Program:
         else:
             unit = "1 / 255.0f" if side == 84 else "1"
             _, to = self.phases(layers[0])
-            image = "s->scratch.plane"
             self.lines += [
                 f"    for (c = 0; c < {channels}; c++)",
-                f"        split_frame(observation + c * {side * side}, {side}, {unit}, {image},\n"
+                f"        split_frame(observation + c * {side * side}, {side}, {unit},\n"
                 f"                    {to});",
             ]
         if network.family == IMPALA:
@@ -951,12 +1038,11 @@ class Program:
         self.forward()
         convs = [layer for layer in network.layers if layer.weight.ndim == 4]
         plane = max([(c.side - 1) * c.pitch + c.side + 192 for c in convs], default=0)
-        room = max(4 * plane, network.obs[1] ** 2)
         most = max([layer.weight[0].size for layer in convs], default=0)
         scratch = f"""/* Room for one convolution at a time. */
 typedef struct {{
     int offset[{most}];
-    float weight[4 * {most}], plane[{room}];
+    float weight[4 * {most}], plane[4 * AGENT_PLANE];
 }} agent_scratch;
 
 """
@@ -987,9 +1073,7 @@ typedef struct {{
         code = (
             f'/* {title}. Generated by export.py. */\n\n#include "agent.h"\n\n#include <math.h>\n'
         )
-        code += "#include <string.h>\n" + C_KERNELS.replace(
-            "@VALUE@", C_VALUES[self.kind] + C_VECTOR
-        )
+        code += "#include <string.h>\n" + C_KERNELS.replace("@VALUE@", C_VALUES[self.kind])
         code += C_CONV + C_PIXELS if convs else ""
         code += C_POOL if network.family == IMPALA else ""
         code += C_INIT.replace("@TAPS@", "".join(self.taps))
@@ -1339,6 +1423,37 @@ def compare(agent: Any, obs: np.ndarray, expected: np.ndarray) -> tuple[int, flo
     if agent.family == ACTOR:
         return int((np.abs(found - expected).max(1) <= 0.01).sum()), largest
     return int((found.argmax(1) == expected.argmax(1)).sum()), largest
+
+
+def write_onnx(flags: dict[str, Any], weights: dict[str, Tensor], path: Path) -> None:
+    """Write the dense network as ONNX: `observation` [1, ...] float32, pixels from 0 to 255."""
+
+    class Whole(torch.nn.Module):
+        """The network with its input's division."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            for name, weight in weights.items():
+                self.register_buffer(name.replace(".", "/"), weight)
+
+        def forward(self, obs: Tensor) -> Tensor:
+            """Return Q-values or mean actions."""
+            own = {name.replace("/", "."): buffer for name, buffer in self.named_buffers()}
+            return mean_actions(own, obs) if actor else q_values(own, flags, obs / 255)
+
+    actor = "actor.output.weight" in weights
+    obs = (
+        torch.zeros(1, weights["actor.dense1.weight"].shape[1])
+        if actor
+        else torch.zeros(1, 4, 84, 84)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names = {
+            "input_names": ["observation"],
+            "output_names": ["action" if actor else "q_values"],
+        }
+        torch.onnx.export(Whole(), (obs,), path, dynamo=False, opset_version=17, **names)
 
 
 def require(accepted: bool, line: str) -> None:
