@@ -7,6 +7,7 @@
 
     python evaluate.py runs/Breakout__eaudeqn_atari__1__1790000000
     python evaluate.py RUN_DIR --episodes 100 --epsilon 0.05 --video breakout.mp4
+    python evaluate.py RUN_DIR/export                      # an agent that export.py wrote, in C
 
 It needs RUN_DIR/model.safetensors only, which has the script and its flags in its metadata:
 load_model() and then q_values() or mean_actions() are all that it takes to use a model elsewhere.
@@ -46,7 +47,7 @@ from tqdm import tqdm
 class Args:
     """Flags."""
 
-    run_dir: Annotated[Path, tyro.conf.Positional]  # folder of a finished run
+    run_dir: Annotated[Path, tyro.conf.Positional]  # folder of a finished run, or of its export
     episodes: int = 10  # episodes to play, at least 1
     steps: int = 27_000  # steps after which an episode is cut off, at least 1
     epsilon: float = 0.001  # Atari, MinAtar: probability of a random action, in [0, 1]
@@ -68,6 +69,7 @@ class Args:
             require(writable, f"--video {self.video}: must be an .mp4 file in a writable folder")
 
 
+# >>> shared: forward
 def load_model(run_dir: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the flags ("script" among them) and the tensors of RUN_DIR/model.safetensors."""
     with safe_open(run_dir / "model.safetensors", "pt") as file:
@@ -118,6 +120,18 @@ def mean_actions(weights: dict[str, Tensor], obs: Tensor) -> Tensor:
         i += 1
     x = F.linear(x, weights["actor.output.weight"], weights["actor.output.bias"])
     return x.chunk(2, 1)[0].tanh()  # the other half: log standard deviations
+
+
+def load_agent(folder: Path, use_c: bool = True) -> Any:
+    """Return the agent of a folder that export.py wrote, by the agent.py in it."""
+    spec = importlib.util.spec_from_file_location("agent", folder / "agent.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Agent(folder, use_c)
+
+
+# <<< shared: forward
 
 
 class AtariGames:
@@ -328,8 +342,14 @@ def require(accepted: bool, line: str) -> None:
 
 def main(args: Args) -> None:
     """Evaluate and print."""
+    agent = None
     try:
-        flags, weights = load_model(args.run_dir)
+        if (args.run_dir / "agent.bin").exists():
+            agent = load_agent(args.run_dir)
+            flags, weights = agent.describe()
+            weights = {name: torch.from_numpy(weight) for name, weight in weights.items()}
+        else:
+            flags, weights = load_model(args.run_dir)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         line = f"no finished run is there ({str(error).splitlines()[0]})"
         require(False, f"{args.run_dir}: {line}")
@@ -345,11 +365,16 @@ def main(args: Args) -> None:
 
     def act(obs: np.ndarray) -> np.ndarray:
         """Return the actions of all environments."""
+        if agent and policy:
+            return np.stack([agent.act(x) for x in obs])
         inputs = torch.from_numpy(obs).to(args.device)
         if policy:
             return mean_actions(weights, inputs).cpu().numpy()
         inputs = inputs if kind is MinAtarGames else inputs / 255
-        greedy = q_values(weights, flags, inputs).argmax(1).cpu().numpy()
+        if agent:
+            greedy = np.array([agent.act(x) for x in obs])
+        else:
+            greedy = q_values(weights, flags, inputs).argmax(1).cpu().numpy()
         explore = rng.random(len(obs)) < args.epsilon
         return np.where(explore, rng.integers(envs.num_actions, size=len(obs)), greedy)
 

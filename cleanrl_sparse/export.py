@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 import signal
-import statistics
 import struct
 import sys
 import time
@@ -128,11 +128,16 @@ def load_model(run_dir: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def q_values(weights: dict[str, Tensor], flags: dict[str, Any], obs: Tensor) -> Tensor:
-    """Return Q-values [B, actions] of stacked frames obs [B, 4, 84, 84], floats in [0, 1]."""
+    """Return Q-values [B, actions] of stacked frames obs [B, 4, 84, 84], floats in [0, 1], or of
+    MinAtar's cells [B, C, 10, 10], 0 or 1.
+    """
 
     def parameters(name: str) -> tuple[Tensor, Tensor]:
         return weights[f"{name}.weight"], weights[f"{name}.bias"]
 
+    if "conv.weight" in weights:  # MinAtar
+        x = F.relu(F.conv2d(obs, *parameters("conv"))).flatten(1)
+        return F.linear(F.relu(F.linear(x, *parameters("dense"))), *parameters("output"))
     if "conv1.weight" in weights:
         x = F.relu(F.conv2d(obs, *parameters("conv1"), stride=4, padding=2))
         x = F.relu(F.conv2d(F.pad(x, (1, 2, 1, 2)), *parameters("conv2"), stride=2))
@@ -167,6 +172,15 @@ def mean_actions(weights: dict[str, Tensor], obs: Tensor) -> Tensor:
     return x.chunk(2, 1)[0].tanh()  # the other half: log standard deviations
 
 
+def load_agent(folder: Path, use_c: bool = True) -> Any:
+    """Return the agent of a folder that export.py wrote, by the agent.py in it."""
+    spec = importlib.util.spec_from_file_location("agent", folder / "agent.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Agent(folder, use_c)
+
+
 # <<< shared: forward
 
 
@@ -185,6 +199,10 @@ def network_of(flags: dict[str, Any], weights: dict[str, Tensor]) -> Network:
         layers[-1].weight, layers[-1].bias = layers[-1].weight[:actions], layers[-1].bias[:actions]
         obs = (layers[0].weight.shape[1], 1)
         return Network(ACTOR, TANH, layers, actions, obs, flags["env_id"])
+    if "conv.weight" in found:
+        layers = [layer("conv", side=8), layer("dense"), layer("output", False)]
+        obs, actions = (layers[0].weight.shape[1], 10), len(layers[-1].bias)
+        return Network(MINATAR, Q, layers, actions, obs, flags["env_id"])
     family = CNN if "conv1.weight" in found else IMPALA
     layers, side = [], 84
     if family == CNN:
@@ -1197,7 +1215,7 @@ import numpy as np
 
 HEADER, LAYER = struct.Struct("<4sHBBIIHHHHBB6x32s"), struct.Struct("<16sBBBBHHIIIII")
 FIELDS = "name size kernel relu stride pad side outputs inputs entries groups at".split()
-ACTOR, IMPALA, TYPES = 0, 2, (np.float32, np.float16, np.int8)
+ACTOR, IMPALA, MINATAR, TYPES = 0, 2, 3, (np.float32, np.float16, np.int8)
 FLAGS = ["-std=c99", "-O3", "-ffp-contract=fast", "-shared", "-fPIC"]
 
 
@@ -1256,6 +1274,13 @@ class Agent:
             heads = [self.data[64 + 44 * i :][:44].tobytes() for i in range(self.num_layers)]
             self._layers = [self._decode(dict(zip(FIELDS, LAYER.unpack(h)))) for h in heads]
         return self._layers
+
+    def describe(self):
+        """Return what evaluate.py wants to know: flags, and the weights by name."""
+        kind = {ACTOR: "actor", MINATAR: "minatar"}.get(self.family, "atari")
+        prefix = "actor." if self.family == ACTOR else ""
+        weights = {f"{prefix}{layer['name']}.weight": layer["weight"] for layer in self.layers()}
+        return {"env_id": self.env_id, "script": kind}, weights
 
     def _decode(self, layer):
         """Read the data of a layer."""
@@ -1371,6 +1396,8 @@ def observations(network: Network, count: int, seed: int, act: Any) -> np.ndarra
     """
     rng, found = np.random.default_rng(seed), list[np.ndarray]()
     envs: Any
+    if network.family == MINATAR:
+        return minatar_observations(network, count, seed, act)
     if network.family == ACTOR:
         known = network.env_id in gym.registry
         name = network.env_id if known else f"{network.env_id}-v5"
@@ -1394,6 +1421,23 @@ def observations(network: Network, count: int, seed: int, act: Any) -> np.ndarra
     return np.concatenate(found)[:count]
 
 
+def minatar_observations(network: Network, count: int, seed: int, act: Any) -> np.ndarray:
+    """Return the same of MinAtar, of one episode after another."""
+    logging.disable()  # it warns that without seaborn it cannot draw
+    from minatar import Environment
+
+    name = re.sub(r"^MinAtar/|-v[01]$|_", "", network.env_id).lower()
+    env = Environment(name.replace("spaceinvaders", "space_invaders"), random_seed=seed)
+    rng, moves, found = np.random.default_rng(seed), env.minimal_action_set(), []
+    for _ in range(count):
+        found.append(env.state().transpose(2, 0, 1).astype(np.uint8))
+        explore = rng.random() < 0.1
+        action = rng.integers(len(moves)) if explore else act(found[-1][None])[0]
+        if env.act(moves[action])[1]:
+            env.reset()
+    return np.stack(found)
+
+
 def export(run_dir: Path, out: Path, kind: str) -> tuple[Network, int, bytes]:
     """Write all files of an agent; return what was exported, units dropped, and agent.bin."""
     flags, weights = load_model(run_dir)
@@ -1405,15 +1449,6 @@ def export(run_dir: Path, out: Path, kind: str) -> tuple[Network, int, bytes]:
     (out / "agent.py").write_text(PY_AGENT)
     Program(network, kind, blob).write(out)
     return network, dropped, blob
-
-
-def load_agent(folder: Path, use_c: bool = True) -> Any:
-    """Return the agent of an exported folder, by its own agent.py."""
-    spec = importlib.util.spec_from_file_location("agent", folder / "agent.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Agent(folder, use_c)
 
 
 def compare(agent: Any, obs: np.ndarray, expected: np.ndarray) -> tuple[int, float]:
@@ -1439,14 +1474,15 @@ def write_onnx(flags: dict[str, Any], weights: dict[str, Tensor], path: Path) ->
         def forward(self, obs: Tensor) -> Tensor:
             """Return Q-values or mean actions."""
             own = {name.replace("/", "."): buffer for name, buffer in self.named_buffers()}
-            return mean_actions(own, obs) if actor else q_values(own, flags, obs / 255)
+            return mean_actions(own, obs) if actor else q_values(own, flags, obs / unit)
 
     actor = "actor.output.weight" in weights
-    obs = (
-        torch.zeros(1, weights["actor.dense1.weight"].shape[1])
-        if actor
-        else torch.zeros(1, 4, 84, 84)
+    first = next(
+        w for name, w in weights.items() if w.ndim > 1 and name.startswith("actor") == actor
     )
+    size: tuple[int, ...] = (10, 10) if "conv.weight" in weights else () if actor else (84, 84)
+    unit = 255 if 84 in size else 1
+    obs = torch.zeros(1, first.shape[1], *size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         names = {
@@ -1479,7 +1515,8 @@ def main(args: Args) -> None:
         """Return torch's Q-values or mean actions."""
         if network.family == ACTOR:
             return mean_actions(weights, torch.from_numpy(obs)).numpy()
-        return q_values(weights, flags, torch.from_numpy(obs) / 255).numpy()
+        pixels = torch.from_numpy(obs) / (1 if network.family == MINATAR else 255)
+        return q_values(weights, flags, pixels).numpy()
 
     print(f"{'layer':16} {'shape':>14} {'density':>8}  {'kernel':15} {'bytes':>9}")
     for layer in network.layers:
@@ -1492,6 +1529,8 @@ def main(args: Args) -> None:
     size, zipped = len(blob), len(zlib.compress(dense, 6))
     print(f"agent.bin ({kind}): {size:,} bytes; the network dense {len(dense):,} ", end="")
     print(f"({len(dense) / size:.1f}x), zipped {zipped:,} ({zipped / size:.1f}x)")
+    if args.onnx:
+        write_onnx(flags, weights, out / "agent.onnx")
     if args.observations:
         act = outputs if network.family == ACTOR else lambda obs: outputs(obs).argmax(1)
         obs = observations(network, args.observations, args.seed, act)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,54 +66,103 @@ def made(module: ModuleType, name: str, device: torch.device, **flags: Any) -> t
     return getattr(module, kind)(module.Args(**flags), 4, device), replay
 
 
-def tensors(agent: Any) -> dict[str, Tensor]:
-    """Return the tensors of an agent's state, on the CPU."""
+class Moved:
+    """A replay on the CPU, whose batches come to a device in the networks' type."""
+
+    def __init__(self, replay: Any, device: torch.device) -> None:
+        self.replay, self.device = replay, device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.replay, name)
+
+    def sample(self, batch_size: int) -> tuple[Tensor, ...]:
+        kinds = {True: torch.get_default_dtype(), False: None}
+        batch = self.replay.sample(batch_size)
+        return tuple(t.to(self.device, kinds[t.is_floating_point()]) for t in batch)
+
+    def prioritise(self, slots: Tensor, losses: Tensor) -> None:
+        self.replay.prioritise(slots.to(CPU), losses.detach().to(CPU).float())
+
+
+def learned(
+    module: ModuleType, name: str, device: torch.device, home: torch.device, **flags: Any
+) -> dict[str, Tensor]:
+    """Return an agent's tensors after six gradient steps on a device, from a replay at home; masks
+    change in between.
+    """
+    agent, replay = made(module, name, device, **flags)
+    if home != device:
+        replay = Moved(made(module, name, home, **flags)[1], device)
+    if name == "cql":
+        agent.prune([replay.sample(agent.args.batch_size)])
+    for done in range(6):
+        if done == 3 and name == "eaudeqn":
+            agent.update_target(agent.args.target_every)
+        if done == 3 and name == "eaudesac":
+            agent.choose_and_prune()
+        if name == "cql":
+            agent.captured_update(replay)
+            continue
+        ratio = agent.args.replay_ratio
+        before = math.floor(agent.args.learning_starts * ratio)
+        agent.learn(replay, math.ceil((agent.gradient_step + 1 + before) / ratio))
+        assert agent.gradient_step == done + 1
+    assert flags.get("compile", False) == (agent.graph is not None)
     state = agent.state_dict().items()
-    return {name: t.detach().to(CPU) for name, t in state if isinstance(t, Tensor)}
+    return {key: t.detach().to(CPU) for key, t in state if isinstance(t, Tensor)}
 
 
-@pytest.mark.parametrize("name", [name for name in AGENTS if name != "rainbow"])
-def test_updates_are_those_of_the_cpu(name: str, request: pytest.FixtureRequest) -> None:
-    """Six updates on the same batches, in float64; what comes out is equal to rounding."""
-    module = request.getfixturevalue(name)
-    results = []
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Networks of float64, in which equal means equal to rounding."""
     torch.set_default_dtype(torch.float64)
-    try:
-        _, replay = made(module, name, CPU)
-        batches = [replay.sample(32) for _ in range(6)]
-        for device in (GPU, CPU):
-            agent, _ = made(module, name, device)
-            for batch in batches:
-                parts = [t.double() if t.is_floating_point() else t for t in batch]
-                agent.update(*(part.to(device) for part in parts))
-            results.append(tensors(agent))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    ours, theirs = results
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """All tensors are equal to rounding in float64, and something is pruned."""
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
-        assert torch.allclose(tensor, theirs[key], rtol=1e-7, atol=1e-9), key
+        assert torch.allclose(tensor, theirs[key], rtol=1e-7, atol=1e-9, equal_nan=True), key
+    assert any((mask == 0).any() for key, mask in ours.items() if "mask" in key)
+
+
+@agents
+@pytest.mark.usefixtures("double")
+def test_updates_are_those_of_the_cpu(name: str, request: pytest.FixtureRequest) -> None:
+    module = request.getfixturevalue(name)
+    assert_close(*(learned(module, name, device, CPU) for device in (GPU, CPU)))
+
+
+@agents
+def test_float32_losses_are_those_of_the_cpu(name: str, request: pytest.FixtureRequest) -> None:
+    module = request.getfixturevalue(name)
+    ours, theirs = (learned(module, name, device, CPU)["latest"] for device in (GPU, CPU))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+@agents
+@pytest.mark.usefixtures("double")
+def test_a_captured_graph_does_what_eager_updates_do(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    """Replay, pruning and all, in float64."""
+    module = request.getfixturevalue(name)
+    assert_close(*(learned(module, name, GPU, GPU, compile=on) for on in (True, False)))
 
 
 @agents
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_captured_graph_does_what_eager_updates_do(
+def test_a_captured_graph_in_the_types_of_real_runs(
     name: str, precision: str, request: pytest.FixtureRequest
 ) -> None:
     """As close as kernels that add up in another order; one update is eager, the rest replays."""
-    module, latest = request.getfixturevalue(name), []
-    for on in (True, False):
-        agent, replay = made(module, name, GPU, compile=on, precision=precision)
-        for _ in range(6):
-            if name == "cql":
-                agent.captured_update(replay)
-            else:
-                ratio = agent.args.replay_ratio
-                before = math.floor(agent.args.learning_starts * ratio)
-                agent.learn(replay, math.ceil((agent.gradient_step + 1 + before) / ratio))
-        assert on == (agent.graph is not None)
-        latest.append(agent.latest.to(CPU))
-    torch.testing.assert_close(*latest, rtol=0.05, atol=0.05, equal_nan=True)
+    module, flags = request.getfixturevalue(name), {"precision": precision}
+    captured, eager = (learned(module, name, GPU, GPU, compile=on, **flags) for on in (True, False))
+    torch.testing.assert_close(
+        captured["latest"], eager["latest"], rtol=0.05, atol=0.05, equal_nan=True
+    )
 
 
 def test_masks_are_those_of_the_cpu(eaudeqn: ModuleType) -> None:
