@@ -127,12 +127,15 @@ class Training:
     eval_steps: Count = 27_000  # steps after which an episode of it is cut off
 
 
+Regulariser = Literal["none", "weight-decay", "l2-features", "redo", "reset"]
+
+
 @dataclass
 class Method:
     """The baselines; their defaults are the paper's."""
 
     pruner: Literal["gmp", "rigl", "set", "static", "lottery"] = "gmp"  # what makes it sparse
-    regulariser: Literal["none", "weight-decay", "l2-features", "redo", "reset"] = "none"  # plastic
+    regulariser: Regulariser = "none"  # what keeps the network able to learn
     lottery_mask: str = ""  # lottery: folder of a finished run of the same seed, network and sizes
     sparsity: Share = 0.95  # share of the prunable weights that is zero; lottery: the mask's
     prune_start: Share = 0.2  # gmp: share of the run's gradient steps at which pruning begins

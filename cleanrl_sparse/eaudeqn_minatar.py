@@ -3,7 +3,7 @@
 # dependencies = ["torch>=2.13", "numpy>=1.26", "minatar>=1.0.15", "tyro>=0.9",
 #                 "safetensors>=0.5", "tensorboard>=2.18", "tqdm>=4.66", "wandb>=0.18"]
 # ///
-"""Eau De Q-Network on MinAtar: a DQN that prunes itself at the pace of its learning, on one core.
+"""Eau De Q-Network on MinAtar: a DQN that prunes itself as fast as it learns.
 
 Paper: Vincent, Faust, Tripathi, Peters, D'Eramo, "Eau De Q-Network: Adaptive Distillation of
 Neural Networks in Deep Reinforcement Learning", 2025, arXiv 2503.01437. The games: Young and Tian,
@@ -131,8 +131,9 @@ class Args(Running, Training, Method):
     def __post_init__(self) -> None:
         """Refuse values that are not accepted, naming the flag."""
         check_ranges(self)
-        small = self.precision == "fp32" and not self.compile
-        require(small, "--precision, --compile: these networks are too small to gain by it")
+        text = "networks as small as these gain nothing by it"
+        require(self.precision == "fp32", f"--precision {self.precision}: {text}")
+        require(not self.compile, f"--compile: {text}")
         smallest = min(self.learning_starts, self.buffer_size)
         text = f"--learning-starts, --buffer-size {smallest}: at least --batch-size"
         require(smallest >= self.batch_size, f"{text}, {self.batch_size}")
