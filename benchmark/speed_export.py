@@ -7,8 +7,8 @@ Networks have a script's own random weights, pruned by magnitude with its ERK de
 real observations of random play. One thread, one observation at a time. Engines are measured in
 turn, in blocks of 25 different observations, and the median block is shown, because machines
 drift. "C" is a loop in C, all the others are called from Python; "agent.py" is the same C called
-from Python, "empty" what ONNX Runtime takes for a model that does nothing. The last columns are of a
-fresh process: its peak memory, and the time from its start to the first action.
+from Python, "empty" what ONNX Runtime takes for a model that does nothing. The last columns are of
+a fresh process: its peak memory, and the time from its start to the first action.
 
 Needs the extra `export`: pip install -e ".[export]".
 """
@@ -21,13 +21,11 @@ import itertools
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,10 +124,9 @@ def prepare(folder: Path, args: Args) -> None:
 
 def write_onnx(folder: Path, obs: np.ndarray) -> None:
     """Write the network as fp32.onnx, dynamic.onnx and static.onnx, each as small as it gets."""
+    import export
     import onnx
     from onnxruntime import quantization as q
-
-    import export
 
     flags, weights = export.load_model(folder)
     export.write_onnx(flags, weights, folder / "fp32.onnx")
@@ -220,12 +217,11 @@ def engine(name: str, folder: Path, obs: np.ndarray) -> Callable[[int, int], Any
             return lambda i, j: [session.run(None, {"x": x}) for _ in range(i, j)]
         inputs = [x[None].astype(np.float32) for x in obs]  # pixels are divided in the model
         return lambda i, j: [session.run(None, {"observation": x})[0].argmax() for x in inputs[i:j]]
+    import export
     import torch
 
-    import export
-
     torch.set_num_threads(1)
-    flags, weights = export.load_model(folder)
+    run_flags, weights = export.load_model(folder)
     actor = "actor.output.weight" in weights
     if how == "torch":
 
@@ -234,7 +230,7 @@ def engine(name: str, folder: Path, obs: np.ndarray) -> Callable[[int, int], Any
             with torch.inference_mode():
                 if actor:
                     return export.mean_actions(weights, batch).numpy()
-                return export.q_values(weights, flags, batch / 255).argmax()
+                return export.q_values(weights, run_flags, batch / 255).argmax()
 
         return lambda i, j: [one(x) for x in obs[i:j]]
     return scipy_engine(weights, actor, obs)
@@ -290,9 +286,11 @@ def child(args: Args) -> None:
     engine(args.child, folder, obs)(0, 1)
     with open("/proc/self/stat") as file:
         ticks = int(file.read().split(")")[1].split()[19])
+    with open("/proc/self/status") as file:
+        peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
     with open("/proc/uptime") as file:
         took = float(file.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
-    print(took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(took, peak)
 
 
 def measure(args: Args, network: str, sparsity: float, root: Path) -> None:
@@ -342,8 +340,10 @@ def main(args: Args) -> None:
     print(
         f"{platform.processor() or platform.machine()}, one thread, {args.blocks} blocks in turn\n"
     )
-    columns = ("network", "sparsity", "engine", "us per action", "x ORT fp32", "x ORT's best int8")
-    columns += ("file, kB", "peak MB", "first action, s")
+    columns = (
+        *("network", "sparsity", "engine", "us per action", "x ORT fp32", "x ORT's best int8"),
+        *("file, kB", "peak MB", "first action, s"),
+    )
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     with tempfile.TemporaryDirectory() as root:
         for network, sparsity in itertools.product(args.networks, args.sparsities):

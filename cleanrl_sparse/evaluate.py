@@ -19,6 +19,7 @@ pip install --no-deps minatar): sticky actions 0.1. MuJoCo: the policy's mean ac
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os

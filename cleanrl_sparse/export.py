@@ -188,7 +188,7 @@ def network_of(flags: dict[str, Any], weights: dict[str, Tensor]) -> Network:
     """Return the acting network of a run."""
     found = {name: tensor.float().numpy() for name, tensor in weights.items()}
 
-    def layer(name: str, relu: bool = True, prefix: str = "", **geometry: int) -> Layer:
+    def layer(name: str, relu: bool = True, prefix: str = "", **geometry: Any) -> Layer:
         weight, bias = found[f"{prefix}{name}.weight"], found[f"{prefix}{name}.bias"]
         return Layer(name, weight, bias, relu, **geometry)
 
@@ -274,7 +274,10 @@ def drop_units(network: Network) -> int:
 
 
 def choose_kernel(layer: Layer, first: bool) -> int:
-    """Return the fastest kernel: estimated cycles per action, fitted to docs/export.md's table."""
+    """Return the fastest kernel, by cycles per action as fitted to measurements (docs/export.md).
+
+    A dense one needs the room of all weights: it must be much faster.
+    """
     if layer.weight.ndim == 4:
         return DENSE_ROWS if layer.density > 0.35 else ROWS
     (outputs, inputs), entries = layer.weight.shape, np.count_nonzero(layer.weight)
@@ -282,8 +285,8 @@ def choose_kernel(layer: Layer, first: bool) -> int:
     cycles = {
         ROWS: 1.25 * entries + 10 * outputs,
         COLUMNS: 3 * inputs + active * (6 * inputs + 1.25 * entries),
-        DENSE_ROWS: outputs * (inputs / 8 + 8),
-        DENSE_COLUMNS: inputs * (3 + active * (outputs / 8 + 5)),
+        DENSE_ROWS: outputs * (inputs / 8 + 8) / 0.6,
+        DENSE_COLUMNS: inputs * (3 + active * (outputs / 8 + 5)) / 0.6,
     }
     return min(cycles, key=lambda kernel: cycles[kernel])
 
@@ -303,7 +306,7 @@ def encode(layer: Layer, kind: str) -> list[tuple[str, np.ndarray]]:
     if layer.kernel in (DENSE_ROWS, DENSE_COLUMNS):
         layer.entries, layer.groups = matrix.size, 0
         return [*parts, ("values", matrix)]
-    deltas, values = [], []
+    deltas, values, none = [], [], np.zeros(0, np.uint8)
     for line in matrix:
         (index,) = np.nonzero(line)
         gaps = np.diff(index, prepend=0)
@@ -325,8 +328,8 @@ def encode(layer: Layer, kind: str) -> list[tuple[str, np.ndarray]]:
     parts.append(("groups", np.stack([ordered[starts], counts], 1).astype(np.uint16)))
     if layer.kernel == COLUMNS:
         parts.append(("order", order.astype(np.uint16)))
-    parts.append(("deltas", np.concatenate([deltas[i] for i in order] or [np.uint8([])])))
-    parts.append(("values", np.concatenate([values[i] for i in order] or [matrix[:0, 0]])))
+    parts.append(("deltas", np.concatenate([*(deltas[i] for i in order), none])))
+    parts.append(("values", np.concatenate([*(values[i] for i in order), matrix[:0, 0]])))
     return parts
 
 
@@ -349,9 +352,9 @@ def write_weights(network: Network, kind: str) -> bytes:
         layer.bytes = place + len(data) - layer.at
         outputs, inputs = layer.weight.shape[:2]
         size = layer.weight.shape[2] if layer.weight.ndim == 4 else 0
-        fields = (size, layer.kernel, layer.relu, layer.stride, layer.pad, layer.side)
+        form = (size, layer.kernel, layer.relu, layer.stride, layer.pad, layer.side)
         counts = (outputs, inputs, layer.entries, layer.groups, layer.at)
-        heads += LAYER.pack(layer.name.encode(), *fields, *counts)
+        heads += LAYER.pack(layer.name.encode(), *form, *counts)
     body = heads + bytes(data) + bytes(64)  # vectors may read that far past the end
     fields = (len(network.layers), network.actions, *network.obs, list(TYPES).index(kind), 0)
     env_id = network.env_id.encode()[:32]
@@ -947,7 +950,8 @@ class Program:
             f"\n    /* {layer.name}: {inputs} to {outputs}, {layer.density:.1%} dense */",
             f"    memset({to}, 0, sizeof {to});",
             f"    {text};",
-            f"    finish({to}, {outputs}, w + {parts['scale']}, w + {parts['bias']}, {int(layer.relu)});",
+            f"    finish({to}, {outputs}, w + {parts['scale']}, w + {parts['bias']}, "
+            f"{int(layer.relu)});",
         ]
         return to
 
@@ -960,14 +964,14 @@ class Program:
         self.taps.append(
             f"    tap_offsets({offsets}, {shape[1]}, {shape[2]}, {layer.stride}, {pitch});\n"
         )
-        title = f"{channels} channels of {shape[2]}x{shape[2]}x{shape[1]} taps, {layer.density:.1%} dense"
-        self.lines.append(f"\n    /* {layer.name}: {title} */")
+        title = f"{channels} channels of {shape[2]}x{shape[2]}x{shape[1]} taps"
+        self.lines.append(f"\n    /* {layer.name}: {title}, {layer.density:.1%} dense */")
         if layer.kernel == ROWS:
             self.lines.append(f"    t = {self.table(layer)};")
             call = f"sparse_conv(&t, {source}, {offsets}, {length}, &s->scratch)"
         else:
-            call = f"dense_conv(w + {parts['values']}, c, {channels}, {taps}, {source}, {offsets}, {length},\n"
-            call += "                           &s->scratch)"
+            call = f"dense_conv(w + {parts['values']}, c, {channels}, {taps}, {source},\n"
+            call += f"                           {offsets}, {length}, &s->scratch)"
         scale = f"number(w + {parts['scale']}, c), number(w + {parts['bias']}, c)"
         self.lines += [
             f"    for (c = 0; c < {channels}; c++) {{",
@@ -978,7 +982,7 @@ class Program:
         ]
 
     def phases(self, layer: Layer) -> tuple[str, str]:
-        """Return the buffer that a convolution reads, and split()'s last arguments for channel c."""
+        """Return the buffer that a convolution reads, and split()'s last arguments."""
         channels, area = layer.weight.shape[1], (layer.pitch * layer.stride) ** 2
         name = self.buffer(f"{layer.id}_in", channels * area + 256)
         return name, f"{name} + c * {area}, {layer.stride}, {layer.pad}, {layer.pitch}"
@@ -1098,7 +1102,8 @@ typedef struct {{
         code += C_FRAMES if side == 84 else ""
         body = "\n".join(self.lines)
         declare = "    const unsigned char *w = s->weights;\n"
-        declare += "    float *plane;\n    lines t;\n    int c;\n" if convs else ""
+        declare += "    float *plane;\n    int c;\n" if convs else ""
+        declare += "    lines t;\n" if any(c.kernel == ROWS for c in convs) else ""
         if actor:
             code += "\nvoid agent_act(agent_state *s, const float *observation, float *action)\n{\n"
             code += f"{declare}    int a;\n{body}\n    for (a = 0; a < AGENT_ACTIONS; a++)\n"
@@ -1108,7 +1113,8 @@ typedef struct {{
             extra = {DISTRIBUTION: "    int a, i;\n", NORMALISED_Q: "    float norm;\n    int i;\n"}
             end = "    memcpy(s->q, s->output, sizeof s->q);\n    return s->q;\n"
             end = C_DISTRIBUTION if head == DISTRIBUTION else end
-            code += "\nconst float *agent_q_values(agent_state *s, const unsigned char *observation)\n{\n"
+            code += "\nconst float *agent_q_values(agent_state *s, "
+            code += "const unsigned char *observation)\n{\n"
             code += f"{declare}{extra.get(head, '')}{body}\n{end}}}\n{C_GREEDY}"
         (out / "agent.c").write_text(code)
         (out / "agent_weights.c").write_text(weights_table(self.blob))
@@ -1133,20 +1139,21 @@ C_HEADER = r"""/* @TITLE@: generated by export.py.
 /* The content of agent.bin, in agent_weights.c; or read the file. */
 extern const unsigned char *const agent_weights;
 
-/* Prepare a state; the weights must stay where they are. -1: they are damaged or another agent's. */
+/* Prepare a state. The weights must stay in place. -1: they are damaged, or another agent's. */
 int agent_init(agent_state *s, const unsigned char *weights, size_t size);
 size_t agent_state_size(void);
-
 @ACT@@FRAMES@
 #endif
 """
-C_Q_API = r"""/* Return the Q-values of AGENT_OBSERVATION bytes; they are valid until the next call. */
+C_Q_API = r"""
+/* Return the Q-values of AGENT_OBSERVATION bytes; they are valid until the next call. */
 const float *agent_q_values(agent_state *s, const unsigned char *observation);
 
 /* Return the action with the largest of them. */
 int agent_act(agent_state *s, const unsigned char *observation);
 """
-C_ACTOR_API = r"""/* Fill action [AGENT_ACTIONS], in [-1, 1], for an observation [AGENT_OBSERVATION]. */
+C_ACTOR_API = r"""
+/* Fill action [AGENT_ACTIONS], in [-1, 1], for an observation [AGENT_OBSERVATION]. */
 void agent_act(agent_state *s, const float *observation, float *action);
 """
 C_FRAMES_API = r"""
@@ -1192,7 +1199,7 @@ static const union {
 const unsigned char *const agent_weights = (const unsigned char *)table.rows;
 """
 
-PY_AGENT = r'''"""An exported agent, without torch: agent.c where there is a C compiler, otherwise NumPy.
+PY_AGENT = r'''"""An exported agent without torch: by agent.c if there is a C compiler, else by NumPy.
 
     agent = Agent()                   # of the folder that this file is in
     action = agent.act(observation)   # [4, 84, 84] uint8, or [O] float32 for an actor
@@ -1345,7 +1352,8 @@ def convolved(layer, x):
     x = np.pad(x, ((0, 0), (pad, end), (pad, end)))
     windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))
     windows = windows[:, ::stride, ::stride][:, :side, :side]
-    y = np.tensordot(layer["weight"], windows, ([1, 2, 3], [0, 3, 4])) + layer["bias"][:, None, None]
+    y = np.tensordot(layer["weight"], windows, ([1, 2, 3], [0, 3, 4]))
+    y += layer["bias"][:, None, None]
     return np.maximum(y, 0) if layer["relu"] else y
 
 
@@ -1358,13 +1366,15 @@ def pooled(x):
 
 def compiled(folder):
     """Return agent.c as a library, compiled once into the user's cache; None without a compiler."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    found = [os.environ.get("CC"), *map(shutil.which, ("cc", "gcc", "clang"))]
+    compiler = next(filter(None, found), None)
     if not compiler or not (folder / "agent.c").exists():
         return None
     processor = Path("/proc/cpuinfo")
     lines = processor.read_text().splitlines() if processor.exists() else [platform.processor()]
-    key = [platform.machine(), compiler, *FLAGS, *(x for x in lines if x.startswith(("flags", "Feat")))]
-    text = repr(key).encode() + (folder / "agent.h").read_bytes() + (folder / "agent.c").read_bytes()
+    features = [x for x in lines if x.startswith(("flags", "Feat"))]
+    text = repr([platform.machine(), compiler, FLAGS, features]).encode()
+    text += (folder / "agent.h").read_bytes() + (folder / "agent.c").read_bytes()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleanrl-sparse"
     library = cache / f"agent-{hashlib.sha256(text).hexdigest()[:32]}.so"
     if not library.exists():
@@ -1408,7 +1418,7 @@ def observations(network: Network, count: int, seed: int, act: Any) -> np.ndarra
     else:
         titles = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
         name = re.sub(r"^ALE/|(NoFrameskip)?(-v[45])?$|_", "", network.env_id).lower()
-        options = {"repeat_action_probability": 0.25, "noop_max": 0, "use_fire_reset": False}
+        options: Any = {"repeat_action_probability": 0.25, "noop_max": 0, "use_fire_reset": False}
         envs = AtariVectorEnv(titles[name], 8, **options)
     obs, _ = envs.reset(seed=seed)
     while 8 * len(found) < count:
@@ -1427,7 +1437,9 @@ def minatar_observations(network: Network, count: int, seed: int, act: Any) -> n
     from minatar import Environment
 
     name = re.sub(r"^MinAtar/|-v[01]$|_", "", network.env_id).lower()
-    env = Environment(name.replace("spaceinvaders", "space_invaders"), random_seed=seed)
+    env = Environment(name.replace("spaceinvaders", "space_invaders"))
+    env.seed(seed)
+    env.reset()
     rng, moves, found = np.random.default_rng(seed), env.minimal_action_set(), []
     for _ in range(count):
         found.append(env.state().transpose(2, 0, 1).astype(np.uint8))
@@ -1485,7 +1497,7 @@ def write_onnx(flags: dict[str, Any], weights: dict[str, Tensor], path: Path) ->
     obs = torch.zeros(1, first.shape[1], *size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        names = {
+        names: Any = {
             "input_names": ["observation"],
             "output_names": ["action" if actor else "q_values"],
         }
