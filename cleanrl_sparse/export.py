@@ -1199,7 +1199,7 @@ static const union {
 const unsigned char *const agent_weights = (const unsigned char *)table.rows;
 """
 
-PY_AGENT = r'''"""An exported agent without torch: by agent.c if there is a C compiler, else by NumPy.
+PY_AGENT = r'''"""An exported agent without torch: by agent.c where there is a compiler, else NumPy.
 
     agent = Agent()                   # of the folder that this file is in
     action = agent.act(observation)   # [4, 84, 84] uint8, or [O] float32 for an actor

@@ -1,0 +1,79 @@
+"""Make the table of the exported agents in agents/: returns, sparsity, size, time per action.
+
+    python benchmark/agents.py                        # 10 episodes each, as Markdown
+    python benchmark/agents.py --episodes 100 > agents/README.md
+
+agents/NAME/ has what export.py wrote: agent.bin, agent.c, agent.h and agent.py. agent_weights.c,
+the same bytes as agent.bin in C, is not kept there: `export.py` makes it, and so does --weights.
+Returns are evaluate.py's, sparsity is of what was exported, times are from Python on one thread.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "cleanrl_sparse"))
+
+
+@dataclass
+class Args:
+    """Flags."""
+
+    folder: Path = ROOT / "agents"  # with one folder per agent
+    episodes: int = 10  # to play with each (>= 1)
+    weights: bool = False  # only write each agent's agent_weights.c
+
+
+def row(folder: Path, episodes: int) -> str:
+    """Return an agent's row of the table."""
+    import export
+
+    command = [sys.executable, str(ROOT / "cleanrl_sparse/evaluate.py"), str(folder)]
+    command += ["--episodes", str(episodes)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"return (\S+), 95 % interval (\[.*?\])", text)
+    assert found, text
+    agent = export.load_agent(folder)
+    matrices = agent.describe()[1].values()
+    sparsity = 1 - sum(map(np.count_nonzero, matrices)) / sum(w.size for w in matrices)
+    obs = np.random.default_rng(0).integers(0, 2, (200, *agent.shape))
+    times = []
+    for x in obs:
+        start = time.perf_counter()
+        agent.act(x)
+        times.append(time.perf_counter() - start)
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    assert size <= 500_000, f"{folder}: {size:,} bytes; at most 500,000 go into the repository"
+    cells = [folder.name, agent.env_id, f"{found[1]} {found[2]}", f"{sparsity:.1%}"]
+    cells += [agent.type.__name__, f"{len(agent.data) / 1000:,.0f}"]
+    cells += [f"{np.median(times) * 1e6:.1f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(args: Args) -> None:
+    """Print the table."""
+    import export
+
+    folders = sorted(path.parent for path in args.folder.glob("*/agent.bin"))
+    if args.weights:
+        for folder in folders:
+            table = export.weights_table((folder / "agent.bin").read_bytes())
+            (folder / "agent_weights.c").write_text(table)
+        return
+    print("| agent | environment | return | sparsity | weights | kB | us per action |")
+    print("|---" * 7 + "|")
+    for folder in folders:
+        print(row(folder, args.episodes), flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=(__doc__ or "").partition("\n")[0]))

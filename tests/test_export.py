@@ -1,0 +1,443 @@
+"""Exported agents do what torch does, in C and in NumPy; the odd cases; damage is noticed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS, load_script, script_fixture
+from safetensors.torch import save_file
+
+export = script_fixture("export")
+evaluate = script_fixture("evaluate")
+
+pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+STRICT = ["-std=c99", "-O2", "-Wall", "-Wextra", "-pedantic", "-Werror"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def pruned(shape: tuple[int, ...], density: float, rng: np.random.Generator) -> torch.Tensor:
+    weight = rng.normal(0, np.prod(shape[1:]) ** -0.5, shape)
+    weight[np.abs(weight) < np.quantile(np.abs(weight), 1 - density)] = 0
+    return torch.from_numpy(weight).float()
+
+
+def write_run(
+    folder: Path, shapes: dict[str, tuple[int, ...]], density: float, **flags: Any
+) -> Any:
+    """Write a run's model with random weights; return them."""
+    rng = np.random.default_rng(0)
+    weights = {f"{name}.weight": pruned(shape, density, rng) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        weights[f"{name}.bias"] = torch.from_numpy(rng.normal(0, 0.05, shape[0])).float()
+    return save(folder, weights, **flags)
+
+
+def save(folder: Path, weights: dict[str, torch.Tensor], **flags: Any) -> dict[str, torch.Tensor]:
+    folder.mkdir(exist_ok=True)
+    flags = {"script": "dqn_atari_gmp.py", "env_id": "Breakout"} | flags
+    save_file(weights, folder / "model.safetensors", {"flags": json.dumps(flags)})
+    return weights
+
+
+def cnn(channels: int = 8, units: int = 64, actions: int = 4) -> dict[str, tuple[int, ...]]:
+    c = channels
+    shapes: dict[str, tuple[int, ...]] = {"conv1": (c, 4, 8, 8), "conv2": (2 * c, c, 4, 4)}
+    shapes["conv3"] = (2 * c, 2 * c, 3, 3)
+    return shapes | {"dense": (units, 242 * c), "output": (actions, units)}
+
+
+def impala(c: int = 4, units: int = 32, actions: int = 5) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i, (a, b) in enumerate(((4, c), (c, 2 * c), (2 * c, 2 * c)), 1):
+        shapes[f"stack{i}.entry"] = (b, a, 3, 3)
+        shapes |= {f"stack{i}.blocks.{j}": (b, b, 3, 3) for j in range(4)}
+    return shapes | {"dense": (units, 121 * 2 * c), "output": (actions, units)}
+
+
+def actor(units: int = 40, actions: int = 3, obs: int = 11) -> dict[str, tuple[int, ...]]:
+    shapes = {"dense1": (units, obs), "dense2": (units, units), "output": (2 * actions, units)}
+    return {f"actor.{name}": shape for name, shape in shapes.items()}
+
+
+def minatar(c: int = 4) -> dict[str, tuple[int, ...]]:
+    return {"conv": (16, c, 3, 3), "dense": (32, 1024), "output": (3, 32)}
+
+
+MINATAR = {"script": "dqn_minatar_gmp.py"}
+NETWORKS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
+    "cnn": (cnn(), {}),
+    "odd channels": (cnn(7, 61, 18), {}),
+    "one action": (cnn(4, 16, 1), {}),
+    "normalised": (cnn(), {"regulariser": "l2-features"}),
+    "impala": (impala(), {}),
+    "rainbow": (cnn(4, 32, 3 * 51), {"script": "rainbow_resnet_gmp.py"}),
+    "actor": (actor(), {"env_id": "Hopper", "script": "sac_mujoco_gmp.py"}),
+    "one dimension": (actor(24, 1, 3), {"env_id": "Pendulum-v1"}),
+    "minatar": (minatar(), MINATAR),
+}
+
+
+def observations(weights: dict[str, torch.Tensor], count: int) -> np.ndarray:
+    """Return frames with edges and flat areas, or numbers."""
+    rng = np.random.default_rng(1)
+    first = next(iter(weights.values()))
+    if first.ndim == 2:
+        return rng.normal(size=(count, first.shape[1])).astype(np.float32)
+    if first.shape[2:] == (3, 3) and "conv.weight" in weights:
+        return rng.integers(0, 2, (count, first.shape[1], 10, 10)).astype(np.uint8)
+    coarse = rng.integers(0, 256, (count, 4, 12, 12)) * (rng.random((count, 4, 12, 12)) < 0.5)
+    return coarse.repeat(7, 2).repeat(7, 3).astype(np.uint8)
+
+
+def reference(evaluate: ModuleType, folder: Path, obs: np.ndarray) -> np.ndarray:
+    """Return evaluate.py's outputs."""
+    flags, weights = evaluate.load_model(folder)
+    x = torch.from_numpy(obs)
+    with torch.no_grad():
+        if obs.ndim == 2:
+            return evaluate.mean_actions(weights, x).numpy()
+        return evaluate.q_values(
+            weights, flags, x / (1 if "conv.weight" in weights else 255)
+        ).numpy()
+
+
+def outputs(export: ModuleType, out: Path, obs: np.ndarray, use_c: bool = True) -> np.ndarray:
+    agent = export.load_agent(out, use_c)
+    assert bool(agent._library) == use_c
+    return np.stack([agent.q_values(x) for x in obs])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("kind", "density", "most"),
+    [("fp32", 0.05, 1e-5), ("fp32", 0.6, 1e-5), ("fp16", 0.1, 3e-3), ("int8", 0.1, 0.1)],
+)
+def test_agrees_with_torch(
+    name: str,
+    kind: str,
+    density: float,
+    most: float,
+    export: ModuleType,
+    evaluate: ModuleType,
+    tmp_path: Path,
+) -> None:
+    """C and NumPy; the large networks in C only where the sanitizers' test has them too."""
+    shapes, flags = NETWORKS[name]
+    weights = write_run(tmp_path / "run", shapes, density, **flags)
+    obs = observations(weights, 20)
+    expected = reference(evaluate, tmp_path / "run", obs)
+    most *= max(1, np.ptp(expected))
+    export.export(tmp_path / "run", tmp_path / "out", kind)
+    slow = outputs(export, tmp_path / "out", obs[:4], use_c=False)
+    assert np.abs(slow - expected[:4]).max() <= most
+    if kind == "fp32" or name in ("cnn", "actor", "minatar"):
+        found = outputs(export, tmp_path / "out", obs)
+        assert np.abs(found - expected).max() <= most
+        assert np.abs(found[:4] - slow).max() <= 1e-5
+
+
+def test_wide_gaps_empty_rows_and_a_zero_layer(
+    export: ModuleType, evaluate: ModuleType, tmp_path: Path
+) -> None:
+    """Gaps of 255, 256, 510, 511 and more; rows and columns without a weight."""
+    weights = write_run(tmp_path / "run", actor(1200, 2, 17), 0.5)
+    middle = torch.zeros(1200, 1200)
+    for row, index in enumerate(([0, 255, 510], [1, 257, 767], [511, 1022], [1199], [600, 856])):
+        middle[row, index] = torch.linspace(-1, 1, len(index)) + 2
+    weights["actor.dense2.weight"] = middle
+    for turn, matrix in enumerate((middle, middle.T.contiguous(), torch.zeros(1200, 1200))):
+        weights["actor.dense2.weight"] = matrix
+        weights["actor.dense2.bias"][:] = 0.3  # all fire
+        save(tmp_path / "run", weights)
+        obs = observations({"actor.dense1.weight": weights["actor.dense1.weight"]}, 20)
+        expected = reference(evaluate, tmp_path / "run", obs)
+        for kernel in (export.ROWS, export.COLUMNS):
+            export.choose_kernel, kept = (lambda *_, k=kernel: k), export.choose_kernel
+            network, _, _ = export.export(tmp_path / "run", tmp_path / "out", "fp32")
+            export.choose_kernel = kept
+            for use_c in (True, False):
+                found = outputs(export, tmp_path / "out", obs, use_c)
+                assert np.abs(found - expected).max() <= 1e-5
+            if turn == 2:
+                assert network.layers[1].entries == 0
+
+
+def test_encoding_by_hand(export: ModuleType) -> None:
+    """Row 0 has weights at 2 and 600: 2, then 598 = 255 + 255 + 88; row 1 has none."""
+    weight = np.zeros((2, 700), np.float32)
+    weight[0, [2, 600]] = 1.5, -2
+    parts = dict(export.encode(export.Layer("dense", weight, np.zeros(2)), "fp32"))
+    assert parts["deltas"].tolist() == [2, 255, 255, 88]
+    assert parts["values"].tolist() == [1.5, 0, 0, -2]
+    assert parts["groups"].tolist() == [[4, 1], [0, 1]]
+    layer = export.Layer("dense", weight.T, np.zeros(700), kernel=export.COLUMNS)
+    parts = dict(export.encode(layer, "int8"))
+    assert parts["order"].tolist() == [0] and parts["groups"].tolist() == [[4, 1]]
+    assert parts["values"].tolist() == [127, 0, 0, -127]
+    assert parts["scale"][[2, 600]] == pytest.approx([1.5 / 127, 2 / 127])
+
+
+def test_units_without_effect_are_left_out(
+    export: ModuleType, evaluate: ModuleType, tmp_path: Path
+) -> None:
+    """Unit 0 is read by nobody; unit 1 never fires; unit 2 fires only by its bias and stays."""
+    weights = write_run(tmp_path / "run", minatar(), 1.0, **MINATAR)
+    weights["dense.weight"][:, :64] = 0  # channel 0
+    weights["conv.weight"][1] = -weights["conv.weight"][1].abs()
+    weights["conv.bias"][1] = 0
+    weights["conv.weight"][2], weights["conv.bias"][2] = 0, 0.5
+    weights["output.weight"][:, 5] = 0
+    save(tmp_path / "run", weights, **MINATAR)
+    network, dropped, _ = export.export(tmp_path / "run", tmp_path / "out", "fp32")
+    assert dropped == 3 and [len(layer.bias) for layer in network.layers] == [14, 31, 3]
+    obs = observations(weights, 50)
+    expected = reference(evaluate, tmp_path / "run", obs)
+    assert np.abs(outputs(export, tmp_path / "out", obs) - expected).max() <= 1e-5
+
+
+def test_log_standard_deviations_are_left_out(export: ModuleType, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", actor(), 1.0)
+    network, _, _ = export.export(tmp_path / "run", tmp_path / "out", "fp32")
+    assert network.layers[-1].weight.shape == (3, 40)
+
+
+def test_a_mutated_weight_is_noticed(
+    export: ModuleType, evaluate: ModuleType, tmp_path: Path
+) -> None:
+    """Change one stored weight of each layer, with a CRC that fits: NumPy disagrees with torch."""
+    weights = write_run(tmp_path / "run", cnn(), 0.1)
+    for name in ("conv1", "conv2", "conv3", "dense"):
+        weights[f"{name}.bias"][:] = 0.5  # all units fire
+    save(tmp_path / "run", weights)
+    network, _, blob = export.export(tmp_path / "run", tmp_path / "out", "fp32")
+    obs = observations(weights, 8)
+    expected = reference(evaluate, tmp_path / "run", obs)
+    for layer in network.layers:
+        changed = bytearray(blob)
+        values = np.frombuffer(blob, np.float32, layer.entries, layer.parts["values"])
+        place = layer.parts["values"] + 4 * int(np.abs(values).argmax())
+        struct.pack_into("<f", changed, place, -struct.unpack_from("<f", changed, place)[0])
+        struct.pack_into("<I", changed, 12, zlib.crc32(changed[16:]))
+        (tmp_path / "out" / "agent.bin").write_bytes(changed)
+        found = outputs(export, tmp_path / "out", obs, use_c=False)
+        assert np.abs(found - expected).max() > 1e-5, layer.name
+        with pytest.raises(ValueError, match="made for another"):
+            export.load_agent(tmp_path / "out")
+
+
+def test_damage_is_refused_in_one_line(export: ModuleType, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", actor(), 0.2)
+    _, _, blob = export.export(tmp_path / "run", tmp_path / "out", "fp32")
+    for place in (20, 40, len(blob) // 2, len(blob) - 1):
+        changed = bytearray(blob)
+        changed[place] ^= 4
+        (tmp_path / "out" / "agent.bin").write_bytes(changed)
+        with pytest.raises(ValueError, match="CRC"):
+            export.load_agent(tmp_path / "out")
+    for cut in (blob[:30], blob[:-5]):
+        (tmp_path / "out" / "agent.bin").write_bytes(cut)
+        with pytest.raises(ValueError, match=r"too short|CRC"):
+            export.load_agent(tmp_path / "out")
+    command = [sys.executable, str(SCRIPTS / "evaluate.py"), str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert "agent.bin" in result.stderr
+
+
+MAIN = r"""
+#include <stdio.h>
+#include "agent.h"
+static agent_state state;
+int main(int argc, char **argv)
+{
+    static OBSERVATION obs[AGENT_OBSERVATION];
+    FILE *file = fopen(argv[argc - 1], "rb");
+    if (!file || agent_init(&state, agent_weights, AGENT_WEIGHTS_BYTES) != 0)
+        return 1;
+    while (fread(obs, sizeof obs, 1, file) == 1)
+        ACT
+    return fclose(file);
+}
+"""
+
+
+def run_program(
+    out: Path, obs: np.ndarray, compiler: list[str], before: tuple[str, ...] = ()
+) -> np.ndarray:
+    """Return what a C program with this agent prints for observations."""
+    act = 'printf("%d\\n", agent_act(&state, obs));'
+    if obs.ndim == 2:
+        act = "{ int i; float action[AGENT_ACTIONS]; agent_act(&state, obs, action);"
+        act += ' for (i = 0; i < AGENT_ACTIONS; i++) printf("%.6f ", action[i]); printf("\\n"); }'
+    code = MAIN.replace("ACT\n", act + "\n")
+    kind = "float" if obs.ndim == 2 else "unsigned char"
+    (out / "main.c").write_text(code.replace("OBSERVATION obs", f"{kind} obs"))
+    obs.tofile(out / "obs.bin")
+    files = ["main.c", "agent.c", "agent_weights.c", "-o", "program", "-lm"]
+    subprocess.run([compiler[0], *STRICT, *compiler[1:], *files], cwd=out, check=True)
+    command = [*before, "./program", "obs.bin"]
+    result = subprocess.run(command, cwd=out, check=True, capture_output=True, text=True)
+    assert not result.stderr
+    return np.array([line.split() for line in result.stdout.splitlines()], float)
+
+
+SANITIZERS = ["cc", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("odd channels", "fp32"),
+        ("odd channels", "int8"),
+        ("impala", "int8"),
+        ("rainbow", "fp16"),
+        ("normalised", "fp32"),
+        ("minatar", "fp16"),
+        ("one dimension", "fp32"),
+        ("actor", "fp16"),
+        ("actor", "int8"),
+    ],
+)
+def test_no_warnings_and_nothing_for_the_sanitizers(
+    name: str, kind: str, export: ModuleType, evaluate: ModuleType, tmp_path: Path
+) -> None:
+    shapes, flags = NETWORKS[name]
+    weights = write_run(tmp_path / "run", shapes, 0.1, **flags)
+    export.export(tmp_path / "run", tmp_path / "out", kind)
+    obs = observations(weights, 3)
+    for file in ("agent.c", "agent_weights.c"):
+        command = ["cc", *STRICT, "-c", file, "-o", "strict.o"]
+        subprocess.run(command, cwd=tmp_path / "out", check=True)
+    found = run_program(tmp_path / "out", obs, [*SANITIZERS, "-Wno-error"])
+    expected = outputs(export, tmp_path / "out", obs, use_c=False)
+    if obs.ndim == 2:
+        assert np.abs(found - expected).max() <= 2e-6
+    else:
+        assert found[:, 0].tolist() == expected.argmax(1).tolist()
+
+
+def test_push_frame_keeps_the_last_four(export: ModuleType, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", cnn(), 0.1)
+    export.export(tmp_path / "run", tmp_path / "out", "fp32")
+    (tmp_path / "out" / "frames.c").write_text(r"""
+#include <string.h>
+#include "agent.h"
+static agent_state s;
+int main(void)
+{
+    static unsigned char frame[84 * 84];
+    const unsigned char *stack;
+    int i;
+    if (agent_init(&s, agent_weights, AGENT_WEIGHTS_BYTES) != 0)
+        return 1;
+    for (i = 1; i < 7; i++) {
+        memset(frame, i, sizeof frame);
+        stack = agent_push_frame(&s, frame);
+    }
+    for (i = 0; i < AGENT_OBSERVATION; i++)
+        if (stack[i] != 3 + i / 7056)
+            return 2;
+    agent_new_episode(&s);
+    stack = agent_push_frame(&s, frame);
+    return stack[0] != 0 || stack[3 * 7056 - 1] != 0 || stack[3 * 7056] != 6;
+}
+""")
+    files = ["frames.c", "agent.c", "agent_weights.c", "-o", "frames", "-lm"]
+    subprocess.run([*SANITIZERS, *STRICT[:1], *files], cwd=tmp_path / "out", check=True)
+    assert subprocess.run(["./frames"], cwd=tmp_path / "out").returncode == 0
+
+
+def test_a_million_weights_compile_soon_in_little_memory(
+    export: ModuleType, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    blob = rng.integers(0, 256, 5_000_000, dtype=np.uint8).tobytes()  # fp32 and a byte each
+    header = (
+        "#define AGENT_H\n#include <stdint.h>\nextern const unsigned char *const agent_weights;"
+    )
+    (tmp_path / "agent.h").write_text(header)
+    (tmp_path / "agent_weights.c").write_text(export.weights_table(blob))
+    code = "import resource,subprocess;subprocess.run(['cc','-std=c99','-O2','-Wall','-Wextra',"
+    code += "'-pedantic','-Werror','-c','agent_weights.c'],check=True);"
+    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    start = time.process_time(), time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert time.perf_counter() - start[1] < 5
+    assert int(result.stdout) < 100_000  # kB
+    data = (tmp_path / "agent_weights.o").read_bytes()
+    assert blob[:4000] in data and blob[-4000:] in data
+
+
+def test_exports_and_evaluates_a_real_run(
+    export: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command; then evaluate.py plays the exported agent as it plays the run."""
+    script = load_script("sac_mujoco_gmp")
+    torch.manual_seed(0)
+    network = script.Actor(3, 1, 64, 2)
+    weights = {f"actor.{k}": p.detach() for k, p in network.named_parameters()}
+    save(tmp_path / "run", weights, env_id="Pendulum-v1", script="sac_mujoco_gmp.py")
+    export.main(export.Args(run_dir=tmp_path / "run", observations=200))
+    text = capsys.readouterr().out
+    assert "C: 200 of 200" in text and "NumPy: 200 of 200" in text
+    scores = []
+    for folder in ("run", "run/export"):
+        flags = ["--episodes", "2", "--steps", "50"]
+        command = [sys.executable, str(SCRIPTS / "evaluate.py"), str(tmp_path / folder), *flags]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        scores.append(next(x for x in result.stdout.splitlines() if x.startswith("return")))
+    assert scores[0] == scores[1]
+
+
+def test_onnx(export: ModuleType, evaluate: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    weights = write_run(tmp_path / "run", cnn(), 0.2)
+    export.write_onnx(*evaluate.load_model(tmp_path / "run"), tmp_path / "agent.onnx")
+    obs = observations(weights, 3)
+    session = runtime.InferenceSession(tmp_path / "agent.onnx")
+    found = [session.run(None, {"observation": x[None].astype(np.float32)})[0][0] for x in obs]
+    assert np.abs(np.stack(found) - reference(evaluate, tmp_path / "run", obs)).max() <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cnn", "odd channels", "impala", "rainbow", "actor", "minatar"])
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
+def test_other_processors(name: str, kind: str, export: ModuleType, tmp_path: Path) -> None:
+    """A Raspberry Pi's processor, emulated, acts alike; a Cortex-M's compiler accepts it."""
+    arm, qemu = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
+    bare = shutil.which("arm-none-eabi-gcc")
+    if not (arm and qemu and bare):
+        pytest.skip("needs gcc-aarch64-linux-gnu, qemu-user and gcc-arm-none-eabi")
+    shapes, flags = NETWORKS[name]
+    weights = write_run(tmp_path / "run", shapes, 0.1, **flags)
+    export.export(tmp_path / "run", tmp_path / "out", kind)
+    obs = observations(weights, 10)
+    found = run_program(tmp_path / "out", obs, [arm, "-static"], (qemu,))
+    expected = outputs(export, tmp_path / "out", obs)
+    if name == "actor":
+        assert np.abs(found - expected).max() <= 2e-6
+    else:
+        assert found[:, 0].tolist() == expected.argmax(1).tolist()
+    for file in ("agent.c", "agent_weights.c"):
+        machine = ["-mcpu=cortex-m7", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv5-d16"]
+        command = [bare, *machine, *STRICT, "-c", file, "-o", "bare.o"]
+        subprocess.run(command, cwd=tmp_path / "out", check=True)
