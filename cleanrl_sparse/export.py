@@ -279,7 +279,7 @@ def choose_kernel(layer: Layer, first: bool) -> int:
     A dense one needs the room of all weights: it must be much faster.
     """
     if layer.weight.ndim == 4:
-        return DENSE_ROWS if layer.density > 0.35 else ROWS
+        return DENSE_ROWS if layer.density > 0.6 else ROWS
     (outputs, inputs), entries = layer.weight.shape, np.count_nonzero(layer.weight)
     active = 1.0 if first else 0.5  # about half of the units fire
     cycles = {
@@ -339,7 +339,7 @@ LAYER = struct.Struct("<16sBBBBHHIIIII")  # 44 bytes, one for each layer after t
 
 def write_weights(network: Network, kind: str) -> bytes:
     """Return agent.bin; sets kernels and places of the layers."""
-    body, place = b"", HEADER.size + LAYER.size * len(network.layers)
+    place = HEADER.size + LAYER.size * len(network.layers)
     heads, data = b"", bytearray()
     for i, layer in enumerate(network.layers):
         layer.kernel = choose_kernel(layer, i == 0)
@@ -355,15 +355,12 @@ def write_weights(network: Network, kind: str) -> bytes:
         form = (size, layer.kernel, layer.relu, layer.stride, layer.pad, layer.side)
         counts = (outputs, inputs, layer.entries, layer.groups, layer.at)
         heads += LAYER.pack(layer.name.encode(), *form, *counts)
+    env_id, size = network.env_id.encode()[:32], HEADER.size + len(heads) + len(data) + 64
+    first = (b"CRSA", 1, network.family, network.head, size)
+    last = (len(network.layers), network.actions, *network.obs, list(TYPES).index(kind), 0, env_id)
     body = heads + bytes(data) + bytes(64)  # vectors may read that far past the end
-    fields = (len(network.layers), network.actions, *network.obs, list(TYPES).index(kind), 0)
-    env_id = network.env_id.encode()[:32]
-    size, crc = HEADER.size + len(body), 0
-    for crc in (0, 0):  # the checksum is of all that follows it, in two turns
-        head = HEADER.pack(b"CRSA", 1, network.family, network.head, size, crc, *fields, env_id)
-        crc = zlib.crc32(head[16:] + body)
-    head = HEADER.pack(b"CRSA", 1, network.family, network.head, size, crc, *fields, env_id)
-    return head + body
+    crc = zlib.crc32(HEADER.pack(*first, 0, *last)[16:] + body)
+    return HEADER.pack(*first, crc, *last) + body
 
 
 C_KERNELS = r"""
@@ -672,12 +669,13 @@ KERNEL float *dense_conv(const unsigned char *table, int channel, int channels, 
             sum[j / 3][j % 3] = zero;
         for (k = 0; k < taps; k++) {
             const float *from = in + offsets[k] + v * LANES;
+            const vec a = load(from), b = load(from + LANES), c = load(from + 2 * LANES);
             UNROLL
-            for (i = 0; i < 3; i++) {
-                const vec pixels = load(from + i * LANES);
-                UNROLL
-                for (j = 0; j < 4; j++)
-                    sum[j][i] += s->weight[4 * k + j] * pixels;
+            for (j = 0; j < 4; j++) {
+                const float weight = s->weight[4 * k + j];
+                sum[j][0] += weight * a;
+                sum[j][1] += weight * b;
+                sum[j][2] += weight * c;
             }
         }
         UNROLL
