@@ -770,19 +770,28 @@ KERNEL quad four(const unsigned char *table, int i)
 """,
 }
 C_POOL = r"""
-/* The largest of 3 x 3 pixels, at every second one, of an image of n x n pixels. */
+/* The largest of 3 x 3 pixels, at every second one, of an image of n x n pixels, n at most 84.
+   Beyond an edge the pixel at the edge stands: it is in the window anyway. */
 KERNEL void pool(const float *image, int pitch, int n, float *to, int side, int pad)
 {
-    int y, x, i, j;
-    for (y = 0; y < side; y++)
-        for (x = 0; x < side; x++) {
-            float most = -3e38f;
-            for (i = 2 * y - pad < 0 ? 0 : 2 * y - pad; i < 2 * y - pad + 3 && i < n; i++)
-                for (j = 2 * x - pad < 0 ? 0 : 2 * x - pad; j < 2 * x - pad + 3 && j < n; j++)
-                    if (image[i * pitch + j] > most)
-                        most = image[i * pitch + j];
-            to[y * side + x] = most;
+#define LARGER(a, b) ((a) > (b) ? (a) : (b))
+#define INSIDE(i) ((i) < 0 ? 0 : (i) < n ? (i) : n - 1)
+    int y, x;
+    for (y = 0; y < side; y++) {
+        const float *a = image + INSIDE(2 * y - pad) * pitch;
+        const float *b = image + (2 * y - pad + 1) * pitch;
+        const float *c = image + INSIDE(2 * y - pad + 2) * pitch;
+        float row[84];
+        for (x = 0; x < n; x++) {
+            const float most = LARGER(a[x], b[x]);
+            row[x] = LARGER(most, c[x]);
         }
+        for (x = 0; x < side; x++) {
+            const int i = 2 * x - pad;
+            const float most = LARGER(row[INSIDE(i)], row[i + 1]);
+            to[y * side + x] = LARGER(most, row[INSIDE(i + 2)]);
+        }
+    }
 }
 
 /* to = max(from, 0), n numbers. */
@@ -1487,9 +1496,8 @@ def write_onnx(flags: dict[str, Any], weights: dict[str, Tensor], path: Path) ->
             return mean_actions(own, obs) if actor else q_values(own, flags, obs / unit)
 
     actor = "actor.output.weight" in weights
-    first = next(
-        w for name, w in weights.items() if w.ndim > 1 and name.startswith("actor") == actor
-    )
+    firsts = ("actor.dense1", "conv", "conv1", "stack1.entry", "actor.output")
+    first = next(weights[f"{n}.weight"] for n in firsts if f"{n}.weight" in weights)
     size: tuple[int, ...] = (10, 10) if "conv.weight" in weights else () if actor else (84, 84)
     unit = 255 if 84 in size else 1
     obs = torch.zeros(1, first.shape[1], *size)

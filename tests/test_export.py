@@ -407,10 +407,12 @@ def test_exports_and_evaluates_a_real_run(
     assert scores[0] == scores[1]
 
 
-def test_onnx(export: ModuleType, evaluate: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["cnn", "impala", "actor", "minatar"])
+def test_onnx(name: str, export: ModuleType, evaluate: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
-    weights = write_run(tmp_path / "run", cnn(), 0.2)
+    shapes, flags = NETWORKS[name]
+    weights = write_run(tmp_path / "run", shapes, 0.2, **flags)
     export.write_onnx(*evaluate.load_model(tmp_path / "run"), tmp_path / "agent.onnx")
     obs = observations(weights, 3)
     session = runtime.InferenceSession(tmp_path / "agent.onnx")
