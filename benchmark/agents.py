@@ -64,6 +64,8 @@ def main(args: Args) -> None:
     import export
 
     folders = sorted(path.parent for path in args.folder.glob("*/agent.bin"))
+    if not folders:
+        sys.exit(f"agents.py: --folder {args.folder}: no folder with an agent.bin is in it")
     if args.weights:
         for folder in folders:
             table = export.weights_table((folder / "agent.bin").read_bytes())

@@ -158,11 +158,8 @@ class TrainingRun:
                 start = file.seek(max(0, os.path.getsize(file.name) - 65536))
                 lines = file.read().split(b"\n")[start > 0 : -1]  # first and last may be cut
             records = [json.loads(line) for line in lines]
-            step, speeds = (
-                records[-1]["step"],
-                [r["charts/SPS"] for r in records if "charts/SPS" in r],
-            )
-            speed = speeds[-1]
+            step = records[-1]["step"]
+            speed = [r["charts/SPS"] for r in records if "charts/SPS" in r][-1]
         except (OSError, LookupError, ValueError):
             return "just begun"
         hours, minutes = divmod(round((total - step) / max(speed, 1e-9) / 60), 60)

@@ -106,7 +106,7 @@ def prepare(folder: Path, args: Args) -> None:
 
     network = None
     for kind in ("fp32", "fp16", "int8"):
-        network, _, _ = export.export(folder, folder / kind, kind)
+        network, _, _ = export.export(*export.load_model(folder), folder / kind, kind)
     assert network
     path = folder / "obs.npy"
     if not path.exists():

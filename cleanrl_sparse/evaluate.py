@@ -164,6 +164,7 @@ class MinAtarGames:
         logging.disable()  # it warns that without seaborn it cannot draw
         from minatar import Environment
 
+        logging.disable(logging.NOTSET)
         name = re.sub(r"^MinAtar/|-v[01]$|_", "", env_id).lower()
         name = name.replace("spaceinvaders", "space_invaders")
         self.title = name.title().replace("_", "")
@@ -368,13 +369,13 @@ def main(args: Args) -> None:
         """Return the actions of all environments."""
         if agent and policy:
             return np.stack([agent.act(x) for x in obs])
-        inputs = torch.from_numpy(obs).to(args.device)
-        if policy:
-            return mean_actions(weights, inputs).cpu().numpy()
-        inputs = inputs if kind is MinAtarGames else inputs / 255
         if agent:
             greedy = np.array([agent.act(x) for x in obs])
         else:
+            inputs = torch.from_numpy(obs).to(args.device)
+            if policy:
+                return mean_actions(weights, inputs).cpu().numpy()
+            inputs = inputs if kind is MinAtarGames else inputs / 255
             greedy = q_values(weights, flags, inputs).argmax(1).cpu().numpy()
         explore = rng.random(len(obs)) < args.epsilon
         return np.where(explore, rng.integers(envs.num_actions, size=len(obs)), greedy)

@@ -1443,6 +1443,7 @@ def minatar_observations(network: Network, count: int, seed: int, act: Any) -> n
     logging.disable()  # it warns that without seaborn it cannot draw
     from minatar import Environment
 
+    logging.disable(logging.NOTSET)
     name = re.sub(r"^MinAtar/|-v[01]$|_", "", network.env_id).lower()
     env = Environment(name.replace("spaceinvaders", "space_invaders"))
     env.seed(seed)
@@ -1457,9 +1458,10 @@ def minatar_observations(network: Network, count: int, seed: int, act: Any) -> n
     return np.stack(found)
 
 
-def export(run_dir: Path, out: Path, kind: str) -> tuple[Network, int, bytes]:
+def export(
+    flags: dict[str, Any], weights: dict[str, Tensor], out: Path, kind: str
+) -> tuple[Network, int, bytes]:
     """Write all files of an agent; return what was exported, units dropped, and agent.bin."""
-    flags, weights = load_model(run_dir)
     network = network_of(flags, weights)
     dropped = drop_units(network)
     blob = write_weights(network, kind)
@@ -1524,10 +1526,13 @@ def main(args: Args) -> None:
     kind = "int8" if args.int8 else "fp16" if args.fp16 else "fp32"
     try:
         flags, weights = load_model(args.run_dir)
-        network, dropped, blob = export(args.run_dir, out, kind)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         line = f"no finished run is there ({str(error).splitlines()[0]})"
         require(False, f"{args.run_dir}: {line}")
+    try:
+        network, dropped, blob = export(flags, weights, out, kind)
+    except OSError as error:
+        require(False, f"--out {out}: cannot be written ({error})")
 
     def outputs(obs: np.ndarray) -> np.ndarray:
         """Return torch's Q-values or mean actions."""
@@ -1548,10 +1553,18 @@ def main(args: Args) -> None:
     print(f"agent.bin ({kind}): {size:,} bytes; the network dense {len(dense):,} ", end="")
     print(f"({len(dense) / size:.1f}x), zipped {zipped:,} ({zipped / size:.1f}x)")
     if args.onnx:
-        write_onnx(flags, weights, out / "agent.onnx")
+        try:
+            write_onnx(flags, weights, out / "agent.onnx")
+        except ImportError as error:
+            require(False, f"--onnx: {error}; pip install onnx")
     if args.observations:
         act = outputs if network.family == ACTOR else lambda obs: outputs(obs).argmax(1)
-        obs = observations(network, args.observations, args.seed, act)
+        try:
+            obs = observations(network, args.observations, args.seed, act)
+        except Exception as error:  # of many kinds: a missing package, an environment that is gone
+            text = " ".join(str(error).split())
+            hint = f"{out} is written; --observations 0 does without the comparison"
+            require(False, f"{network.env_id} cannot be played: {text} ({hint})")
         expected = np.concatenate(
             [outputs(part) for part in np.array_split(obs, -(-len(obs) // 50))]
         )

@@ -143,7 +143,7 @@ def test_agrees_with_torch(
     obs = observations(weights, 20)
     expected = reference(evaluate, tmp_path / "run", obs)
     most *= max(1, np.ptp(expected))
-    export.export(tmp_path / "run", tmp_path / "out", kind)
+    export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", kind)
     slow = outputs(export, tmp_path / "out", obs[:4], use_c=False)
     assert np.abs(slow - expected[:4]).max() <= most
     if kind == "fp32" or name in ("cnn", "actor", "minatar"):
@@ -169,7 +169,9 @@ def test_wide_gaps_empty_rows_and_a_zero_layer(
         expected = reference(evaluate, tmp_path / "run", obs)
         for kernel in (export.ROWS, export.COLUMNS):
             export.choose_kernel, kept = (lambda *_, k=kernel: k), export.choose_kernel
-            network, _, _ = export.export(tmp_path / "run", tmp_path / "out", "fp32")
+            network, _, _ = export.export(
+                *export.load_model(tmp_path / "run"), tmp_path / "out", "fp32"
+            )
             export.choose_kernel = kept
             for use_c in (True, False):
                 found = outputs(export, tmp_path / "out", obs, use_c)
@@ -204,7 +206,9 @@ def test_units_without_effect_are_left_out(
     weights["conv.weight"][2], weights["conv.bias"][2] = 0, 0.5
     weights["output.weight"][:, 5] = 0
     save(tmp_path / "run", weights, **MINATAR)
-    network, dropped, _ = export.export(tmp_path / "run", tmp_path / "out", "fp32")
+    network, dropped, _ = export.export(
+        *export.load_model(tmp_path / "run"), tmp_path / "out", "fp32"
+    )
     assert dropped == 3 and [len(layer.bias) for layer in network.layers] == [14, 31, 3]
     obs = observations(weights, 50)
     expected = reference(evaluate, tmp_path / "run", obs)
@@ -213,7 +217,7 @@ def test_units_without_effect_are_left_out(
 
 def test_log_standard_deviations_are_left_out(export: ModuleType, tmp_path: Path) -> None:
     write_run(tmp_path / "run", actor(), 1.0)
-    network, _, _ = export.export(tmp_path / "run", tmp_path / "out", "fp32")
+    network, _, _ = export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
     assert network.layers[-1].weight.shape == (3, 40)
 
 
@@ -225,7 +229,7 @@ def test_a_mutated_weight_is_noticed(
     for name in ("conv1", "conv2", "conv3", "dense"):
         weights[f"{name}.bias"][:] = 0.5  # all units fire
     save(tmp_path / "run", weights)
-    network, _, blob = export.export(tmp_path / "run", tmp_path / "out", "fp32")
+    network, _, blob = export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
     obs = observations(weights, 8)
     expected = reference(evaluate, tmp_path / "run", obs)
     for layer in network.layers:
@@ -243,7 +247,7 @@ def test_a_mutated_weight_is_noticed(
 
 def test_damage_is_refused_in_one_line(export: ModuleType, tmp_path: Path) -> None:
     write_run(tmp_path / "run", actor(), 0.2)
-    _, _, blob = export.export(tmp_path / "run", tmp_path / "out", "fp32")
+    _, _, blob = export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
     for place in (20, 40, len(blob) // 2, len(blob) - 1):
         changed = bytearray(blob)
         changed[place] ^= 4
@@ -319,7 +323,7 @@ def test_no_warnings_and_nothing_for_the_sanitizers(
 ) -> None:
     shapes, flags = NETWORKS[name]
     weights = write_run(tmp_path / "run", shapes, 0.1, **flags)
-    export.export(tmp_path / "run", tmp_path / "out", kind)
+    export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", kind)
     obs = observations(weights, 3)
     for file in ("agent.c", "agent_weights.c"):
         command = ["cc", *STRICT, "-c", file, "-o", "strict.o"]
@@ -334,7 +338,7 @@ def test_no_warnings_and_nothing_for_the_sanitizers(
 
 def test_push_frame_keeps_the_last_four(export: ModuleType, tmp_path: Path) -> None:
     write_run(tmp_path / "run", cnn(), 0.1)
-    export.export(tmp_path / "run", tmp_path / "out", "fp32")
+    export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
     (tmp_path / "out" / "frames.c").write_text(r"""
 #include <string.h>
 #include "agent.h"
@@ -431,7 +435,7 @@ def test_other_processors(name: str, kind: str, export: ModuleType, tmp_path: Pa
         pytest.skip("needs gcc-aarch64-linux-gnu, qemu-user and gcc-arm-none-eabi")
     shapes, flags = NETWORKS[name]
     weights = write_run(tmp_path / "run", shapes, 0.1, **flags)
-    export.export(tmp_path / "run", tmp_path / "out", kind)
+    export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", kind)
     obs = observations(weights, 10)
     found = run_program(tmp_path / "out", obs, [arm, "-static"], (qemu,))
     expected = outputs(export, tmp_path / "out", obs)
