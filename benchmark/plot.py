@@ -597,7 +597,7 @@ def title_of(facts: Row) -> str:
     own = [
         f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if key != "environment"
     ]
-    return ", ".join([*own, *filter(None, [facts.get("environment")])])
+    return "\n".join([*own, *filter(None, [facts.get("environment")])])
 
 
 def literal(text: str) -> str:
@@ -1055,7 +1055,7 @@ def number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     size = abs(value)
-    if not np.isfinite(value) or 0 < size < 0.01:
+    if not np.isfinite(value) or 1e-12 < size < 0.01:
         return f"{value:.2g}"
     digits = 0 if size >= 1000 or size == size // 1 else 1 if size >= 100 else 2 if size >= 1 else 3
     return f"{value:,.{digits}f}"
