@@ -377,7 +377,7 @@ def main(args: Args) -> None:
         # Learn and prune.
         agent.learn(replay, step)
         if not math.isfinite(agent.latest[0]):
-            kept = f"checkpoint {run.newest[:12] or 'none'} is kept"
+            kept = f"checkpoint kept: {run.newest[:12] or 'none'}"
             require(False, f"step {step}: the losses are {agent.latest[:1].tolist()}; {kept}", 1)
         # Target.
         if step % args.target_every == 0 and agent.gradient_step > 0 and not ended:
@@ -652,8 +652,15 @@ class Run:
 def require(accepted: bool, line: str, status: int = 2) -> None:
     """End with a line unless `accepted`: 2 is bad input, 1 a fault, 75 stopped and resumable."""
     if not accepted:
-        tqdm.write(f"{Path(__file__).name}: {line}", sys.stderr)
+        end_bars()
+        print(f"{Path(__file__).name}: {line}", file=sys.stderr)
         sys.exit(status)
+
+
+def end_bars() -> None:
+    """End the bars, so that what is printed next is the last line of the output."""
+    for bar in [*getattr(tqdm, "_instances", ())]:
+        bar.close()
 
 
 def check_ranges(args: Args) -> None:
@@ -734,6 +741,7 @@ def command_line() -> None:
         elif isinstance(error, OSError):
             about = ""
         else:
+            end_bars()
             raise  # a fault of ours, which deserves its traceback
         require(False, about + str(error).splitlines()[0], 1)
 

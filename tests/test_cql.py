@@ -901,7 +901,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     flags: dict[str, Any] = {"dataset": str(write_d4rl(tmp_path / "a.hdf5")), "env_id": "Hopper"}
     flags |= {"total_timesteps": 300, "batch_size": 8, "learning_rate": 1e30, "eval_episodes": 0}
     line = refused(capsys, cql.main, cql.Args(**flags, run_dir=str(tmp_path / "run")), status=1)
-    assert "step 100: the losses are [nan" in line and line.endswith("checkpoint none is kept")
+    assert "step 100: the losses are [nan" in line and line.endswith("checkpoint kept: none")
     assert not [*(tmp_path / "run" / "checkpoint").iterdir()]
 
 
@@ -930,4 +930,4 @@ def test_the_last_checkpoint_with_finite_losses_is_kept(
     line = refused(capsys, cql.main, cql.Args(**flags), status=1)
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoint").iterdir())
     assert [name[:13] for name in kept] == ["000000000100-", "000000000200-"]
-    assert "step 300: the losses are" in line and line.endswith("checkpoint 000000000200 is kept")
+    assert "step 300: the losses are" in line and line.endswith("checkpoint kept: 000000000200")

@@ -1089,7 +1089,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(script: str, tmp_path: Path) ->
         )
         assert "nan" in line or "inf" in line
         assert saved_steps(tmp_path / "run")[-1] == int(match[1]) - 1, "the last good one"
-        assert f"checkpoint {int(match[1]) - 1:012d} is kept" in line
+        assert f"checkpoint kept: {int(match[1]) - 1:012d}" in line
         again = run(script, "--resume run", cwd=tmp_path)
         assert again.status == 1 and again.complaints() == output.complaints(), (
             "the checkpoint can be used"
@@ -1099,7 +1099,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(script: str, tmp_path: Path) ->
         output = run(script, flags, "--run-dir other", cwd=tmp_path)
         assert output.status == 1 and not saved_steps(tmp_path / "other")
         (line,) = output.complaints()
-        assert "checkpoint none is kept" in line, "nothing is promised that is not there"
+        assert "checkpoint kept: none" in line, "nothing is promised that is not there"
 
     both(with_a_checkpoint_at_each_step, without_a_checkpoint)
 

@@ -1006,7 +1006,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
         module.main(module.Args(**flags))
     line = capsys.readouterr().err
     assert end.value.code == 1 and "step 26: the losses are" in line
-    assert "checkpoint none is kept" in line
+    assert "checkpoint kept: none" in line
 
 
 def test_a_lost_pair_is_replaced_at_the_next_choice(eaudesac: ModuleType) -> None:

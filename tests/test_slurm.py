@@ -179,7 +179,7 @@ def test_an_array_runs_each_run_once(cluster: Cluster, place: Place) -> None:
     for seed, folder in enumerate(folders, 1):
         assert_learned(folder)
         assert json.loads((folder / "args.json").read_text())["seed"] == seed
-        assert (folder / ".log").read_text().count("finished 300 steps") == 1
+        assert (folder / ".log").read_text().count('"status": "finished"') == 1
     again = place.call("launch once --backend slurm --time 30 --poll-seconds 1")
     assert "once: all 3 runs are done" in again.stdout and not place.jobs(again.stdout)
 
@@ -265,7 +265,7 @@ def test_a_failing_run_is_reported(cluster: Cluster, place: Place) -> None:
     launch = "launch faulty --backend slurm --time 30 --poll-seconds 1"
     output = place.call(launch, status=1)
     line = (bad / ".log").read_text().strip().splitlines()[-1]
-    assert line.startswith(f"{SCRIPT}.py: the losses became [inf, ")
+    assert line.startswith(f"{SCRIPT}.py: step 101: the losses are [inf, ")
     assert (
         f"launch.py: {bad.name} failed: {line}\n" in output.stderr
         and good.name not in output.stderr
