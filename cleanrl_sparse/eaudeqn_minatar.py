@@ -140,6 +140,10 @@ class Args(Running, Training, Method):
 
 
 # >>> shared: minatar-network
+CORNERS = 10 * np.arange(8)[:, None] + np.arange(8)  # the first cells of the 3 x 3 windows
+WINDOWS = CORNERS.ravel() + np.add.outer(10 * np.arange(3), np.arange(3)).reshape(9, 1)  # [9, 64]
+
+
 class QNetwork(nn.Module):
     """Q-values of a MinAtar game (Young and Tian 2019): a convolution and a dense layer."""
 
@@ -168,6 +172,16 @@ def q_values(parameters: list[Tensor], obs: Tensor) -> Tensor:
     x = torch.relu(torch.baddbmm(bias1[:, :, None], weight1.flatten(2), x))  # [K, 16, 8 * 8 * B]
     x = torch.relu(torch.baddbmm(bias2[:, :, None], weight2, x.view(k, -1, batch)))
     return torch.baddbmm(bias3[:, :, None], weight3, x)
+
+
+def greedy(network: QNetwork, obs: np.ndarray) -> int:
+    """Return a network's best action for obs [C, 10, 10]; for one state NumPy is faster."""
+    parameters = [p.detach().cpu().numpy() for p in network.parameters()]
+    weight1, bias1, weight2, bias2, weight3, bias3 = parameters
+    x = obs.reshape(-1, 100).take(WINDOWS, 1).reshape(-1, 64).astype(np.float32)  # [C * 9, 64]
+    x = np.maximum(weight1.reshape(len(weight1), -1) @ x + bias1[:, None], 0)
+    x = np.maximum(weight2 @ x.ravel() + bias2, 0)
+    return int((weight3 @ x + bias3).argmax())
 
 
 # <<< shared: minatar-network
@@ -307,14 +321,13 @@ class EauDeQN(nn.Module):
             odds = np.eye(len(odds))[self.best()]
         self.cumulative_odds = odds.cumsum()
 
-    @torch.no_grad()
     def act(self, obs: np.ndarray, epsilon: float) -> int:
         """Return an epsilon-greedy action for obs [C, 10, 10], by a network drawn."""
         if self.rng["act"].random() < epsilon:
             return int(self.rng["act"].integers(self.num_actions))
         drawn = self.rng["network"].random() * self.cumulative_odds[-1]
         network = self.online[int(self.cumulative_odds.searchsorted(drawn, "right"))]
-        return int(network(torch.from_numpy(obs[..., None]).to(self.device).float()).argmax())
+        return greedy(network, obs)
 
     def update(self, obs: Any, next_obs: Any, actions: Any, rewards: Any, terminated: Any) -> None:
         """Take one gradient step with all networks on a batch."""
@@ -514,22 +527,19 @@ def play_again(game: Game, replay: PackedReplay, run: Run, actions: bytes, obs: 
     require(same, "--resume: the game went another way; it takes the minatar of versions.json")
 
 
-@torch.no_grad()
-def evaluate(network: nn.Module, run: Run) -> dict[str, float]:
+def evaluate(network: QNetwork, run: Run) -> dict[str, float]:
     """Play --eval-episodes at epsilon 0.001; return what is logged of them."""
     n, seed = run.args.eval_episodes, (run.args.seed, 1)  # training's is (seed, 0)
     if n == 0:
         return {}
     game, rng, total = Game(run.args.env_id, seed), np.random.default_rng(seed), 0.0
-    device = next(network.parameters()).device
     with progress_bar(n, 0, "episode", "evaluating") as bar:
         for _ in range(n):
             game.begin()
             for _ in range(run.args.eval_steps):
-                obs = torch.from_numpy(game.obs[..., None]).to(device).float()
-                explore = rng.random() < 0.001
-                greedy = int(network(obs).argmax())
-                action = int(rng.integers(len(game.action_set))) if explore else greedy
+                action = greedy(network, game.obs)
+                if rng.random() < 0.001:
+                    action = int(rng.integers(len(game.action_set)))
                 reward, terminated = game.step(action)
                 total += reward
                 require(not run.stops, f"stopped; go on with --resume {run.path}", 75)

@@ -242,10 +242,22 @@ def test_which_network_acts(eau: ModuleType, behaviour: str, shares: list[float]
             network.output.weight.zero_()
             network.output.bias[k] = 1
     agent.accumulated_loss.copy_(torch.tensor([1.0, 4.0, np.nan, 1e30]))
-    (agent.to_host if hasattr(agent, "to_host") else agent.read_losses)()
+    agent.read_losses()
     obs = np.zeros((4, 10, 10), bool)
     actions = [agent.act(obs, 0.0) for _ in range(3000)]
     assert np.bincount(actions, minlength=4) / 3000 == pytest.approx(shares, abs=0.03)
+
+
+def test_the_greedy_action_is_that_of_the_largest_q_value(gmp: ModuleType) -> None:
+    """Also after the weights have changed in place."""
+    network = gmp.QNetwork(6, 5, gmp.Args(width=2, feature_size=24))
+    rng = np.random.default_rng(3)
+    for _ in range(2):
+        for p in network.parameters():
+            p.data.normal_()
+        states = rng.random((200, 6, 10, 10)) < 0.3
+        q = network(torch.from_numpy(states).permute(1, 2, 3, 0).float())  # [A, B]
+        assert [gmp.greedy(network, obs) for obs in states] == q.argmax(0).tolist()
 
 
 def test_both_scripts_evaluate_the_same_game(eau: ModuleType) -> None:
