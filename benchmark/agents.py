@@ -53,7 +53,8 @@ def row(folder: Path, episodes: int) -> str:
         times.append(time.perf_counter() - start)
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     assert size <= 500_000, f"{folder}: {size:,} bytes; at most 500,000 go into the repository"
-    cells = [folder.name, agent.env_id, f"{found[1]} {found[2]}", f"{sparsity:.1%}"]
+    game = "MinAtar/" * (agent.shape[-1] == 10 and len(agent.shape) == 3) + agent.env_id
+    cells = [folder.name, game, f"{found[1]} {found[2]}", f"{sparsity:.1%}"]
     cells += [agent.type.__name__, f"{len(agent.data) / 1000:,.0f}"]
     cells += [f"{np.median(times) * 1e6:.1f}"]
     return "| " + " | ".join(cells) + " |"

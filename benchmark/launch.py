@@ -257,11 +257,14 @@ def identity(script: str, flags: dict[str, str], known: dict[str, Flag]) -> str:
     return hashlib.sha256(json.dumps([script, sorted(other.items())]).encode()).hexdigest()[:12]
 
 
-def check_value(name: str, value: str, kind: str) -> None:
-    """Refuse a value that the script would not read."""
+def read_value(name: str, value: str, kind: str) -> str:
+    """Return a value as the script will get it: 1e6 steps as 1000000. Refuse what it would."""
     if value[:1] == "@":
-        return
-    if kind in WHOLE and not value.lstrip("+-").replace("_", "").isdecimal():
+        return value
+    if kind in WHOLE:
+        with suppress(ValueError):
+            if float(value) % 1 == 0:
+                return str(int(float(value)))
         refuse(f"--{name} {value}: must be an integer, such as 1000000")
     if kind in REAL:
         try:
@@ -272,6 +275,7 @@ def check_value(name: str, value: str, kind: str) -> None:
         options = ast.literal_eval(f"({kind[len('Literal[') : -1]},)")
         if value not in options:
             refuse(f"--{name} {value}: must be one of {', '.join(options)}")
+    return value
 
 
 def values_of(words: list[str], script: str, known: dict[str, Flag]) -> Lists:
@@ -289,8 +293,6 @@ def values_of(words: list[str], script: str, known: dict[str, Flag]) -> Lists:
             lists[name] = []
         elif not lists:
             refuse(f"{word}: expected --flag VALUE ... after the script")
-        elif word in lists[name]:
-            refuse(f"{word}: twice in --{name}")
         else:
             lists[name].append(word)
     for name, values in lists.items():
@@ -299,8 +301,10 @@ def values_of(words: list[str], script: str, known: dict[str, Flag]) -> Lists:
             refuse(f"--{name}: a switch, which takes no value")
         if not values and not switched:
             refuse(f"--{name}: a value is missing")
-        for value in values:
-            check_value(name, value, known[name].kind)
+        if values:
+            lists[name] = [read_value(name, value, known[name].kind) for value in values]
+        if twice := [value for value, times in Counter(lists[name]).items() if times > 1]:
+            refuse(f"{twice[0]}: twice in --{name}")
     return lists
 
 

@@ -71,12 +71,25 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from tyro.constructors import PrimitiveConstructorSpec
+
 
 # >>> shared: run-flags
+def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
+    """Return how a whole number is read, which may be written as 1e6."""
+
+    def read(words: list[str]) -> int:
+        if float(words[0]) % 1:
+            raise ValueError(f"{words[0]} is no whole number")
+        return int(float(words[0]))
+
+    return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
+
+
 # Types of flags: the smallest and the largest value, and what --help and messages say of them.
 ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
-Count = Annotated[int, (1, math.inf, "at least 1"), tyro.conf.arg(metavar="INT >= 1")]
-Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), tyro.conf.arg(metavar="INT >= 0")]
+Count = Annotated[int, (1, math.inf, "at least 1"), integer("INT >= 1")]
+Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), integer("INT >= 0")]
 Amount = Annotated[float, (0, LARGEST, "at least 0 and finite"), tyro.conf.arg(metavar="X >= 0")]
 Rate = Annotated[float, (ABOVE_0, LARGEST, "above 0 and finite"), tyro.conf.arg(metavar="X > 0")]
 Share = Annotated[float, (0, 1, "in [0, 1]"), tyro.conf.arg(metavar="X in [0, 1]")]

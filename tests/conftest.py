@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,9 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     the first one only.
 
     Of what test_runs.py does, some is slow too: all with the baselines, which have most in common
-    with dqn_atari_gmp; for the scripts that have most in common with another one, killing, three
-    environments and training alone. Killing and damaging is a suite of its own, `kill`; of the
-    scripts that have most in common with another one, sac_mujoco_gmp is killed there too.
+    with dqn_atari_gmp; all that trains for the scripts that have most in common with another one,
+    but for sac_mujoco_gmp. Killing and damaging is a suite of its own, `kill`.
     """
     alone = "test_one_file_alone_trains[eaudeqn_atari]"
     for item in items:
@@ -46,10 +46,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             f"{name}_gmp" in item.name
             for name in ("dqn_atari", "dqn_minatar", "sac_mujoco", "rainbow_resnet")
         )
-        costly = (
-            "broken_off" in getattr(item, "fixturenames", ())
-            or "_gmp-3" in item.name
-            or "alone" in item.name
+        names = {*getattr(item, "fixturenames", ())}
+        costly = names & {"straight", "broken_off"} or re.search(
+            "_gmp-3|alone|cut_off|when_the_target", item.name
         )
         if (
             "cql_offline_snip-3" in item.name
@@ -58,7 +57,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         ):
             item.add_marker(pytest.mark.skip(reason="it has one environment or none to train in"))
         shared = item.get_closest_marker("shared") and "eaudeqn_atari" not in item.name
-        names = {*getattr(item, "fixturenames", ())}
         damage = names & {"killed", "mended"} or "survives_a_signal" in item.name
         kills = damage or "broken_off" in names or item.get_closest_marker("kill")
         twin = twin and "sac_mujoco_gmp-1" not in item.name

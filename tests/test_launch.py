@@ -172,7 +172,7 @@ def test_the_same_run_has_one_id_however_it_is_written(place: Place) -> None:
     """Defaults given or not, other spellings of a number; a switch and other values make another
     run.
     """
-    flags = ["--ticks 6", "--rate 5e-1 --ticks 6 --seed 1", "--env-id Pong --ticks 6 --no-quiet"]
+    flags = ["--ticks 6", "--rate 5e-1 --ticks 6 --seed 1", "--env-id Pong --ticks 6e0 --no-quiet"]
     flags += ["--ticks 6 --quiet", "--ticks 7"]
     for i, words in enumerate(flags):
         place.add(str(i), *words.split())
@@ -563,11 +563,12 @@ def test_what_slurm_does_not_take_waits_for_a_later_launch(place: Place, tmp_pat
             "--seed=1: stand_in.py has no such flag; --seed is one, to be",
         ),
         (["add", "g", "a", "stand_in.py", "--seed", "1", "2", "1"], "1: twice in --seed"),
+        (["add", "g", "a", "stand_in.py", "--seed", "1e3", "1000"], "1000: twice in --seed"),
         (
             ["add", "g", "a", "stand_in.py", "--no-quiet", "1"],
             "--no-quiet: a switch, which takes no value",
         ),
-        (["add", "g", "a", "stand_in.py", "--seed", "1e6"], "--seed 1e6: must be an integer"),
+        (["add", "g", "a", "stand_in.py", "--seed", "1.5"], "--seed 1.5: must be an integer"),
         (["add", "g", "a", "stand_in.py", "--rate", "fast"], "--rate fast: must be a number"),
         (["add", "g", "a", "stand_in.py", "--kind", "c"], "--kind c: must be one of a, b"),
         (["add", "g", "a", "stand_in.py", "--seed"], "--seed: a value is missing"),
