@@ -359,7 +359,8 @@ def write_weights(network: Network, kind: str) -> bytes:
     first = (b"CRSA", 1, network.family, network.head, size)
     last = (len(network.layers), network.actions, *network.obs, list(TYPES).index(kind), 0, env_id)
     body = heads + bytes(data) + bytes(64)  # vectors may read that far past the end
-    crc = zlib.crc32(HEADER.pack(*first, 0, *last)[16:] + body)
+    head = HEADER.pack(*first, 0, *last)
+    crc = zlib.crc32(head[16:] + body, zlib.crc32(head[:12]))  # of all but itself
     return HEADER.pack(*first, crc, *last) + body
 
 
@@ -832,13 +833,13 @@ KERNEL void split_frame(const unsigned char *frame, int n, float unit, float *ph
 """
 
 C_INIT = r"""
-static uint32_t crc32(const unsigned char *bytes, size_t size)
+static uint32_t crc32(uint32_t crc, const unsigned char *bytes, size_t size)
 {
     static const uint32_t table[16] = {
         0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4,
         0x4db26158, 0x5005713c, 0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c,
         0x9b64c2b0, 0x86d3d2d4, 0xa00ae278, 0xbdbdf21c};
-    uint32_t crc = 0xffffffffu;
+    crc = ~crc;
     for (; size > 0; size--, bytes++) {
         crc = table[(crc ^ *bytes) & 15] ^ crc >> 4;
         crc = table[(crc ^ (uint32_t)*bytes >> 4) & 15] ^ crc >> 4;
@@ -849,7 +850,8 @@ static uint32_t crc32(const unsigned char *bytes, size_t size)
 int agent_init(agent_state *s, const unsigned char *weights, size_t size)
 {
     memset(s, 0, sizeof *s);
-    if (size != AGENT_WEIGHTS_BYTES || crc32(weights + 16, size - 16) != AGENT_CRC)
+    if (size != AGENT_WEIGHTS_BYTES
+        || crc32(crc32(0, weights, 12), weights + 16, size - 16) != AGENT_CRC)
         return -1;
     s->weights = weights;
 @TAPS@    return 0;
@@ -1245,7 +1247,7 @@ class Agent:
         self.num_layers, self.actions, channels, side, kind, _, env_id = rest
         if magic != b"CRSA" or version != 1:
             raise ValueError(f"{self.folder / 'agent.bin'}: no agent of version 1")
-        if size != len(self.data) or zlib.crc32(self.data[16:]) != crc:
+        if size != len(self.data) or zlib.crc32(self.data[16:], zlib.crc32(self.data[:12])) != crc:
             raise ValueError(f"{self.folder / 'agent.bin'}: damaged (its CRC does not fit)")
         self.env_id, self.type = env_id.rstrip(b"\0").decode(), TYPES[kind]
         self.shape = (channels, side, side) if self.family != ACTOR else (channels,)

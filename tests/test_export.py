@@ -237,7 +237,7 @@ def test_a_mutated_weight_is_noticed(
         values = np.frombuffer(blob, np.float32, layer.entries, layer.parts["values"])
         place = layer.parts["values"] + 4 * int(np.abs(values).argmax())
         struct.pack_into("<f", changed, place, -struct.unpack_from("<f", changed, place)[0])
-        struct.pack_into("<I", changed, 12, zlib.crc32(changed[16:]))
+        struct.pack_into("<I", changed, 12, zlib.crc32(changed[16:], zlib.crc32(changed[:12])))
         (tmp_path / "out" / "agent.bin").write_bytes(changed)
         found = outputs(export, tmp_path / "out", obs, use_c=False)
         assert np.abs(found - expected).max() > 1e-5, layer.name
@@ -248,9 +248,9 @@ def test_a_mutated_weight_is_noticed(
 def test_damage_is_refused_in_one_line(export: ModuleType, tmp_path: Path) -> None:
     write_run(tmp_path / "run", actor(), 0.2)
     _, _, blob = export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
-    for place in (20, 40, len(blob) // 2, len(blob) - 1):
+    for place in (6, 7, 8, 12, 20, 40, len(blob) // 2, len(blob) - 1):  # 6, 7: what kind it is
         changed = bytearray(blob)
-        changed[place] ^= 4
+        changed[place] ^= 1
         (tmp_path / "out" / "agent.bin").write_bytes(changed)
         with pytest.raises(ValueError, match="CRC"):
             export.load_agent(tmp_path / "out")
