@@ -1526,6 +1526,8 @@ def main(args: Args) -> None:
     """Export, compare and print."""
     out = args.out or args.run_dir / "export"
     kind = "int8" if args.int8 else "fp16" if args.fp16 else "fp32"
+    found = not args.onnx or importlib.util.find_spec("onnx")
+    require(bool(found), "--onnx: it needs the package onnx (pip install onnx)")
     try:
         flags, weights = load_model(args.run_dir)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -1555,10 +1557,7 @@ def main(args: Args) -> None:
     print(f"agent.bin ({kind}): {size:,} bytes; the network dense {len(dense):,} ", end="")
     print(f"({len(dense) / size:.1f}x), zipped {zipped:,} ({zipped / size:.1f}x)")
     if args.onnx:
-        try:
-            write_onnx(flags, weights, out / "agent.onnx")
-        except ImportError as error:
-            require(False, f"--onnx: {error}; pip install onnx")
+        write_onnx(flags, weights, out / "agent.onnx")
     if args.observations:
         act = outputs if network.family == ACTOR else lambda obs: outputs(obs).argmax(1)
         try:

@@ -424,6 +424,21 @@ def test_onnx(name: str, export: ModuleType, evaluate: ModuleType, tmp_path: Pat
     assert np.abs(np.stack(found) - reference(evaluate, tmp_path / "run", obs)).max() <= 1e-5
 
 
+def test_onnx_without_its_package_is_refused_in_one_line(
+    export: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_run(tmp_path / "run", actor(), 0.2)
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        export.main(export.Args(run_dir=tmp_path / "run", onnx=True))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "pip install onnx" in lines[0]
+    assert not (tmp_path / "run" / "export").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cnn", "odd channels", "impala", "rainbow", "actor", "minatar"])
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
