@@ -1267,6 +1267,7 @@ class Agent:
 
     def act(self, observation):
         """Return the greedy action, or the action vector of an actor."""
+        self._check(observation)
         if not self._library:
             values = self.q_values(observation)
             return values if self.family == ACTOR else int(values.argmax())
@@ -1276,6 +1277,7 @@ class Agent:
 
     def q_values(self, observation):
         """Return the Q-values [actions] (an actor: its action vector)."""
+        self._check(observation)
         if not self._library:
             return self._forward(np.asarray(observation, np.float32))
         if self.family == ACTOR:
@@ -1283,6 +1285,11 @@ class Agent:
         self._observation[...] = observation
         values = self._library.agent_q_values(*self._arguments)
         return np.ctypeslib.as_array(values, (self.actions,)).copy()
+
+    def _check(self, observation):
+        """Refuse what NumPy would stretch to the right shape: a single frame, a number."""
+        if np.shape(observation) != self.shape:
+            raise ValueError(f"observation {np.shape(observation)}: must be {self.shape}")
 
     def layers(self):
         """Return the layers as dictionaries, with dense `weight` and `bias`."""

@@ -264,6 +264,21 @@ def test_damage_is_refused_in_one_line(export: ModuleType, tmp_path: Path) -> No
     assert "agent.bin" in result.stderr
 
 
+@pytest.mark.parametrize("use_c", [True, False])
+def test_observations_of_another_shape_are_refused(
+    use_c: bool, export: ModuleType, tmp_path: Path
+) -> None:
+    """NumPy would stretch one frame to four, and one number to all."""
+    for name, wrong in (("cnn", [(84, 84), (1, 84, 84)]), ("actor", [(), (1,), (1, 11)])):
+        write_run(tmp_path / name, NETWORKS[name][0], 0.2)
+        export.export(*export.load_model(tmp_path / name), tmp_path / "out", "fp32")
+        agent = export.load_agent(tmp_path / "out", use_c)
+        for shape in wrong:
+            for method in (agent.act, agent.q_values):
+                with pytest.raises(ValueError, match="must be"):
+                    method(np.zeros(shape))
+
+
 MAIN = r"""
 #include <stdio.h>
 #include "agent.h"
