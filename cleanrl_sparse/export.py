@@ -1437,6 +1437,7 @@ def observations(network: Network, count: int, seed: int, act: Any) -> np.ndarra
         options: Any = {"repeat_action_probability": 0.25, "noop_max": 0, "use_fire_reset": False}
         envs = AtariVectorEnv(titles[name], 8, **options)
     obs, _ = envs.reset(seed=seed)
+    envs.action_space.seed(int(rng.integers(2**31)))  # not the numbers that rng gives
     while 8 * len(found) < count:
         found.append(np.array(obs, np.float32 if network.family == ACTOR else np.uint8))
         actions = act(found[-1])

@@ -426,6 +426,17 @@ def test_exports_and_evaluates_a_real_run(
     assert scores[0] == scores[1]
 
 
+@pytest.mark.parametrize("name", ["cnn", "one dimension"])
+def test_a_seed_gives_the_same_observations(name: str, export: ModuleType, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", NETWORKS[name][0], 0.2, **NETWORKS[name][1])
+    network = export.network_of(*export.load_model(tmp_path / "run"))
+    still = np.zeros(8, int) if name == "cnn" else np.zeros((8, 1))
+    first, again, other = (
+        export.observations(network, 240, seed, lambda _: still.copy()) for seed in (1, 1, 2)
+    )
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
 @pytest.mark.parametrize("name", ["cnn", "impala", "actor", "minatar"])
 def test_onnx(name: str, export: ModuleType, evaluate: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
