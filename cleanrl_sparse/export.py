@@ -1356,7 +1356,8 @@ class Agent:
             x = layer["weight"] @ x.ravel() + layer["bias"]
             x = np.maximum(x, 0) if layer["relu"] else x
         if self.head == 2:
-            x = np.exp(x.reshape(-1, 51) - x.max())
+            x = x.reshape(-1, 51)
+            x = np.exp(x - x.max(1, keepdims=True))
             x = (x / x.sum(1, keepdims=True)) @ np.linspace(-10, 10, 51, dtype=np.float32)
         return np.tanh(x) if self.family == ACTOR else x
 

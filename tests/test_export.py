@@ -215,6 +215,19 @@ def test_units_without_effect_are_left_out(
     assert np.abs(outputs(export, tmp_path / "out", obs) - expected).max() <= 1e-5
 
 
+def test_distributions_far_apart(export: ModuleType, evaluate: ModuleType, tmp_path: Path) -> None:
+    """Of actions whose logits differ by 200: each has a softmax of its own."""
+    shapes, flags = NETWORKS["rainbow"]
+    weights = write_run(tmp_path / "run", shapes, 0.2, **flags)
+    weights["output.bias"][51:] -= 200
+    save(tmp_path / "run", weights, **flags)
+    export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
+    obs = observations(weights, 3)
+    expected = reference(evaluate, tmp_path / "run", obs)
+    for use_c in (True, False):
+        assert np.abs(outputs(export, tmp_path / "out", obs, use_c) - expected).max() <= 1e-4
+
+
 def test_log_standard_deviations_are_left_out(export: ModuleType, tmp_path: Path) -> None:
     write_run(tmp_path / "run", actor(), 1.0)
     network, _, _ = export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
