@@ -364,6 +364,21 @@ def test_no_warnings_and_nothing_for_the_sanitizers(
         assert found[:, 0].tolist() == expected.argmax(1).tolist()
 
 
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+def test_a_program_in_cpp_links(export: ModuleType, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", actor(), 0.2)
+    export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
+    code = '#include "agent.h"\nstatic agent_state state;\nint main()\n'
+    code += "{ return agent_init(&state, agent_weights, AGENT_WEIGHTS_BYTES); }\n"
+    (tmp_path / "out" / "main.cpp").write_text(code)
+    for command in (
+        ["cc", "-c", "agent.c", "agent_weights.c"],
+        ["c++", "-Wall", "-Wextra", "-Werror", "main.cpp", "agent.o", "agent_weights.o", "-lm"],
+        ["./a.out"],
+    ):
+        subprocess.run(command, cwd=tmp_path / "out", check=True)
+
+
 def test_push_frame_keeps_the_last_four(export: ModuleType, tmp_path: Path) -> None:
     write_run(tmp_path / "run", cnn(), 0.1)
     export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
