@@ -1228,6 +1228,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import struct
 import subprocess
@@ -1407,7 +1408,7 @@ def compiled(folder):
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as place:
                 for extra in (["-march=native"], []):
-                    command = [compiler, *FLAGS, *extra, str(folder / "agent.c")]
+                    command = [*shlex.split(compiler), *FLAGS, *extra, str(folder / "agent.c")]
                     command += ["-o", f"{place}/agent.so", "-lm"]
                     if subprocess.run(command, capture_output=True).returncode == 0:
                         os.replace(f"{place}/agent.so", library)

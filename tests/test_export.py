@@ -292,6 +292,17 @@ def test_observations_of_another_shape_are_refused(
                     method(np.zeros(shape))
 
 
+def test_the_compiler_may_have_flags(
+    export: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "run", actor(), 0.2)
+    export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
+    monkeypatch.setenv("CC", "cc -g0")
+    assert export.load_agent(tmp_path / "out")._library
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert not export.load_agent(tmp_path / "out")._library
+
+
 MAIN = r"""
 #include <stdio.h>
 #include "agent.h"
