@@ -342,6 +342,8 @@ def write_weights(network: Network, kind: str) -> bytes:
     place = HEADER.size + LAYER.size * len(network.layers)
     heads, data = b"", bytearray()
     for i, layer in enumerate(network.layers):
+        most = max(len(layer.bias), layer.weight[0].size)
+        require(most < 65536, f"{layer.name}: {most:,} inputs or outputs; at most 65,535 go")
         layer.kernel = choose_kernel(layer, i == 0)
         layer.at, layer.parts = place + len(data), {}
         for name, part in encode(layer, kind):

@@ -228,6 +228,17 @@ def test_distributions_far_apart(export: ModuleType, evaluate: ModuleType, tmp_p
         assert np.abs(outputs(export, tmp_path / "out", obs, use_c) - expected).max() <= 1e-4
 
 
+def test_more_inputs_than_16_bits_count_are_refused(
+    export: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes: Any = {"conv": (1025, 4, 3, 3), "dense": (2, 65_600), "output": (3, 2)}
+    write_run(tmp_path / "run", shapes, 1.0, **MINATAR)
+    with pytest.raises(SystemExit):
+        export.main(export.Args(run_dir=tmp_path / "run"))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "65,535" in lines[0]
+
+
 def test_log_standard_deviations_are_left_out(export: ModuleType, tmp_path: Path) -> None:
     write_run(tmp_path / "run", actor(), 1.0)
     network, _, _ = export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
