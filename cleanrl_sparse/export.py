@@ -1490,6 +1490,7 @@ def export(
     out.mkdir(parents=True, exist_ok=True)
     (out / "agent.bin").write_bytes(blob)
     (out / "agent.py").write_text(PY_AGENT)
+    (out / "agent.onnx").unlink(missing_ok=True)  # of what was exported here before
     Program(network, kind, blob).write(out)
     return network, dropped, blob
 

@@ -239,6 +239,16 @@ def test_more_inputs_than_16_bits_count_are_refused(
     assert len(lines) == 1 and "65,535" in lines[0]
 
 
+def test_another_export_leaves_nothing_of_the_one_before(
+    export: ModuleType, tmp_path: Path
+) -> None:
+    write_run(tmp_path / "run", actor(), 0.2)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "agent.onnx").touch()
+    export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
+    assert not (tmp_path / "out" / "agent.onnx").exists()
+
+
 def test_log_standard_deviations_are_left_out(export: ModuleType, tmp_path: Path) -> None:
     write_run(tmp_path / "run", actor(), 1.0)
     network, _, _ = export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
