@@ -158,7 +158,8 @@ def test_wide_gaps_empty_rows_and_a_zero_layer(
     """Gaps of 255, 256, 510, 511 and more; rows and columns without a weight."""
     weights = write_run(tmp_path / "run", actor(1200, 2, 17), 0.5)
     middle = torch.zeros(1200, 1200)
-    for row, index in enumerate(([0, 255, 510], [1, 257, 767], [511, 1022], [1199], [600, 856])):
+    rows = [0, 255, 510], [1, 257, 767], [511, 1022], [1199], [600, 856], [200, 400, 600, 800, 1000]
+    for row, index in enumerate(rows):
         middle[row, index] = torch.linspace(-1, 1, len(index)) + 2
     weights["actor.dense2.weight"] = middle
     for turn, matrix in enumerate((middle, middle.T.contiguous(), torch.zeros(1200, 1200))):
