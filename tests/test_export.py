@@ -216,6 +216,25 @@ def test_units_without_effect_are_left_out(
     assert np.abs(outputs(export, tmp_path / "out", obs) - expected).max() <= 1e-5
 
 
+def test_units_of_impala_that_fire_at_large_inputs_alone_stay(
+    export: ModuleType, evaluate: ModuleType, tmp_path: Path
+) -> None:
+    """Inside, inputs have no upper bound: units that need one of 50 are not left out."""
+    weights = write_run(tmp_path / "run", impala(), 1.0)
+    weights["stack1.entry.bias"][:], weights["stack3.entry.bias"][:] = 100, 100
+    for name in ("stack1.blocks.0", "dense"):
+        weights[f"{name}.weight"][:] = 0
+        weights[f"{name}.weight"].flatten(1)[:, 4] = 1  # of a kernel: its middle
+        weights[f"{name}.bias"][:] = -50
+    save(tmp_path / "run", weights)
+    _, dropped, _ = export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
+    assert dropped == 0
+    obs = observations(weights, 2)
+    expected = reference(evaluate, tmp_path / "run", obs)
+    found = outputs(export, tmp_path / "out", obs, use_c=False)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
 def test_distributions_far_apart(export: ModuleType, evaluate: ModuleType, tmp_path: Path) -> None:
     """Of actions whose logits differ by 200: each has a softmax of its own."""
     shapes, flags = NETWORKS["rainbow"]
