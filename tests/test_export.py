@@ -196,6 +196,26 @@ def test_encoding_by_hand(export: ModuleType) -> None:
     assert parts["scale"][[2, 600]] == pytest.approx([1.5 / 127, 2 / 127])
 
 
+def test_int8_rounds_to_the_nearest(export: ModuleType) -> None:
+    """1.6 is 101.6 steps of 2 / 127."""
+    layer = export.Layer("dense", np.float32([[1.6, -2]]), np.zeros(1), kernel=export.DENSE_ROWS)
+    assert dict(export.encode(layer, "int8"))["values"].tolist() == [[102, -127]]
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8"])
+@pytest.mark.parametrize("kernel", ["ROWS", "COLUMNS", "DENSE_ROWS", "DENSE_COLUMNS"])
+def test_every_kernel_reads_every_type(
+    kernel: str, kind: str, export: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C agrees with NumPy closely; with torch it cannot."""
+    weights = write_run(tmp_path / "run", actor(60), 0.5)
+    monkeypatch.setattr(export, "choose_kernel", lambda *_: getattr(export, kernel))
+    export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", kind)
+    obs = observations(weights, 20)
+    found, slow = (outputs(export, tmp_path / "out", obs, use_c) for use_c in (True, False))
+    assert np.abs(found - slow).max() <= 1e-6
+
+
 def test_units_without_effect_are_left_out(
     export: ModuleType, evaluate: ModuleType, tmp_path: Path
 ) -> None:
