@@ -158,7 +158,8 @@ def test_wide_gaps_empty_rows_and_a_zero_layer(
     """Gaps of 255, 256, 510, 511 and more; rows and columns without a weight."""
     weights = write_run(tmp_path / "run", actor(1200, 2, 17), 0.5)
     middle = torch.zeros(1200, 1200)
-    for row, index in enumerate(([0, 255, 510], [1, 257, 767], [511, 1022], [1199], [600, 856])):
+    rows = [0, 255, 510], [1, 257, 767], [511, 1022], [1199], [600, 856], [200, 400, 600, 800, 1000]
+    for row, index in enumerate(rows):
         middle[row, index] = torch.linspace(-1, 1, len(index)) + 2
     weights["actor.dense2.weight"] = middle
     for turn, matrix in enumerate((middle, middle.T.contiguous(), torch.zeros(1200, 1200))):
@@ -195,6 +196,26 @@ def test_encoding_by_hand(export: ModuleType) -> None:
     assert parts["scale"][[2, 600]] == pytest.approx([1.5 / 127, 2 / 127])
 
 
+def test_int8_rounds_to_the_nearest(export: ModuleType) -> None:
+    """1.6 is 101.6 steps of 2 / 127."""
+    layer = export.Layer("dense", np.float32([[1.6, -2]]), np.zeros(1), kernel=export.DENSE_ROWS)
+    assert dict(export.encode(layer, "int8"))["values"].tolist() == [[102, -127]]
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8"])
+@pytest.mark.parametrize("kernel", ["ROWS", "COLUMNS", "DENSE_ROWS", "DENSE_COLUMNS"])
+def test_every_kernel_reads_every_type(
+    kernel: str, kind: str, export: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C agrees with NumPy closely; with torch it cannot."""
+    weights = write_run(tmp_path / "run", actor(60), 0.5)
+    monkeypatch.setattr(export, "choose_kernel", lambda *_: getattr(export, kernel))
+    export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", kind)
+    obs = observations(weights, 20)
+    found, slow = (outputs(export, tmp_path / "out", obs, use_c) for use_c in (True, False))
+    assert np.abs(found - slow).max() <= 1e-6
+
+
 def test_units_without_effect_are_left_out(
     export: ModuleType, evaluate: ModuleType, tmp_path: Path
 ) -> None:
@@ -213,6 +234,59 @@ def test_units_without_effect_are_left_out(
     obs = observations(weights, 50)
     expected = reference(evaluate, tmp_path / "run", obs)
     assert np.abs(outputs(export, tmp_path / "out", obs) - expected).max() <= 1e-5
+
+
+def test_units_of_impala_that_fire_at_large_inputs_alone_stay(
+    export: ModuleType, evaluate: ModuleType, tmp_path: Path
+) -> None:
+    """Inside, inputs have no upper bound: units that need one of 50 are not left out."""
+    weights = write_run(tmp_path / "run", impala(), 1.0)
+    weights["stack1.entry.bias"][:], weights["stack3.entry.bias"][:] = 100, 100
+    for name in ("stack1.blocks.0", "dense"):
+        weights[f"{name}.weight"][:] = 0
+        weights[f"{name}.weight"].flatten(1)[:, 4] = 1  # of a kernel: its middle
+        weights[f"{name}.bias"][:] = -50
+    save(tmp_path / "run", weights)
+    _, dropped, _ = export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
+    assert dropped == 0
+    obs = observations(weights, 2)
+    expected = reference(evaluate, tmp_path / "run", obs)
+    found = outputs(export, tmp_path / "out", obs, use_c=False)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_distributions_far_apart(export: ModuleType, evaluate: ModuleType, tmp_path: Path) -> None:
+    """Of actions whose logits differ by 200: each has a softmax of its own."""
+    shapes, flags = NETWORKS["rainbow"]
+    weights = write_run(tmp_path / "run", shapes, 0.2, **flags)
+    weights["output.bias"][51:] -= 200
+    save(tmp_path / "run", weights, **flags)
+    export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
+    obs = observations(weights, 3)
+    expected = reference(evaluate, tmp_path / "run", obs)
+    for use_c in (True, False):
+        assert np.abs(outputs(export, tmp_path / "out", obs, use_c) - expected).max() <= 1e-4
+
+
+def test_more_inputs_than_16_bits_count_are_refused(
+    export: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes: Any = {"conv": (1025, 4, 3, 3), "dense": (2, 65_600), "output": (3, 2)}
+    write_run(tmp_path / "run", shapes, 1.0, **MINATAR)
+    with pytest.raises(SystemExit):
+        export.main(export.Args(run_dir=tmp_path / "run"))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "65,535" in lines[0]
+
+
+def test_another_export_leaves_nothing_of_the_one_before(
+    export: ModuleType, tmp_path: Path
+) -> None:
+    write_run(tmp_path / "run", actor(), 0.2)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "agent.onnx").touch()
+    export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
+    assert not (tmp_path / "out" / "agent.onnx").exists()
 
 
 def test_log_standard_deviations_are_left_out(export: ModuleType, tmp_path: Path) -> None:
@@ -237,7 +311,7 @@ def test_a_mutated_weight_is_noticed(
         values = np.frombuffer(blob, np.float32, layer.entries, layer.parts["values"])
         place = layer.parts["values"] + 4 * int(np.abs(values).argmax())
         struct.pack_into("<f", changed, place, -struct.unpack_from("<f", changed, place)[0])
-        struct.pack_into("<I", changed, 12, zlib.crc32(changed[16:]))
+        struct.pack_into("<I", changed, 12, zlib.crc32(changed[16:], zlib.crc32(changed[:12])))
         (tmp_path / "out" / "agent.bin").write_bytes(changed)
         found = outputs(export, tmp_path / "out", obs, use_c=False)
         assert np.abs(found - expected).max() > 1e-5, layer.name
@@ -248,9 +322,9 @@ def test_a_mutated_weight_is_noticed(
 def test_damage_is_refused_in_one_line(export: ModuleType, tmp_path: Path) -> None:
     write_run(tmp_path / "run", actor(), 0.2)
     _, _, blob = export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
-    for place in (20, 40, len(blob) // 2, len(blob) - 1):
+    for place in (6, 7, 8, 12, 20, 40, len(blob) // 2, len(blob) - 1):  # 6, 7: what kind it is
         changed = bytearray(blob)
-        changed[place] ^= 4
+        changed[place] ^= 1
         (tmp_path / "out" / "agent.bin").write_bytes(changed)
         with pytest.raises(ValueError, match="CRC"):
             export.load_agent(tmp_path / "out")
@@ -262,6 +336,32 @@ def test_damage_is_refused_in_one_line(export: ModuleType, tmp_path: Path) -> No
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
     assert "agent.bin" in result.stderr
+
+
+@pytest.mark.parametrize("use_c", [True, False])
+def test_observations_of_another_shape_are_refused(
+    use_c: bool, export: ModuleType, tmp_path: Path
+) -> None:
+    """NumPy would stretch one frame to four, and one number to all."""
+    for name, wrong in (("cnn", [(84, 84), (1, 84, 84)]), ("actor", [(), (1,), (1, 11)])):
+        write_run(tmp_path / name, NETWORKS[name][0], 0.2)
+        export.export(*export.load_model(tmp_path / name), tmp_path / "out", "fp32")
+        agent = export.load_agent(tmp_path / "out", use_c)
+        for shape in wrong:
+            for method in (agent.act, agent.q_values):
+                with pytest.raises(ValueError, match="must be"):
+                    method(np.zeros(shape))
+
+
+def test_the_compiler_may_have_flags(
+    export: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "run", actor(), 0.2)
+    export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
+    monkeypatch.setenv("CC", "cc -g0")
+    assert export.load_agent(tmp_path / "out")._library
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert not export.load_agent(tmp_path / "out")._library
 
 
 MAIN = r"""
@@ -334,6 +434,21 @@ def test_no_warnings_and_nothing_for_the_sanitizers(
         assert np.abs(found - expected).max() <= 2e-6
     else:
         assert found[:, 0].tolist() == expected.argmax(1).tolist()
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+def test_a_program_in_cpp_links(export: ModuleType, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", actor(), 0.2)
+    export.export(*export.load_model(tmp_path / "run"), tmp_path / "out", "fp32")
+    code = '#include "agent.h"\nstatic agent_state state;\nint main()\n'
+    code += "{ return agent_init(&state, agent_weights, AGENT_WEIGHTS_BYTES); }\n"
+    (tmp_path / "out" / "main.cpp").write_text(code)
+    for command in (
+        ["cc", "-c", "agent.c", "agent_weights.c"],
+        ["c++", "-Wall", "-Wextra", "-Werror", "main.cpp", "agent.o", "agent_weights.o", "-lm"],
+        ["./a.out"],
+    ):
+        subprocess.run(command, cwd=tmp_path / "out", check=True)
 
 
 def test_push_frame_keeps_the_last_four(export: ModuleType, tmp_path: Path) -> None:
@@ -411,6 +526,17 @@ def test_exports_and_evaluates_a_real_run(
     assert scores[0] == scores[1]
 
 
+@pytest.mark.parametrize("name", ["cnn", "one dimension"])
+def test_a_seed_gives_the_same_observations(name: str, export: ModuleType, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", NETWORKS[name][0], 0.2, **NETWORKS[name][1])
+    network = export.network_of(*export.load_model(tmp_path / "run"))
+    still = np.zeros(8, int) if name == "cnn" else np.zeros((8, 1))
+    first, again, other = (
+        export.observations(network, 240, seed, lambda _: still.copy()) for seed in (1, 1, 2)
+    )
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
 @pytest.mark.parametrize("name", ["cnn", "impala", "actor", "minatar"])
 def test_onnx(name: str, export: ModuleType, evaluate: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
@@ -422,6 +548,21 @@ def test_onnx(name: str, export: ModuleType, evaluate: ModuleType, tmp_path: Pat
     session = runtime.InferenceSession(tmp_path / "agent.onnx")
     found = [session.run(None, {"observation": x[None].astype(np.float32)})[0][0] for x in obs]
     assert np.abs(np.stack(found) - reference(evaluate, tmp_path / "run", obs)).max() <= 1e-5
+
+
+def test_onnx_without_its_package_is_refused_in_one_line(
+    export: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_run(tmp_path / "run", actor(), 0.2)
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        export.main(export.Args(run_dir=tmp_path / "run", onnx=True))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "pip install onnx" in lines[0]
+    assert not (tmp_path / "run" / "export").exists()
 
 
 @pytest.mark.slow
