@@ -45,7 +45,7 @@ def row(folder: Path, episodes: int) -> str:
     agent = export.load_agent(folder)
     matrices = agent.describe()[1].values()
     sparsity = 1 - sum(map(np.count_nonzero, matrices)) / sum(w.size for w in matrices)
-    obs = np.random.default_rng(0).integers(0, 2, (200, *agent.shape))
+    obs = export.observations(agent, 500, 0, lambda batch: np.stack([*map(agent.act, batch)]))
     times = []
     for x in obs:
         start = time.perf_counter()

@@ -1419,7 +1419,11 @@ def compiled(folder):
             return None
         if not library.exists():
             return None
-    found = ctypes.CDLL(str(library))
+    try:
+        found = ctypes.CDLL(str(library))
+    except OSError:  # damaged: the next time it is compiled anew
+        library.unlink(missing_ok=True)
+        return None
     found.agent_state_size.restype = ctypes.c_size_t
     if hasattr(found, "agent_q_values"):
         found.agent_q_values.restype = ctypes.POINTER(ctypes.c_float)
@@ -1428,11 +1432,12 @@ def compiled(folder):
 
 
 def observations(network: Network, count: int, seed: int, act: Any) -> np.ndarray:
-    """Return what 8 episodes side by side show, `count` in all; a tenth of the actions is random.
+    """Return `count` different observations of 8 episodes side by side, fewer if they do not show
+    as many in 20 * count steps; a tenth of the actions is random.
 
     act maps observations [8, ...] to actions [8] or [8, A].
     """
-    rng, found = np.random.default_rng(seed), list[np.ndarray]()
+    rng, found = np.random.default_rng(seed), dict[bytes, np.ndarray]()
     envs: Any
     if network.family == MINATAR:
         return minatar_observations(network, count, seed, act)
@@ -1450,14 +1455,17 @@ def observations(network: Network, count: int, seed: int, act: Any) -> np.ndarra
         envs = AtariVectorEnv(titles[name], 8, **options)
     obs, _ = envs.reset(seed=seed)
     envs.action_space.seed(int(rng.integers(2**31)))  # not the numbers that rng gives
-    while 8 * len(found) < count:
-        found.append(np.array(obs, np.float32 if network.family == ACTOR else np.uint8))
-        actions = act(found[-1])
+    for _ in range(20 * count):
+        obs = np.array(obs, np.float32 if network.family == ACTOR else np.uint8)
+        found |= {x.tobytes(): x for x in obs}
+        if len(found) >= count:
+            break
+        actions = act(obs)
         actions = middle + half * actions if network.family == ACTOR else actions
         random = rng.random(8) < 0.1
         actions[random] = envs.action_space.sample()[random]
         obs, *_ = envs.step(actions)
-    return np.concatenate(found)[:count]
+    return np.stack([*found.values()][:count])
 
 
 def minatar_observations(network: Network, count: int, seed: int, act: Any) -> np.ndarray:
@@ -1470,14 +1478,17 @@ def minatar_observations(network: Network, count: int, seed: int, act: Any) -> n
     env = Environment(name.replace("spaceinvaders", "space_invaders"))
     env.seed(seed)
     env.reset()
-    rng, moves, found = np.random.default_rng(seed), env.minimal_action_set(), []
-    for _ in range(count):
-        found.append(env.state().transpose(2, 0, 1).astype(np.uint8))
+    rng, moves, found = np.random.default_rng(seed), env.minimal_action_set(), {}
+    for _ in range(20 * count):
+        obs = env.state().transpose(2, 0, 1).astype(np.uint8)
+        found[obs.tobytes()] = obs
+        if len(found) == count:
+            break
         explore = rng.random() < 0.1
-        action = rng.integers(len(moves)) if explore else act(found[-1][None])[0]
+        action = rng.integers(len(moves)) if explore else act(obs[None])[0]
         if env.act(moves[action])[1]:
             env.reset()
-    return np.stack(found)
+    return np.stack([*found.values()])
 
 
 def export(
@@ -1485,6 +1496,7 @@ def export(
 ) -> tuple[Network, int, bytes]:
     """Write all files of an agent; return what was exported, units dropped, and agent.bin."""
     network = network_of(flags, weights)
+    require(len(network.env_id.encode()) <= 32, f"{network.env_id}: longer than 32 bytes")
     dropped = drop_units(network)
     blob = write_weights(network, kind)
     out.mkdir(parents=True, exist_ok=True)
@@ -1535,11 +1547,11 @@ def write_onnx(flags: dict[str, Any], weights: dict[str, Tensor], path: Path) ->
         torch.onnx.export(Whole(), (obs,), path, dynamo=False, opset_version=17, **names)
 
 
-def require(accepted: bool, line: str) -> None:
+def require(accepted: bool, line: str, status: int = 2) -> None:
     """Refuse bad input, with a line that names the flag or file and what is accepted."""
     if not accepted:
         tqdm.write(f"{Path(__file__).name}: {line}", sys.stderr)
-        sys.exit(2)
+        sys.exit(status)
 
 
 @torch.no_grad()
@@ -1603,6 +1615,9 @@ def main(args: Args) -> None:
                 f"{how}: {agree} of {len(obs)} {what}, largest difference {largest:.1e}, ", end=""
             )
             print(f"{took * 1e6:.1f} us per action, through Python")
+            close = largest <= 1e-4 * max(1, float(np.abs(expected).max()))
+            text = f"{out}: {how} computes something else than torch; this is a fault of export.py"
+            require(kind != "fp32" or close, text, 1)
     print(f"written to {out}")
 
 
