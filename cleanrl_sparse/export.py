@@ -49,8 +49,8 @@ from tqdm import tqdm
 
 ACTOR, CNN, IMPALA, MINATAR = range(4)  # families of networks
 TANH, Q, DISTRIBUTION, NORMALISED_Q = range(4)  # what is made of the last layer
-ROWS, COLUMNS, DENSE_ROWS, DENSE_COLUMNS = range(4)  # kernels; convolutions have the row forms
-KERNELS = ("sparse rows", "sparse columns", "dense rows", "dense columns")
+ROWS, COLUMNS, DENSE_ROWS, DENSE_COLUMNS, FLOAT_ROWS = range(5)  # convolutions have forms of rows
+KERNELS = ("sparse rows", "sparse columns", "dense rows", "dense columns", "float rows")
 TYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 
@@ -295,6 +295,7 @@ def encode(layer: Layer, kind: str) -> list[tuple[str, np.ndarray]]:
     """Return the parts of a layer's data by name; sets its kernel's counts. See docs/export.md."""
     matrix = layer.weight.reshape(len(layer.bias), -1)
     scale = np.ones(len(matrix), np.float32)
+    kind = "fp32" if layer.kernel == FLOAT_ROWS else kind
     if kind == "int8":
         scale = np.abs(matrix).max(1) / np.float32(127)
         scale[scale == 0] = 1
@@ -303,7 +304,7 @@ def encode(layer: Layer, kind: str) -> list[tuple[str, np.ndarray]]:
     matrix = matrix.astype(TYPES[kind])
     if layer.kernel in (COLUMNS, DENSE_COLUMNS):
         matrix = matrix.T
-    if layer.kernel in (DENSE_ROWS, DENSE_COLUMNS):
+    if layer.kernel in (DENSE_ROWS, DENSE_COLUMNS, FLOAT_ROWS):
         layer.entries, layer.groups = matrix.size, 0
         return [*parts, ("values", matrix)]
     deltas, values, none = [], [], np.zeros(0, np.uint8)
@@ -345,6 +346,9 @@ def write_weights(network: Network, kind: str) -> bytes:
         most = max(len(layer.bias), layer.weight[0].size)
         require(most < 65536, f"{layer.name}: {most:,} inputs or outputs; at most 65,535 go")
         layer.kernel = choose_kernel(layer, i == 0)
+        last = layer is network.layers[-1] and network.head != TANH
+        if kind == "int8" and last and layer.weight.size <= 16384:
+            layer.kernel = FLOAT_ROWS  # bytes here would cost most of the actions that change
         layer.at, layer.parts = place + len(data), {}
         for name, part in encode(layer, kind):
             data += bytes(-len(data) % part.itemsize)  # aligned, for machines that want it
@@ -559,6 +563,16 @@ KERNEL void dense_columns(const unsigned char *table, const float *x, float *y, 
         for (; k < outputs; k++)
             y[k] += input * value(table, k);
     }
+}
+
+/* y += A x, A dense in rows of 32-bit floats, whatever type the other layers have. */
+KERNEL void float_rows(const unsigned char *table, const float *x, float *y, int outputs,
+                       int inputs)
+{
+    int i, k;
+    for (i = 0; i < outputs; i++, table += 4 * inputs)
+        for (k = 0; k < inputs; k++)
+            y[i] += x[k] * number(table, k);
 }
 
 /* Scale, add the bias, and cut at 0 if that is wanted. */
@@ -1332,7 +1346,8 @@ class Agent:
         inputs = layer["inputs"] * max(1, size) ** 2
         shape = (inputs, out) if columns else (out, inputs)
         if layer["kernel"] >= 2:  # dense
-            weight = take(layer["entries"], self.type).astype(np.float32).reshape(shape)
+            kind = np.float32 if layer["kernel"] == 4 else self.type
+            weight = take(layer["entries"], kind).astype(np.float32).reshape(shape)
         else:
             length, count = take(2 * layer["groups"], np.uint16).astype(int).reshape(-1, 2).T
             lengths = np.repeat(length, count)

@@ -228,6 +228,16 @@ KERNEL void dense_columns(const unsigned char *table, const float *x, float *y, 
     }
 }
 
+/* y += A x, A dense in rows of 32-bit floats, whatever type the other layers have. */
+KERNEL void float_rows(const unsigned char *table, const float *x, float *y, int outputs,
+                       int inputs)
+{
+    int i, k;
+    for (i = 0; i < outputs; i++, table += 4 * inputs)
+        for (k = 0; k < inputs; k++)
+            y[i] += x[k] * number(table, k);
+}
+
 /* Scale, add the bias, and cut at 0 if that is wanted. */
 KERNEL void finish(float *y, int n, const unsigned char *scale, const unsigned char *bias, int relu)
 {

@@ -112,7 +112,8 @@ class Agent:
         inputs = layer["inputs"] * max(1, size) ** 2
         shape = (inputs, out) if columns else (out, inputs)
         if layer["kernel"] >= 2:  # dense
-            weight = take(layer["entries"], self.type).astype(np.float32).reshape(shape)
+            kind = np.float32 if layer["kernel"] == 4 else self.type
+            weight = take(layer["entries"], kind).astype(np.float32).reshape(shape)
         else:
             length, count = take(2 * layer["groups"], np.uint16).astype(int).reshape(-1, 2).T
             lengths = np.repeat(length, count)
