@@ -356,7 +356,7 @@ class EauDeCQL(nn.Module):
         record = sparsity_report(self.online[self.best()]) | {"sparsity/target": self.sparsity[0]}
         record |= {f"sparsity/candidate_{k}": s for k, s in enumerate(self.sparsity, 1)}
         names = ("losses/td_loss", "losses/cql_loss", "losses/q_values")
-        record |= zip(names, self.latest.mean(1).tolist())
+        record |= dict(zip(names, self.latest.mean(1).tolist()))
         return record | ({"sparsity/selected": self.selected} if self.selected else {})
 
     def network(self) -> nn.Module:
@@ -377,6 +377,8 @@ def main(args: Args) -> None:
     line = f"--dataset {args.dataset} is not what it was when the run in {args.resume} began"
     require(same, line)
     args.dataset = str(folder)  # --resume may come from another folder
+    if not args.resume:  # what is wrong is told before there is a folder
+        dataset.load(0)
     run = Run(args, rom.title().replace("_", ""))
     run.write(mark.name, dataset.digest.encode())
     step, epoch_return = 0, None
