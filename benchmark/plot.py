@@ -342,10 +342,11 @@ def collect(path: Path, plans: list[tuple[str, Row]], args: Args) -> list[Row]:
     rows, seen, families = list[Row](), set[tuple[Any, ...]](), set[str]()
     for where, plan in plans:
         flags, folder = plan["flags"], plan["folder"]
-        name = str(flags.get("dataset") or flags.get("env_id") or "")
+        game = flags.get("env_id") if "atari" in plan["script"] else ""  # one dataset has many
+        name = str(game or flags.get("dataset") or flags.get("env_id") or "")
         if not name or not str(flags.get("seed", "")).isdecimal():
             fail(f"{where}: its flags must have a seed, and env-id or dataset")
-        env_id = name if flags.get("dataset") else canonical(name, plan["script"])
+        env_id = name if flags.get("dataset") and not game else canonical(name, plan["script"])
         if env_id.endswith(".hdf5") or Path(env_id).is_absolute():
             env_id = Path(env_id).name.removesuffix(".hdf5")
         run = {"curve": plan["curve"], "env_id": env_id, "seed": int(flags["seed"])}
