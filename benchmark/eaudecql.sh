@@ -14,7 +14,7 @@ SIZES=${SIZES:-"512 2048"}
 COMMON="--dataset $DATA --env-id $GAMES --seed $SEEDS --feature-size $SIZES --total-timesteps ${STEPS:-3125000}"
 
 add="python benchmark/launch.py add $grid"
-$add CQL cql_atari_eaudeqn.py $COMMON --num-networks 1 --max-exponent 0
+$add CQL cql_atari_gmp.py $COMMON --td-loss squared --sparsity 0
 $add PolyPruneCQL cql_atari_gmp.py $COMMON --td-loss squared --sparsity 0.95
 $add EauDeCQL cql_atari_eaudeqn.py $COMMON
 python benchmark/launch.py launch $grid "$@"

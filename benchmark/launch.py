@@ -92,7 +92,6 @@ OFFLINE_ATARI = {
     "max-sparsity-step": ["0.3"],
     "eval-episodes": ["2"],
     "eval-steps": ["200"],
-    "seed": ["1"],
     "width": ["1", "2"],
     "feature-size": ["16", "32"],
 }

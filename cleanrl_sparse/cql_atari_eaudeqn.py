@@ -15,7 +15,7 @@ become copies pruned further, each by its own random amount. A step is a gradien
 
     python cql_atari_eaudeqn.py --dataset DIR --env-id Pong          # DIR/Pong/1/replay_logs
     python cql_atari_eaudeqn.py --dataset DIR/Pong/2/replay_logs     # run 2 of its five
-    python cql_atari_eaudeqn.py --dataset DIR --num-networks 1 --max-exponent 0 # CQL
+    python cql_atari_eaudeqn.py --dataset DIR --num-networks 1 --no-reset-optimizer   # CQL
     python cql_atari_eaudeqn.py --resume runs/Pong__cql_atari_eaudeqn__1__1790000000
 
 Differences from the paper, and guesses ([I] inferred, [D] our decision; it came without code):
@@ -467,8 +467,8 @@ def read_rows(path: Path, shape: tuple[int, ...], kind: type, peek: bool = False
             found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
             fits = len(found) == len(shape) and found[1:] == shape[1:] and found[:1] >= shape[:1]
             fits = fits and np.issubdtype(dtype, kind) and not fortran
-            line = f"must be {kind.__name__} {[*shape]} or longer, not {dtype} {[*found]}"
-            require(fits, f"{path}: {line}")
+            line = f"must be {kind.__name__} {[*shape]} or longer (--transitions)"
+            require(fits, f"{path}: {line}, not {dtype} {[*found]}")
             if peek:
                 return np.broadcast_to(np.zeros((), dtype), found)
             data = bytearray(file.read(math.prod(shape) * dtype.itemsize))
@@ -572,9 +572,10 @@ class Dataset:
             require(fits, f"{self.path(number, part)}: must be in [0, {top})")
         finite = bool(np.isfinite(rewards).all())
         require(finite, f"{self.path(number, '$store$_reward')}: must be finite")
-        # An episode that was cut off shows by the three black rows before the next one.
+        # An episode that was cut off shows by the three black rows before the next one, of which
+        # the last may lie beyond the rows read.
         black = ~frames.any((1, 2)) & (actions == 0) & (rewards == 0) & (terminal == 0)
-        three = black & np.append(black[1:], False) & np.append(black[2:], [False, False])
+        three = black & np.append(black[1:], True) & np.append(black[2:], [True, True])
         starts = three & ~np.append(False, black[:-1])
         starts[0] = True
         if (path := self.path(number, "add_count")).exists():  # the rows are a ring
