@@ -79,6 +79,22 @@ OFFLINE = {
     "epoch-steps": ["20"],
     "eval-episodes": ["2"],
 }
+OFFLINE_ATARI = {
+    "checkpoints-per-epoch": ["5"],
+    "total-timesteps": ["60"],
+    "dataset": ["tests/data/atari"],
+    "env-id": ["Breakout"],
+    "transitions": ["300"],
+    "batch-size": ["4"],
+    "epoch-steps": ["20"],
+    "target-every": ["10"],
+    "prune-every": ["5"],
+    "max-sparsity-step": ["0.3"],
+    "eval-episodes": ["2"],
+    "eval-steps": ["200"],
+    "width": ["1", "2"],
+    "feature-size": ["16", "32"],
+}
 WHOLE = ("int", "Count", "Index")  # the types of flags that take an integer
 REAL = ("float", "Amount", "Rate", "Real", "Share")  # those that take a number
 
@@ -311,8 +327,9 @@ def values_of(words: list[str], script: str, known: dict[str, Flag]) -> Lists:
 def tiny(script: str, lists: Lists, known: dict[str, Flag]) -> Lists:
     """Return the values of a tiny grid: of each flag at most two, and short runs."""
     offline = "dataset" in known
+    atari = "checkpoints-per-epoch" in known
     own_env = [str(known["env-id"].default)] if "env-id" in known else []
-    values = OFFLINE if offline else ONLINE | {"env-id": own_env}
+    values = OFFLINE_ATARI if atari else OFFLINE if offline else ONLINE | {"env-id": own_env}
     needed = [*values][:1] if offline else [*values][:2]
     if missing := [name for name in needed if name not in known]:
         refuse(f"SMOKE=1: {script} has no --{missing[0]}, without which a run cannot be made tiny")
@@ -339,6 +356,8 @@ def add(grid: str, curve: str, script: str, words: list[str]) -> None:
             if value.startswith("@"):
                 flags[name] = value if DRY else f"@{find(others, value[1:], flags, grid)}"
         key, data = identity(script, flags, known), Path(flags.get("dataset", ""))
+        if "atari" in script and "env-id" in flags:  # the games of a dataset lie in one folder
+            data = Path()
         title = (data.stem if data.suffix == ".hdf5" else str(data)).strip("/.")
         title = title or canonical(flags.get("env-id", "default"), script)
         title = title.replace("/", "-")[:60]  # a file system takes names of up to 255 bytes

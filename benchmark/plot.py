@@ -229,11 +229,11 @@ def matching(keys: Iterable[str], wanted: Iterable[str]) -> list[str]:
     ]
 
 
-def measure(folder: Path, atari: bool, args: Args) -> list[Row]:
+def measure(folder: Path, trained: bool, args: Args) -> list[Row]:
     """Return a row for each score of a run (metrics: for each step with a key); sparsity is the
     latest until then.
     """
-    score = "charts/epoch_return" if atari else "eval/episodic_return"
+    score = "charts/epoch_return" if trained else "eval/episodic_return"
     wanted = words(args.keys) if args.kind == "metrics" else [score]
     steps, latest, rows = defaultdict[int, Row](dict), Row(), list[Row]()
     for record in records(folder / "metrics.jsonl", [*wanted, "sparsity/"]):
@@ -342,10 +342,11 @@ def collect(path: Path, plans: list[tuple[str, Row]], args: Args) -> list[Row]:
     rows, seen, families = list[Row](), set[tuple[Any, ...]](), set[str]()
     for where, plan in plans:
         flags, folder = plan["flags"], plan["folder"]
-        name = str(flags.get("dataset") or flags.get("env_id") or "")
+        game = flags.get("env_id") if "atari" in plan["script"] else ""  # one dataset has many
+        name = str(game or flags.get("dataset") or flags.get("env_id") or "")
         if not name or not str(flags.get("seed", "")).isdecimal():
             fail(f"{where}: its flags must have a seed, and env-id or dataset")
-        env_id = name if flags.get("dataset") else canonical(name, plan["script"])
+        env_id = name if flags.get("dataset") and not game else canonical(name, plan["script"])
         if env_id.endswith(".hdf5") or Path(env_id).is_absolute():
             env_id = Path(env_id).name.removesuffix(".hdf5")
         run = {"curve": plan["curve"], "env_id": env_id, "seed": int(flags["seed"])}
@@ -360,7 +361,8 @@ def collect(path: Path, plans: list[tuple[str, Row]], args: Args) -> list[Row]:
         families.add(family[0].replace("rainbow", "atari") if family else "")
         run["finished"] = int((folder / "final.json").exists())
         covariance = args.kind == "covariance"
-        found = entries(folder) if covariance else measure(folder, family is not None, args)
+        trained = family is not None and "cql" not in plan["script"]  # by playing, and so scored
+        found = entries(folder) if covariance else measure(folder, trained, args)
         rows += [run | row for row in found or [{}]]
     if not rows or len(families) > 1:
         mixed = "has Atari and other runs, which no picture can show"

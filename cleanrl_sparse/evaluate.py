@@ -106,10 +106,14 @@ def q_values(weights: dict[str, Tensor], flags: dict[str, Any], obs: Tensor) -> 
     x = F.relu(F.linear(x.permute(0, 2, 3, 1).flatten(1), *parameters("dense")))
     if flags.get("regulariser") == "l2-features":
         x = F.normalize(x, dim=1)
-    x = F.linear(x, *parameters("output"))
-    if flags["script"] == "rainbow_resnet_gmp.py":  # probabilities of 51 returns from -10 to 10
+    features, x = x, F.linear(x, *parameters("output"))
+    if flags["script"] == "rainbow_resnet_gmp.py" or "value.weight" in weights:
+        # Probabilities of 51 returns from -10 to 10, for some of a state value and advantages.
         returns = torch.linspace(-10, 10, 51, device=x.device)
-        return (x.unflatten(1, (-1, 51)).softmax(2) * returns).sum(2)
+        x = x.unflatten(1, (-1, 51))
+        if "value.weight" in weights:
+            x = x - x.mean(1, keepdim=True) + F.linear(features, *parameters("value"))[:, None]
+        return (x.softmax(2) * returns).sum(2)
     return x
 
 

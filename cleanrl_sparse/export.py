@@ -155,10 +155,14 @@ def q_values(weights: dict[str, Tensor], flags: dict[str, Any], obs: Tensor) -> 
     x = F.relu(F.linear(x.permute(0, 2, 3, 1).flatten(1), *parameters("dense")))
     if flags.get("regulariser") == "l2-features":
         x = F.normalize(x, dim=1)
-    x = F.linear(x, *parameters("output"))
-    if flags["script"] == "rainbow_resnet_gmp.py":  # probabilities of 51 returns from -10 to 10
+    features, x = x, F.linear(x, *parameters("output"))
+    if flags["script"] == "rainbow_resnet_gmp.py" or "value.weight" in weights:
+        # Probabilities of 51 returns from -10 to 10, for some of a state value and advantages.
         returns = torch.linspace(-10, 10, 51, device=x.device)
-        return (x.unflatten(1, (-1, 51)).softmax(2) * returns).sum(2)
+        x = x.unflatten(1, (-1, 51))
+        if "value.weight" in weights:
+            x = x - x.mean(1, keepdim=True) + F.linear(features, *parameters("value"))[:, None]
+        return (x.softmax(2) * returns).sum(2)
     return x
 
 
@@ -187,6 +191,11 @@ def load_agent(folder: Path, use_c: bool = True) -> Any:
 def network_of(flags: dict[str, Any], weights: dict[str, Tensor]) -> Network:
     """Return the acting network of a run."""
     found = {name: tensor.float().numpy() for name, tensor in weights.items()}
+    dueling = "value.weight" in found
+    for end in ("weight", "bias") if dueling else ():  # state value and advantages in one layer
+        advantages = found[f"output.{end}"].reshape(-1, 51, *found[f"output.{end}"].shape[1:])
+        both = advantages - advantages.mean(0) + found[f"value.{end}"]
+        found[f"output.{end}"] = both.reshape(found[f"output.{end}"].shape)
 
     def layer(name: str, relu: bool = True, prefix: str = "", **geometry: Any) -> Layer:
         weight, bias = found[f"{prefix}{name}.weight"], found[f"{prefix}{name}.bias"]
@@ -223,7 +232,7 @@ def network_of(flags: dict[str, Any], weights: dict[str, Tensor]) -> Network:
     dense.weight = dense.weight.reshape(units, side, side, -1).transpose(0, 3, 1, 2)
     dense.weight = dense.weight.reshape(units, -1)
     head, actions = Q, len(layers[-1].bias)
-    if flags["script"] == "rainbow_resnet_gmp.py":
+    if flags["script"] == "rainbow_resnet_gmp.py" or dueling:
         head, actions = DISTRIBUTION, actions // 51
     if flags.get("regulariser") == "l2-features":
         head = NORMALISED_Q
@@ -346,8 +355,8 @@ def write_weights(network: Network, kind: str) -> bytes:
         most = max(len(layer.bias), layer.weight[0].size)
         require(most < 65536, f"{layer.name}: {most:,} inputs or outputs; at most 65,535 go")
         layer.kernel = choose_kernel(layer, i == 0)
-        last = layer is network.layers[-1] and network.head != TANH
-        if kind == "int8" and last and layer.weight.size <= 16384:
+        answers = layer is network.layers[-1] and network.head != TANH
+        if kind == "int8" and answers and layer.weight.size <= 16384:
             layer.kernel = FLOAT_ROWS  # bytes here would cost most of the actions that change
         layer.at, layer.parts = place + len(data), {}
         for name, part in encode(layer, kind):

@@ -1,17 +1,18 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.13", "numpy>=2", "gymnasium>=1.2", "mujoco>=3.3", "imageio>=2.14",
-# "tyro>=0.9",
-#                 "safetensors>=0.5", "tqdm>=4.66", "minari>=0.5", "h5py>=3.11", "pillow>=10"]
+#                 "ale-py>=0.12.1", "tyro>=0.9", "safetensors>=0.5", "tqdm>=4.66", "minari>=0.5",
+#                 "h5py>=3.11", "pillow>=10"]
 # ///
-"""Record Minari datasets for cql_offline_snip.py from SAC runs, trained first.
+"""Record datasets for the offline scripts: MuJoCo's from SAC runs, trained first, and Atari's.
 
     python make_datasets.py --env-id Hopper-v5  # local/hopper/{random,medium,...}-v0
     python make_datasets.py --env-id Hopper-v5 --medium-steps 40000 --expert-steps 400000
+    python make_datasets.py --env-id Breakout --run RUN_DIR    # data/Breakout/1/replay_logs
 
-Two runs of sac_mujoco_gmp.py (dense, 256 units, one seed) are made beside this script's datasets:
-since they differ in length only, the medium run is the beginning of the expert run. What is
-recorded, by its name:
+MuJoCo, for cql_offline_snip.py. Two runs of sac_mujoco_gmp.py (dense, 256 units, one seed) are made
+beside this script's datasets: since they differ in length only, the medium run is the beginning of
+the expert run. What is recorded, by its name:
 
     random          uniformly random actions
     medium          the medium run's final policy, actions drawn from it
@@ -24,13 +25,22 @@ the same names. A policy is recorded in whole episodes, to the first end after -
 keeps its datasets in ~/.minari, or where MINARI_DATASETS_PATH says. What is there under these names
 stays, unless the same flags made it. Ctrl-C or SIGTERM stops with a checkpoint; the same command
 goes on. The table that is printed is left in --runs too.
+
+Atari, for cql_atari_eaudeqn.py and cql_atari_gmp.py: replay logs in Dopamine's format, as those of
+the public DQN replay. Nothing is trained: the network of a finished run of ours plays. The first of
+the --checkpoints is random play, in each next one less of the actions is random, down to --epsilon
+in the last, so that together they go from bad play to good as a run's replay does. Without --run
+all of it is random play. Each has --transitions rows, Dopamine's three black rows before each
+episode among them; rewards are clipped. The folder must be new.
 """
 
 from __future__ import annotations
 
 import difflib
 import fcntl
+import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -53,9 +63,13 @@ import minari
 import numpy as np
 import torch
 import tyro
+from ale_py import roms
+from ale_py.vector_env import AtariVectorEnv
 from minari.data_collector import EpisodeBuffer
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Exit(Exception):
@@ -74,7 +88,7 @@ def require(accepted: bool, line: str) -> None:
 class Args:
     """Flags."""
 
-    # Gymnasium environment with a vector of observations and bounded continuous actions
+    # Atari game, or an environment with a vector of observations and bounded continuous actions
     env_id: str = "Hopper-v5"
     medium_steps: int = 60_000  # steps of the medium run (>= 300; before 256 nothing is learned)
     expert_steps: int = 300_000  # steps of the expert run (> --medium-steps)
@@ -83,10 +97,14 @@ class Args:
     precision: Literal["fp32", "bf16"] = "fp32"  # of the runs
     runs: Path = Path("runs", "datasets")  # folder for the two runs and the table
     name: str = "local"  # first part of the datasets' names
+    run: Path | None = None  # Atari: folder of a finished run, whose network plays; else at random
+    data: Path = Path("data")  # Atari: folder for GAME/SEED/replay_logs
+    checkpoints: int = 5  # Atari: files to record, --transitions rows each (>= 1)
+    epsilon: float = 0.01  # Atari: share of random actions in the last of them, in [0, 1]
 
     def __post_init__(self) -> None:
         """Refuse values out of range, naming the flag."""
-        for name, least in (("medium_steps", 300), ("transitions", 1)):
+        for name, least in (("medium_steps", 300), ("transitions", 1), ("checkpoints", 1)):
             value = getattr(self, name)
             require(value >= least, f"--{name.replace('_', '-')} {value}: must be at least {least}")
         longer = self.expert_steps > self.medium_steps
@@ -96,6 +114,7 @@ class Args:
             f"{self.medium_steps}",
         )
         require(0 <= self.seed < 2**32, f"--seed {self.seed}: must be in [0, 2^32)")
+        require(0 <= self.epsilon <= 1, f"--epsilon {self.epsilon}: must be in [0, 1]")
         fits = bool(re.fullmatch(r"[\w.-]+", self.name)) and self.name not in ("mujoco", "D4RL")
         require(
             fits,
@@ -448,6 +467,147 @@ def write(args: Args, kind: str, episodes: list[Episode]) -> str:
     return f"| {name} | {numbers} | {digest.hexdigest()[:12]} |"
 
 
+# >>> shared: forward
+def load_model(run_dir: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the flags ("script" among them) and the tensors of RUN_DIR/model.safetensors."""
+    with safe_open(run_dir / "model.safetensors", "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return json.loads(file.metadata()["flags"]), weights
+
+
+def q_values(weights: dict[str, Tensor], flags: dict[str, Any], obs: Tensor) -> Tensor:
+    """Return Q-values [B, actions] of stacked frames obs [B, 4, 84, 84], floats in [0, 1], or of
+    MinAtar's cells [B, C, 10, 10], 0 or 1.
+    """
+
+    def parameters(name: str) -> tuple[Tensor, Tensor]:
+        return weights[f"{name}.weight"], weights[f"{name}.bias"]
+
+    if "conv.weight" in weights:  # MinAtar
+        x = F.relu(F.conv2d(obs, *parameters("conv"))).flatten(1)
+        return F.linear(F.relu(F.linear(x, *parameters("dense"))), *parameters("output"))
+    if "conv1.weight" in weights:
+        x = F.relu(F.conv2d(obs, *parameters("conv1"), stride=4, padding=2))
+        x = F.relu(F.conv2d(F.pad(x, (1, 2, 1, 2)), *parameters("conv2"), stride=2))
+        x = F.relu(F.conv2d(x, *parameters("conv3"), padding=1))
+    else:  # Impala
+        x = obs
+        for i, padding in ((1, 0), (2, 0), (3, 1)):
+            x = F.conv2d(x, *parameters(f"stack{i}.entry"), padding=1)
+            x = F.max_pool2d(x, 3, 2, padding, ceil_mode=True)
+            for first in (0, 2):
+                y = F.conv2d(F.relu(x), *parameters(f"stack{i}.blocks.{first}"), padding=1)
+                y = F.conv2d(F.relu(y), *parameters(f"stack{i}.blocks.{first + 1}"), padding=1)
+                x = x + y
+        x = F.relu(x)
+    x = F.relu(F.linear(x.permute(0, 2, 3, 1).flatten(1), *parameters("dense")))
+    if flags.get("regulariser") == "l2-features":
+        x = F.normalize(x, dim=1)
+    features, x = x, F.linear(x, *parameters("output"))
+    if flags["script"] == "rainbow_resnet_gmp.py" or "value.weight" in weights:
+        # Probabilities of 51 returns from -10 to 10, for some of a state value and advantages.
+        returns = torch.linspace(-10, 10, 51, device=x.device)
+        x = x.unflatten(1, (-1, 51))
+        if "value.weight" in weights:
+            x = x - x.mean(1, keepdim=True) + F.linear(features, *parameters("value"))[:, None]
+        return (x.softmax(2) * returns).sum(2)
+    return x
+
+
+def mean_actions(weights: dict[str, Tensor], obs: Tensor) -> Tensor:
+    """Return a policy's mean actions [B, A] in [-1, 1] for obs [B, O]."""
+    x, i = obs, 1
+    while f"actor.dense{i}.weight" in weights:
+        x = F.relu(F.linear(x, weights[f"actor.dense{i}.weight"], weights[f"actor.dense{i}.bias"]))
+        i += 1
+    x = F.linear(x, weights["actor.output.weight"], weights["actor.output.bias"])
+    return x.chunk(2, 1)[0].tanh()  # the other half: log standard deviations
+
+
+def load_agent(folder: Path, use_c: bool = True) -> Any:
+    """Return the agent of a folder that export.py wrote, by the agent.py in it."""
+    spec = importlib.util.spec_from_file_location("agent", folder / "agent.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Agent(folder, use_c)
+
+
+# <<< shared: forward
+
+
+def find_rom(env_id: str) -> str:
+    """Return the ROM (ms_pacman) of MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4, or ""."""
+    titles = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
+    return titles.get(re.sub(r"^ALE/|(NoFrameskip)?(-v[45])?$|_", "", env_id).lower(), "")
+
+
+def atari_rows(args: Args, rom: str, flags: Any, weights: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield rows for ever: the newest frame, the action taken, its clipped reward, terminal.
+
+    Before each episode come three black rows. Weights, if there are any, are a Q-network's.
+    """
+    protocol: dict[str, Any] = {"repeat_action_probability": 0.25, "noop_max": 0}
+    protocol |= {"use_fire_reset": False, "max_num_frames_per_episode": 108_000}
+    env = AtariVectorEnv(rom, 1, num_threads=1, autoreset_mode="SameStep", **protocol)
+    num_actions = len(env.ale.get_action_set())
+    rng, last = np.random.default_rng((args.seed, 1)), max(1, args.checkpoints - 1)
+    seed = np.random.SeedSequence((args.seed + 3_000_000, 0, 0)).generate_state(1) >> 1
+    obs, _ = env.reset(seed=seed.astype(np.int64))
+    count, begins = 0, True
+    while True:
+        for _ in range(3 if begins else 0):
+            yield np.zeros((84, 84), np.uint8), 0, 0.0, 0
+            count += 1
+        level = 1.0 if args.checkpoints > 1 else 0.0  # how far from the last checkpoint this is
+        level *= 1 - min(count // args.transitions, last) / last
+        epsilon = args.epsilon + (1 - args.epsilon) * level
+        action = int(rng.integers(num_actions))
+        if weights and rng.random() >= epsilon:
+            with torch.no_grad():
+                action = int(q_values(weights, flags, torch.from_numpy(obs) / 255).argmax())
+        frame = obs[0, -1].copy()
+        obs, rewards, terminated, truncated, _ = env.step(np.array([action]))
+        yield frame, action, float(np.clip(rewards[0], -1, 1)), int(terminated[0])
+        count, begins = count + 1, bool(terminated[0] or truncated[0])
+
+
+def record_atari(args: Args, rom: str) -> None:
+    """Write --checkpoints files of replay logs, with all that Dopamine needs to load them."""
+    game, flags, weights = rom.title().replace("_", ""), dict[str, Any](), dict[str, Tensor]()
+    folder, n = args.data / game / str(args.seed) / "replay_logs", args.transitions
+    require(not folder.exists(), f"--data {args.data}: {folder} exists; delete it or name another")
+    if args.run:
+        try:
+            flags, weights = load_model(args.run)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            line = str(error).splitlines()[0]
+            require(False, f"--run {args.run}: no finished run is there ({line})")
+        mine = find_rom(flags["env_id"]) == rom and "output.weight" in weights
+        require(mine, f"--run {args.run}: its network is not one of {game}")
+    temporary = folder.with_name(".unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    rows = atari_rows(args, rom, flags, weights)
+    for number in range(args.checkpoints):
+        frames, actions, rewards, terminal = zip(*(next(rows) for _ in range(n)))
+        arrays = {
+            "$store$_observation": np.stack(frames),
+            "$store$_action": np.array(actions, np.int32),
+            "$store$_reward": np.array(rewards, np.float32),
+            "$store$_terminal": np.array(terminal, np.uint8),
+            "add_count": np.array((number + 1) * n),
+            "invalid_range": (np.arange(5) - 1) % n,  # across the ring's seam
+        }
+        for name, array in arrays.items():
+            path = temporary / f"{name}_ckpt.{number}.gz"
+            with gzip.GzipFile(path, "wb", 6, mtime=0) as file:
+                np.save(file, array, allow_pickle=False)
+        text = f"{sum(terminal)} episodes ended, clipped rewards add up to {sum(rewards):g}"
+        print(f"{folder}: checkpoint {number}: {n:,} rows, {text}")
+    temporary.rename(folder)
+
+
 class Output(io.FileIO):
     """Standard output or error, whose reader may go away (| head, a closed terminal): then it is
     silent.
@@ -502,6 +662,8 @@ def main(args: Args) -> None:
 
     for signum in STOPS:
         signal.signal(signum, stop)
+    if rom := find_rom(args.env_id):
+        return record_atari(args, rom)
     spec: Any = make_env(args.env_id).spec
     for kind in ("random", "medium", "medium-replay", "expert", "medium-expert"):
         dataset_name(args, spec.id, kind)  # what cannot be written is refused now

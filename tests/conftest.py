@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         baselines = runs and "dqn_atari_baselines" in item.name
         twin = runs and any(
             f"{name}_gmp" in item.name
-            for name in ("dqn_atari", "dqn_minatar", "sac_mujoco", "rainbow_resnet")
+            for name in ("dqn_atari", "dqn_minatar", "sac_mujoco", "rainbow_resnet", "cql_atari")
         )
         names = {*getattr(item, "fixturenames", ())}
         costly = names & {"straight", "broken_off"} or re.search(
@@ -52,6 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         )
         if (
             "cql_offline_snip-3" in item.name
+            or "cql_atari_eaudeqn-3" in item.name
+            or "cql_atari_gmp-3" in item.name
             or "minatar-3" in item.name
             or "minatar_gmp-3" in item.name
         ):
@@ -94,3 +96,5 @@ baselines = script_fixture("dqn_atari_baselines")
 eaudesac = script_fixture("sac_mujoco_eaudeqn")
 sac = script_fixture("sac_mujoco_gmp")
 cql = script_fixture("cql_offline_snip")
+cql_eaudeqn = script_fixture("cql_atari_eaudeqn")
+cql_gmp = script_fixture("cql_atari_gmp")

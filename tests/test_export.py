@@ -87,6 +87,10 @@ NETWORKS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
     "normalised": (cnn(), {"regulariser": "l2-features"}),
     "impala": (impala(), {}),
     "rainbow": (cnn(4, 32, 3 * 51), {"script": "rainbow_resnet_gmp.py"}),
+    "dueling": (
+        cnn(4, 32, 3 * 51) | {"value": (51, 32)},
+        {"script": "cql_atari_gmp.py", "c51": True},
+    ),
     "actor": (actor(), {"env_id": "Hopper", "script": "sac_mujoco_gmp.py"}),
     "one dimension": (actor(24, 1, 3), {"env_id": "Pendulum-v1"}),
     "minatar": (minatar(), MINATAR),

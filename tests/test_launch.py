@@ -662,6 +662,8 @@ SHORT = {
     "SAC": "sac_mujoco_gmp",
     "EAUSAC": "sac_mujoco_eaudeqn",
     "CQL": "cql_offline_snip",
+    "EAUCQL": "cql_atari_eaudeqn",
+    "GMPCQL": "cql_atari_gmp",
     "MINIDQN": "dqn_minatar_gmp",
     "MINIEAU": "eaudeqn_minatar",
 }

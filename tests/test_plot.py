@@ -516,6 +516,15 @@ def test_d4rl_scores_of_datasets(tmp_path: Path, plot: Plot, figures: list[Any])
     assert left == [[1, pytest.approx(0.1)]]
 
 
+def test_offline_atari_is_scored_by_evaluations(tmp_path: Path, plot: Plot) -> None:
+    """One dataset has many games; a game's score is human-normalised, as online."""
+    for game, score in (("Pong", 14.6), ("Breakout", 1.7)):
+        records = [{"step": 1000, "seconds": 1.0, "eval/episodic_return": score}]
+        plan(tmp_path, "CQL", game, 1, records, script="cql_atari_gmp.py", dataset="data")
+    rows = plot("sweep", "grid", "--x", "dataset")
+    assert [float(row["mean"]) for row in rows] == [pytest.approx(0.5)]
+
+
 def test_metrics_and_layers_over_the_steps(tmp_path: Path, plot: Plot, figures: list[Any]) -> None:
     """Analyses come in records of their own; a layer's sparsity is that of the network then."""
     for seed in (1, 2):

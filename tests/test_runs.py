@@ -1,10 +1,10 @@
 """The training scripts as a user runs them: what a run leaves, kill and resume, damage, bad input,
 one file alone.
 
-ATARI, MINATAR, MUJOCO and OFFLINE are the only places that know which scripts there are. Runs are
-real and small, on Breakout, Hopper or 600 recorded transitions of a random policy on Hopper, and
-the CPU; one that several tests look at is made once per session. Two run side by side wherever the
-tests allow it, one thread each.
+ATARI, MINATAR, MUJOCO, LOGGED and OFFLINE are the only places that know which scripts there are.
+Runs are real and small, on Breakout, Hopper, 600 recorded transitions of a random policy on Hopper
+or 1,800 on Breakout, and the CPU; one that several tests look at is made once per session. Two run
+side by side wherever the tests allow it, one thread each.
 """
 
 from __future__ import annotations
@@ -64,11 +64,19 @@ MUJOCO = {
     "sac_mujoco_gmp": "--width 1 --prune-every 7",
 }
 DATA = Path(__file__).parent / "data" / "hopper-random.hdf5"
-OFFLINE = {"cql_offline_snip": f"--layers 2 --dataset {DATA} --env-id Hopper-v5"}
+LOGS = Path(__file__).parent / "data" / "atari"
+LOGGED_FLAGS = f"--dataset {LOGS} --transitions 300 --checkpoints-per-epoch 2 --target-every 100"
+LOGGED = {
+    "cql_atari_eaudeqn": f"{LOGGED_FLAGS} --batch-size 2 --feature-size 16 --num-networks 2"
+    " --max-exponent 1 --max-sparsity-step 0.1",
+    "cql_atari_gmp": f"{LOGGED_FLAGS} --batch-size 2 --feature-size 16 --prune-every 7",
+}
+OFFLINE = {"cql_offline_snip": f"--layers 2 --dataset {DATA} --env-id Hopper-v5"} | LOGGED
 SCRIPTS = ATARI | MINATAR | MUJOCO | OFFLINE
+PIXELS = ATARI | LOGGED  # those whose network sees Atari's frames
 DQNS, SINGLE = ATARI | MINATAR, OFFLINE | MINATAR  # those with epsilon; those without --num-envs
-GAME = dict.fromkeys(SCRIPTS, "Hopper-v5") | dict.fromkeys(DQNS, "Breakout")
-LOSS = dict.fromkeys(SCRIPTS, "losses/qf1_loss") | dict.fromkeys(DQNS, "losses/td_loss")
+GAME = dict.fromkeys(SCRIPTS, "Hopper-v5") | dict.fromkeys(DQNS | LOGGED, "Breakout")
+LOSS = dict.fromkeys(SCRIPTS, "losses/qf1_loss") | dict.fromkeys(DQNS | LOGGED, "losses/td_loss")
 
 
 def flags_of(
@@ -125,6 +133,8 @@ LINES = {
     "cql_offline_snip": 1050,
     "eaudeqn_minatar": 825,
     "dqn_minatar_gmp": 785,
+    "cql_atari_eaudeqn": 890,
+    "cql_atari_gmp": 1000,
 }
 VOLATILE = {
     "seconds",
@@ -495,6 +505,18 @@ def test_the_records_have_the_names_and_the_cadence_of_the_protocol(
         )
     for earlier, later in itertools.pairwise(every):
         assert earlier["step"] <= later["step"] and earlier["seconds"] <= later["seconds"]
+    if script in LOGGED:
+        assert [record["step"] for record in every] == [600, 1000, 1200, 1800, 2000]
+        eau = "eaudeqn" in script
+        own = {"candidate_1", "candidate_2", "selected"} if eau else set[str]()
+        layers = {f"layer/{name}" for name in ("conv1", "conv2", "conv3", "dense", "output")}
+        measured = {"prunable", "total", "active_params", "target"} | layers | own
+        wanted = {f"sparsity/{name}" for name in measured}
+        wanted |= {f"losses/{name}" for name in ("td_loss", "cql_loss", "q_values")}
+        wanted |= {"charts/SPS", "charts/learning_rate", "memory/replay_bytes"}
+        wanted |= {"memory/peak_bytes", "step", "seconds"}
+        assert all(record.keys() == wanted for record in every)
+        return
     if script in OFFLINE:
         assert [record["step"] for record in every] == [0, 600, 1000, 1200, 1800, 2000], (
             "each 600 and each 1,000"
@@ -596,8 +618,10 @@ def test_epsilon_falls_from_the_end_of_the_warm_up(script: str, straight: Straig
 def test_the_sparsity_records_follow_the_algorithm(
     script: str, straight: Straight, num_envs: int
 ) -> None:
-    if "eaudeqn" not in script or script in MUJOCO:
-        pytest.skip("of candidates that are pairs, tests/test_sac.py has its own")
+    if "eaudeqn" not in script or script in MUJOCO | LOGGED:
+        pytest.skip(
+            "of candidates that are pairs, tests/test_sac.py has its own; test_cql_atari.py"
+        )
     exponents = np.random.default_rng((1, 2))  # of seed 1
     learner = [
         record for record in records(straight[num_envs].result()[0]) if "sparsity/target" in record
@@ -671,7 +695,7 @@ def test_the_model_has_the_sparsity_that_is_reported(
         assert network(torch.rand(4, 10, 10, 2)).shape == (3, 2)
         assert total == 16 * 36 + 16 + 1024 * 8 + 8 + 8 * 3 + 3
         return
-    if script not in ATARI:  # Hopper has 11 observations and 3 actions
+    if script not in PIXELS:  # Hopper has 11 observations and 3 actions
         sizes = {"actor": (11, 6), "qf1": (14, 1), "qf2": (14, 1)}
         layers = {name: [(256, n), (256, 256), (m, 256)] for name, (n, m) in sizes.items()}
         assert {name: tuple(weight.shape) for name, weight in weights.items()} == {
@@ -706,7 +730,8 @@ def own_network(module: ModuleType, model: dict[str, torch.Tensor], flags: dict[
     elif hasattr(module, "PackedReplay"):
         network = module.QNetwork(4, 3, args)
     else:
-        network = getattr(module, "C51Network", module.QNetwork)(4, args)
+        c51 = getattr(args, "c51", hasattr(module, "C51Network"))
+        network = (module.C51Network if c51 else module.QNetwork)(4, args)
     network.load_state_dict(model, strict=True)
     return network
 
@@ -728,7 +753,7 @@ def test_evaluate_answers_as_the_script_does(
     flags, model = evaluate.load_model(folder)
     own = own_network(module, model, flags)
     with torch.no_grad():
-        if script in ATARI:
+        if script in PIXELS:
             obs = torch.rand(2, 4, 84, 84)
             answers = evaluate.q_values(model, flags, obs), own(obs)
         elif script in MINATAR:  # whose batch comes last
@@ -746,6 +771,7 @@ def test_evaluate_answers_as_the_script_does(
         ("dqn_atari_gmp", {"network": "impala", "width": 2}),
         ("rainbow_resnet_gmp", {"network": "impala"}),
         ("dqn_atari_baselines", {"regulariser": "l2-features"}),
+        ("cql_atari_gmp", {"network": "impala", "width": 2, "c51": True}),
     ],
 )
 def test_evaluate_knows_all_networks(name: str, flags: dict[str, Any]) -> None:
@@ -955,7 +981,7 @@ def test_the_evaluation_survives_a_signal(script: str, home: Path) -> None:
 
 def test_the_evaluation_is_cut_off(script: str, tmp_path: Path) -> None:
     """An untrained agent never serves in Breakout, and would play for 27,000 steps."""
-    if script in OFFLINE:
+    if script in OFFLINE and script not in LOGGED:
         pytest.skip("its evaluation is that of the MuJoCo scripts")
     output = succeed(
         script, TINY[script], "--eval-episodes 1 --eval-steps 20 --run-dir run", cwd=tmp_path
@@ -1076,7 +1102,7 @@ def test_with_all_checkpoints_damaged_nothing_is_changed(
 @pytest.mark.shared
 def test_a_loss_that_is_not_finite_stops_the_run(script: str, tmp_path: Path) -> None:
     if script in OFFLINE:
-        pytest.skip("tests/test_cql.py has its own")
+        pytest.skip("tests/test_cql.py and tests/test_cql_atari.py have their own")
     flags = f"{TINY[script]} --learning-starts 20 --learning-rate 1e30"
 
     def with_a_checkpoint_at_each_step() -> None:
@@ -1202,6 +1228,15 @@ OWN_BAD = {
 --cql-actions 0 | --cql-gap nan | --layers 0 | --prune-batches 0 | --dataset nowhere.hdf5
 """,
 }
+LOGGED_BAD = """
+--dataset nowhere | --env-id Pong | --transitions 4 | --transitions 301 | --checkpoints-per-epoch 0
+--checkpoints-per-epoch 7 | --adam-eps 0 | --n-step 0 | --cql-alpha -1 | --cql-alpha inf
+--target-every 0 | --feature-size 0
+"""
+OWN_BAD |= {
+    "cql_atari_eaudeqn": LOGGED_BAD + EAU_DE_BAD,
+    "cql_atari_gmp": f"{LOGGED_BAD}{GMP_BAD}--width 0",
+}
 CASES = [
     (name, case.strip())
     for name in SCRIPTS
@@ -1263,7 +1298,9 @@ def test_what_does_not_fit_in_memory_is_refused(
     if script in OFFLINE and "--buffer-size" in flags:
         pytest.skip("it has no buffer")
     flags = (
-        flags if script in DQNS else flags.replace("--feature-size 1000000000", "--width 10000000")
+        flags
+        if script in DQNS | LOGGED
+        else flags.replace("--feature-size 1000000000", "--width 10000000")
     )
     output = call(module, f"{TINY[script]} {flags}".split(), monkeypatch, capsys)
     assert output.status in (1, 2)
@@ -1361,7 +1398,7 @@ def test_bad_input_is_named(
         pytest.skip("it has no such flag")
     if script in MINATAR and ("--num-envs" in flags or "MsPackman" in flags):
         pytest.skip("it has no such flag or game")
-    if script not in DQNS:  # misspelt
+    if script not in DQNS | LOGGED:  # misspelt
         flags = flags.replace("Brekout", "Hoper-v5").replace("ALE/MsPackman-v5", "HalfCheeta")
         right = {"Brekout": "Hoper-v5", "breakout": "Hopper-v5", "mspacman": "HalfCheetah-v5"}
         words = [right.get(word, word) for word in words]
@@ -1528,6 +1565,19 @@ MINATARS = {  # docs/eaudeqn_minatar.md has the search
     "width": 1,
     "feature_size": 128,
 }
+OFFLINE_ATARI = {  # in gradient steps
+    "checkpoints_per_epoch": 5,
+    "transitions": 50_000,
+    "epoch_steps": 62_500,
+    "batch_size": 32,
+    "learning_rate": 5e-5,
+    "adam_eps": 3.125e-4,
+    "gamma": 0.99,
+    "n_step": 1,
+    "cql_alpha": 0.1,
+    "target_every": 2000,
+    "feature_size": 512,
+}
 PAPERS = {
     "eaudeqn_minatar": MINATARS
     | EAU_DE
@@ -1562,6 +1612,14 @@ PAPERS = {
         "width": 5,
         "weight_decay": 1e-4,
     },
+    "cql_atari_eaudeqn": OFFLINE_ATARI
+    | EAU_DE
+    | {"total_timesteps": 3_125_000}
+    | {"selection_loss": "total", "reset_optimizer": True},
+    "cql_atari_gmp": OFFLINE_ATARI
+    | GMP
+    | {"total_timesteps": 12_500_000, "network": "cnn"}
+    | {"width": 1, "c51": False, "td_loss": "huber"},
     "cql_offline_snip": {
         "total_timesteps": 1_000_000,
         "batch_size": 256,
@@ -1794,7 +1852,7 @@ def test_the_versions_are_those_of_what_is_imported(
     assert json.loads((run.path / "versions.json").read_text())["packages"]["tyro"] == "0.0.1"
 
 
-@pytest.mark.parametrize("name", MUJOCO | OFFLINE)
+@pytest.mark.parametrize("name", [*MUJOCO, "cql_offline_snip"])
 def test_a_way_of_drawing_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
     output = run(name, TINY[name], "--run-dir run", cwd=tmp_path, MUJOCO_GL="nonsense")
     assert output.status == 2
@@ -1831,9 +1889,10 @@ def test_track_without_an_account_says_what_to_do(script: str, tmp_path: Path) -
     "flags", ["--precision bf16", "--network impala", "--network impala --precision bf16"]
 )
 def test_a_variant_trains(script: str, flags: str, tmp_path: Path) -> None:
-    if ("impala" in flags and script == "eaudeqn_atari") or script in MINATAR:
+    single = script in ("eaudeqn_atari", "cql_atari_eaudeqn")
+    if ("impala" in flags and single) or script in MINATAR:
         pytest.skip("it has one network")
-    flags = flags if script in ATARI else flags.replace("--network impala", "--width 2")
+    flags = flags if script in PIXELS else flags.replace("--network impala", "--width 2")
     succeed(script, TINY[script], flags, "--run-dir run", cwd=tmp_path)
     assert_learned(tmp_path / "run")
 

@@ -1,0 +1,987 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.13", "numpy>=1.26", "ale-py>=0.12.1", "gymnasium>=1.2", "tyro>=0.9",
+#                 "safetensors>=0.5", "tensorboard>=2.18", "tqdm>=4.66", "wandb>=0.18"]
+# ///
+"""CQL on Atari offline with gradual magnitude pruning: 95 % of its weights go by the end.
+
+Paper: Obando-Ceron, Courville, Castro, "In value-based deep reinforcement learning, a pruned
+network is a good network", ICML 2024, arXiv 2402.12479 (its figure 8). The agent is discrete
+conservative Q-learning (Kumar et al. 2020) on the DQN replay (Agarwal et al. 2020), with --c51 on
+distributions, as Rainbow has them (Hessel et al. 2018). A step is a gradient step.
+
+From 20 % to 80 % of the steps the weights of the smallest magnitude are removed along a cubic
+schedule (Zhu and Gupta 2017), every 1,000 steps. What is removed stays removed.
+
+    python cql_atari_gmp.py --dataset DIR --env-id Pong              # DIR/Pong/1/replay_logs
+    python cql_atari_gmp.py --dataset DIR/Pong/2/replay_logs --network impala --width 3
+    python cql_atari_gmp.py --dataset DIR --sparsity 0                          # the dense CQL
+    python cql_atari_gmp.py --dataset DIR --total-timesteps 3125000 --td-loss squared
+    python cql_atari_gmp.py --dataset DIR --c51 --n-step 3 --learning-rate 6.25e-5 --adam-eps 1.5e-4
+    python cql_atari_gmp.py --resume runs/Pong__cql_atari_gmp__1__1790000000
+
+The fourth line is PolyPruneCQL, the baseline of Eau De Q-Network (arXiv 2503.01437), the fifth the
+paper's CQL+C51.
+
+Differences from the paper, and guesses ([C] read in the paper or its authors' code, [I] inferred,
+[D] our decision):
+ 1. [C] All tensors but biases are pruned, the first and the last layer too, with exact counts.
+ 2. [I] Sparsity is spread by the Erdos-Renyi-Kernel rule; the schedule's progress multiplies each
+    layer's own final sparsity. It is that of the online runs, stretched to this run's length.
+ 3. [I] --width multiplies the channels of the convolutions, not the dense layer. Impala's are
+    Dopamine's 16, 32, 32.
+ 4. [I] --c51: 51 atoms in [-10, 10], the online network chooses the next action (double), state
+    value and advantages (dueling) come from one dense layer; the conservative term takes means.
+ 5. [D] An evaluation is --eval-episodes whole episodes.
+ 6. [D] With several runs of a game below --dataset, that of the number --seed is read.
+
+Figure: benchmark/gmp_figure08.sh; PolyPruneCQL: benchmark/eaudecql.sh. More: docs/cql_atari.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import difflib
+import fcntl
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass, make_dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import numpy as np
+import torch
+import tyro
+from ale_py import roms
+from ale_py.vector_env import AtariVectorEnv
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tyro.constructors import PrimitiveConstructorSpec
+
+
+# >>> shared: run-flags
+def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
+    """Return how a whole number is read, which may be written as 1e6."""
+
+    def read(words: list[str]) -> int:
+        if float(words[0]) % 1:
+            raise ValueError(f"{words[0]} is no whole number")
+        return int(float(words[0]))
+
+    return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
+
+
+# Types of flags: the smallest and the largest value, and what --help and messages say of them.
+ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
+Count = Annotated[int, (1, math.inf, "at least 1"), integer("INT >= 1")]
+Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), integer("INT >= 0")]
+Amount = Annotated[float, (0, LARGEST, "at least 0 and finite"), tyro.conf.arg(metavar="X >= 0")]
+Rate = Annotated[float, (ABOVE_0, LARGEST, "above 0 and finite"), tyro.conf.arg(metavar="X > 0")]
+Share = Annotated[float, (0, 1, "in [0, 1]"), tyro.conf.arg(metavar="X in [0, 1]")]
+
+
+@dataclass
+class Running:
+    """Where and how it runs."""
+
+    device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
+    compile: bool = False  # sampling and update as a CUDA graph (not yet tried on a GPU)
+    run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
+    resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
+    checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
+    keep_checkpoint: bool = False  # keep the last ones when the run has finished
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
+    wandb_project: str = "cleanrl-sparse"  # project there
+    # <<< shared: run-flags
+
+
+@dataclass
+class Training:
+    """The data and the agent. A step is a gradient step."""
+
+    dataset: str = ""  # folder with Dopamine's checkpoints, or with GAME/RUN/replay_logs below it
+    env_id: str = ""  # game, like MsPacman; needed where the folder's path does not name it
+    seed: Index = 1  # seed of everything random
+    total_timesteps: Count = 12_500_000  # length of the run in gradient steps
+    checkpoints_per_epoch: Count = 5  # checkpoints drawn for each epoch, each with equal odds
+    transitions: Count = 50_000  # rows read from the start of each, 7.1 KB of memory each
+    epoch_steps: Count = 62_500  # gradient steps per epoch; each ends with an evaluation
+    batch_size: Count = 32  # transitions per gradient step
+    learning_rate: Rate = 5e-5  # Adam's step size
+    adam_eps: Rate = 3.125e-4  # Adam's epsilon
+    gamma: Share = 0.99  # discount factor
+    n_step: Count = 1  # steps of the return before the bootstrap; 3 in CQL+C51
+    td_loss: Literal["huber", "squared"] = "huber"  # of the TD error; not with --c51
+    c51: bool = False  # distributions of returns, double, dueling
+    cql_alpha: Amount = 0.1  # weight of the conservative term
+    target_every: Count = 2_000  # gradient steps between target updates
+    network: Literal["cnn", "impala"] = "cnn"  # DQN's convolutions or the 15-layer ResNet
+    width: Count = 1  # multiplies the channels of the convolutions; the paper: 1 and 3
+    feature_size: Count = 512  # units of the dense layer
+    eval_episodes: Index = 10  # episodes of each evaluation, at epsilon 0.001; 0: no evaluations
+    eval_steps: Count = 27_000  # steps after which an episode of it is cut off
+
+
+@dataclass
+class Method:
+    """Gradual magnitude pruning; the defaults are the paper's."""
+
+    sparsity: Share = 0.95  # share of the prunable weights that is zero in the end; 0 never prunes
+    prune_start: Share = 0.2  # share of the run's gradient steps at which pruning begins
+    prune_end: Share = 0.8  # share at which the final sparsity is reached
+    prune_every: Count = 1000  # gradient steps between new masks
+
+
+@dataclass
+class Args(Running, Training, Method):
+    """All flags."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that are not accepted, naming the flag."""
+        check_ranges(self)
+        least = 4 + self.n_step
+        require(self.transitions >= least, f"--transitions {self.transitions}: at least {least}")
+        require(self.sparsity < 1, "--sparsity: must be below 1")
+        ordered = self.prune_start <= self.prune_end
+        require(ordered, f"--prune-end {self.prune_end}: must be at least --prune-start")
+
+
+# >>> shared: networks
+class Stack(nn.Module):
+    """A convolution, a pooling and two residual blocks of Impala (Espeholt et al. 2018)."""
+
+    def __init__(self, c_in: int, c_out: int, padding: int) -> None:
+        super().__init__()
+        self.entry = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=padding, ceil_mode=True)
+        self.blocks = nn.ModuleList(nn.Conv2d(c_out, c_out, 3, padding=1) for _ in range(4))
+
+    def forward(self, x: Tensor, hidden: list[Tensor]) -> Tensor:
+        """Halve the sides of x [B, c_in, H, H]; put what each ReLU gives into `hidden`."""
+        x = self.pool(self.entry(x))
+        for first, second in (self.blocks[:2], self.blocks[2:]):
+            hidden.append(torch.relu(x))
+            hidden.append(torch.relu(first(hidden[-1])))
+            x = x + second(hidden[-1])
+        return x
+
+
+class QNetwork(nn.Module):
+    """Q-values of stacked frames, in Dopamine's form; convolutions of DQN or of Impala."""
+
+    def __init__(self, num_actions: int, args: Args) -> None:
+        super().__init__()
+        self.network, c = args.network, 32 * args.width
+        if args.network == "cnn":  # Mnih et al. 2015
+            self.conv1 = nn.Conv2d(4, c, 8, stride=4, padding=2)  # 84 -> 21
+            self.conv2 = nn.Conv2d(c, 2 * c, 4, stride=2)  # 21 -> 11
+            self.conv3 = nn.Conv2d(2 * c, 2 * c, 3, padding=1)
+        else:  # 15 layers without normalisation
+            self.stack1 = Stack(4, c // 2, 0)  # 84 -> 42
+            self.stack2 = Stack(c // 2, c, 0)  # 42 -> 21
+            self.stack3 = Stack(c, c, 1)  # 21 -> 11
+        channels = 2 * c if args.network == "cnn" else c
+        self.dense = nn.Linear(11 * 11 * channels, args.feature_size)
+        self.output = nn.Linear(args.feature_size, num_actions)
+        for name, p in self.named_parameters():
+            std = math.sqrt(p.shape[0] / p.numel()) / 0.87962566
+            if p.ndim == 1:
+                nn.init.zeros_(p)
+            elif "blocks" in name:  # LeCun normal, truncated at two standard deviations
+                nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std)
+            else:
+                nn.init.xavier_uniform_(p)
+
+    def hidden(self, obs: Tensor) -> list[Tensor]:
+        """Return what the hidden layers' ReLUs give for obs [B, 4, 84, 84], floats in [0, 1].
+
+        The last are the features [B, feature_size]. Impala's last convolutions have no part in
+        it: the units counted as dormant are those of ReDo's authors (Sokar et al. 2023).
+        """
+        hidden = list[Tensor]()
+        if self.network == "cnn":
+            hidden.append(torch.relu(self.conv1(obs)))
+            x = nn.functional.pad(hidden[0], (1, 2, 1, 2))  # as XLA's SAME, odd pixel at the end
+            hidden.append(torch.relu(self.conv2(x)))
+            hidden.append(torch.relu(self.conv3(hidden[1])))
+            x = hidden[2]
+        else:
+            x = self.stack1(obs, hidden)
+            x = self.stack2(x, hidden)
+            x = torch.relu(self.stack3(x, hidden))
+        x = x.permute(0, 2, 3, 1).flatten(1)  # channels-last order: needs no copy
+        return [*hidden, torch.relu(self.dense(x))]
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
+        x = self.hidden(obs)[-1]
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would blur how the actions differ
+            return self.output(x.to(self.output.weight.dtype))
+
+
+# <<< shared: networks
+ATOMS, V_MAX = 51, 10.0
+
+
+def support(like: Tensor) -> Tensor:
+    """Return the atoms' values [ATOMS], with the type and on the device of a tensor."""
+    return torch.linspace(-V_MAX, V_MAX, ATOMS, device=like.device, dtype=like.dtype)
+
+
+def project(probabilities: Tensor, returns: Tensor) -> Tensor:
+    """Project distributions, probabilities of returns [B, ATOMS], onto the support: [B, ATOMS].
+
+    Each probability is shared between the two nearest atoms, by nearness, or goes to the end.
+    """
+    distance = (returns.clamp(-V_MAX, V_MAX)[:, :, None] - support(returns)).abs()
+    share = (1 - distance / (2 * V_MAX / (ATOMS - 1))).clamp(min=0)  # [B, ATOMS, ATOMS]
+    return (share * probabilities[:, :, None]).sum(1)
+
+
+class C51Network(QNetwork):
+    """A categorical distribution of the return for each action (Bellemare et al. 2017), dueling."""
+
+    def __init__(self, num_actions: int, args: Args) -> None:
+        super().__init__(num_actions * ATOMS, args)
+        self.value = nn.Linear(args.feature_size, ATOMS)
+        nn.init.xavier_uniform_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+
+    def logits(self, obs: Tensor) -> Tensor:
+        """Map obs [B, 4, 84, 84], floats in [0, 1], to logits [B, num_actions, ATOMS]."""
+        x = self.hidden(obs)[-1]
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.output.weight.dtype)
+            advantages = self.output(x).unflatten(1, (-1, ATOMS))
+            return self.value(x)[:, None] + advantages - advantages.mean(1, keepdim=True)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions], the means."""
+        logits = self.logits(obs)
+        return (logits.softmax(2) * support(logits)).sum(2)
+
+
+# >>> shared: sparsity
+def prunable(network: nn.Module) -> dict[str, Tensor]:
+    """Return what pruning may remove: every tensor of two or more dimensions, so no bias."""
+    return {k.removesuffix(".weight"): p for k, p in network.named_parameters() if p.ndim >= 2}
+
+
+def add_masks(network: nn.Module) -> None:
+    """Give each prunable weight a mask (1: kept) as a buffer: state_dict() has it too."""
+    for i, weight in enumerate(prunable(network).values()):
+        network.register_buffer(f"mask{i}", torch.ones_like(weight))
+
+
+def sparsity_report(network: nn.Module) -> dict[str, float]:
+    """Return the shares of zeros, of all prunable weights and of each layer, and what is left."""
+    weights, total = prunable(network), sum(p.numel() for p in network.parameters())
+    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+    pruned, size = sum(zeros.values()), sum(weight.numel() for weight in weights.values())
+    report = {"prunable": pruned / size, "total": pruned / total, "active_params": total - pruned}
+    report |= {f"layer/{name}": zeros[name] / w.numel() for name, w in weights.items()}
+    return {f"sparsity/{key}": float(value) for key, value in report.items()}
+
+
+# <<< shared: sparsity
+# >>> shared: pruning
+def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]:
+    """Return a score of any sign for each prunable weight; the lowest are pruned first.
+
+    Put another criterion here (docs/pruning_criterion.md); a random one draws from `rng`.
+    """
+    return [weight.abs() for weight in prunable(network).values()]
+
+
+def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
+    """Return the share of each prunable tensor to keep, for a total sparsity in [0, 1].
+
+    The Erdos-Renyi-Kernel rule (Evci et al. 2020): eps * sum(shape) / prod(shape), with eps such
+    that the total holds; a tensor that would exceed 1 is dense, and eps is solved again.
+    """
+    sizes = np.array([weight.numel() for weight in prunable(network).values()])
+    sums = np.array([sum(weight.shape) for weight in prunable(network).values()])
+    dense = np.zeros(len(sizes), bool)
+    for _ in sizes:  # each turn but the last finds another one
+        left = (1 - sparsity) * sizes.sum() - sizes[dense].sum()
+        eps = left / max(1, sums[~dense].sum())
+        dense |= eps * sums >= sizes
+    return np.where(dense, 1.0, eps * sums / sizes).tolist()
+
+
+@torch.no_grad()
+def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
+    """Lower the masks to these densities; the weights are left alone.
+
+    Counts are exact, ties go to the lower index, every tensor keeps at least one weight. What is
+    pruned stays pruned: it counts as -inf.
+    """
+    for score, mask, density in zip(pruning_scores(network, rng), network.buffers(), densities):
+        flat = torch.where(mask > 0, score, -math.inf).flatten().cpu().numpy()
+        kept = max(1, round(len(flat) * density))
+        threshold = np.partition(flat, -kept)[-kept]  # far faster than a sort
+        keep = flat > threshold
+        keep[np.flatnonzero(flat == threshold)[: kept - keep.sum()]] = True
+        mask.mul_(torch.from_numpy(keep).view(mask.shape).to(mask.device))
+
+
+# <<< shared: pruning
+
+
+# >>> shared: schedule
+def pruning_progress(step: int, start: int, end: int) -> float:
+    """Return the share of the final sparsity to have at a gradient step, in [0, 1].
+
+    1 - (1 - (t - t0) / (t1 - t0)) ** 3
+    """
+    if not start <= step < end:
+        return float(step >= end)
+    return 1 - (1 - (step - start) / (end - start)) ** 3
+
+
+# <<< shared: schedule
+class CQL(nn.Module):
+    """The online network, which is pruned, and the target network."""
+
+    latest: Tensor  # [3]: TD loss, conservative loss, mean Q-value of the latest update
+
+    def __init__(self, args: Args, num_actions: int, device: torch.device) -> None:
+        super().__init__()
+        self.args = args
+        torch.manual_seed(args.seed)
+        self.online: Any = (C51Network if args.c51 else QNetwork)(num_actions, args)
+        add_masks(self.online)
+        self.online.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.target: Any = copy.deepcopy(self.online)
+        self.weights = list(prunable(self.online).values())
+        self.masks = list(self.online.buffers())
+        adam: Any = {"lr": args.learning_rate, "eps": args.adam_eps, "capturable": args.compile}
+        self.optimizer = torch.optim.Adam(self.online.parameters(), fused=True, **adam)
+        self.register_buffer("latest", torch.zeros(3, device=device))
+        self.losses = np.zeros(1)  # the latest, both together, on the host
+        self.gradient_step, self.sparsity = 0, 0.0  # sparsity: the schedule's
+        self.start = min(args.total_timesteps - 1, round(args.prune_start * args.total_timesteps))
+        self.end = min(args.total_timesteps - 1, round(args.prune_end * args.total_timesteps))
+        self.rng = {"score": np.random.default_rng((args.seed, 0))}
+        self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what state_dict() has beside networks and masks."""
+        rng = {use: rng.bit_generator.state for use, rng in self.rng.items()}
+        counters = (self.gradient_step, self.sparsity)
+        return {"optimizer": self.optimizer.state_dict(), "rng": rng, "counters": counters}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what get_extra_state() gave."""
+        self.gradient_step, self.sparsity = state["counters"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for use, rng in self.rng.items():
+            rng.bit_generator.state = state["rng"][use]
+
+    def loss(self, obs: Any, next_obs: Any, actions: Any, rewards: Any, discounts: Any) -> Any:
+        """Return TD loss, conservative loss and mean Q(s, a) of a batch."""
+        rows = torch.arange(len(actions), device=actions.device)
+        if self.args.c51:
+            with torch.no_grad(), self.autocast:
+                best = self.online(next_obs).argmax(1)
+                next_p = self.target.logits(next_obs)[rows, best].softmax(1)  # [B, ATOMS]
+                returns = rewards[:, None] + discounts[:, None] * support(rewards)
+                td_target = project(next_p, returns)
+            with self.autocast:
+                logits = self.online.logits(obs)  # [B, A, ATOMS]
+            q_values = (logits.softmax(2) * support(logits)).sum(2)
+            td_losses = -(td_target * logits[rows, actions].log_softmax(1)).sum(1)
+        else:
+            with torch.no_grad(), self.autocast:
+                td_target = rewards + discounts * self.target(next_obs).max(1).values  # [B]
+            with self.autocast:
+                q_values = self.online(obs)  # [B, A]
+            square = self.args.td_loss == "squared"
+            measure = nn.functional.mse_loss if square else nn.functional.huber_loss
+            td_losses = measure(q_values[rows, actions], td_target, reduction="none")
+        taken = q_values[rows, actions]
+        cql_loss = self.args.cql_alpha * (q_values.logsumexp(1) - taken).mean()
+        return td_losses.mean(), cql_loss, taken.mean()
+
+    def update(self, *batch: Tensor) -> None:
+        """Take one gradient step on a batch. Nothing waits for the device."""
+        td_loss, cql_loss, q_value = self.loss(*batch)
+        (td_loss + cql_loss).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_mul_(self.weights, self.masks)
+            self.latest.copy_(torch.stack([td_loss, cql_loss, q_value]))
+
+    # >>> shared: captured-update
+    def captured_update(self, replay: Any) -> None:
+        """Sample and update once; --compile makes a CUDA graph of that."""
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.update(*replay.sample(self.args.batch_size))
+        if self.args.compile and not self.graph:  # the update above has loaded the kernels
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.register_generator_state(replay.generator)
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.update(*replay.sample(self.args.batch_size))
+
+    # <<< shared: captured-update
+    def learn(self, dataset: Dataset, steps: int) -> None:
+        """Take so many gradient steps, and prune before those where it is due."""
+        for _ in range(steps):
+            self.prune_if_due()
+            self.gradient_step += 1
+            self.captured_update(dataset)
+        self.losses = np.array([sum(self.latest[:2].tolist())])
+
+    @torch.no_grad()
+    def prune_if_due(self) -> None:
+        """Lower the masks along the schedule, every --prune-every gradient steps and at its end.
+
+        They are those of the weights before this gradient step, whose gradient does not know of
+        them yet (JaxPruner's order): update() sets to zero what they remove, after Adam's step.
+        """
+        step, start, end = self.gradient_step, self.start, self.end
+        due = (step - start) % self.args.prune_every == 0 or step == end
+        if due and start <= step <= end:
+            progress = pruning_progress(step, start, end)
+            final = erk_densities(self.online, self.args.sparsity)
+            prune(self.online, [1 - progress * (1 - d) for d in final], self.rng["score"])
+            self.sparsity = progress * self.args.sparsity
+
+    def update_target(self, step: int) -> None:
+        """Copy the online network, zeros included."""
+        self.target.load_state_dict(self.online.state_dict())
+
+    def report(self) -> dict[str, float]:
+        """Return what is logged: of the latest update, and of the online network."""
+        record = sparsity_report(self.online) | {"sparsity/target": self.sparsity}
+        names = ("losses/td_loss", "losses/cql_loss", "losses/q_values")
+        return record | dict(zip(names, self.latest.tolist()))
+
+    def network(self) -> nn.Module:
+        """Return the network to evaluate and to save."""
+        return self.online
+
+
+def main(args: Args) -> None:
+    """Train, evaluate the network, and leave the run's folder."""
+    device, (folder, rom) = find_device(args), find_replay(args)
+    args.env_id = args.env_id or rom.title().replace("_", "")
+    num_actions = len(make_envs(rom, 1, 1).ale.get_action_set())
+    agent = CQL(args, num_actions, device)
+    # >>> shared: offline-atari-loop
+    dataset = Dataset(folder, num_actions, args, device)
+    mark = Path(args.resume, "dataset.sha256")
+    same = not args.resume or not mark.exists() or mark.read_text() == dataset.digest
+    line = f"--dataset {args.dataset} is not what it was when the run in {args.resume} began"
+    require(same, line)
+    args.dataset = str(folder)  # --resume may come from another folder
+    if not args.resume:  # what is wrong is told before there is a folder
+        dataset.load(0)
+    run = Run(args, rom.title().replace("_", ""))
+    run.write(mark.name, dataset.digest.encode())
+    step, epoch_return = 0, None
+    if saved := run.load():
+        step, epoch_return = saved["progress"]
+        agent.load_state_dict(saved["agent"])
+        dataset.generator.set_state(saved["sampling"])
+    bar = progress_bar(args.total_timesteps, step, "step")
+
+    while step < args.total_timesteps:
+        # Learn, until something is due: every 100 steps, at a target update, at an epoch's end.
+        dataset.load(step // args.epoch_steps)
+        previous, periods = step, (100, args.target_every, args.epoch_steps)
+        step = min(args.total_timesteps, *(step - step % period + period for period in periods))
+        ended, epoch_ended = step >= args.total_timesteps, step % args.epoch_steps == 0
+        agent.learn(dataset, step - previous)
+        if not np.isfinite(agent.losses).any():
+            kept = f"checkpoint kept: {run.newest[:12] or 'none'}"
+            require(False, f"step {step}: the losses are {agent.losses.tolist()}; {kept}", 1)
+        # Target.
+        if step % args.target_every == 0 and not ended:
+            agent.update_target(step)
+        # Log.
+        bar.update(step - previous)
+        if ended or epoch_ended or step % max(args.target_every, 1000) == 0:
+            record = agent.report() | {
+                "charts/SPS": (bar.n - bar.initial) / bar.format_dict["elapsed"],
+                "charts/learning_rate": args.learning_rate,
+                "memory/replay_bytes": dataset.nbytes,
+                "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            }
+            if epoch_ended and not ended and args.eval_episodes > 0:
+                record |= evaluate(agent.network(), rom, run)
+                epoch_return = record["eval/episodic_return"]
+            text = f"return {epoch_return or 0:g}, sparsity {record['sparsity/prunable']:.3f}"
+            bar.set_postfix_str(text, refresh=False)
+            run.log(step, record)
+        # Save.
+        if run.stops or ended or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
+            state = {"progress": (step, epoch_return), "agent": agent.state_dict()}
+            run.save(step, state | {"sampling": dataset.generator.get_state()})
+        require(not run.stops, f"stopped at step {step}; go on with --resume {run.path}", 75)
+
+    bar.close()
+    scores = evaluate(agent.network(), rom, run)
+    run.finish(step, agent.network(), scores, epoch_return=scores.get("eval/episodic_return"))
+
+
+# <<< shared: offline-atari-loop
+# >>> shared: replay-logs
+def find_replay(args: Args) -> tuple[Path, str]:
+    """Return the folder of --dataset that has Dopamine's checkpoints, and its game's ROM."""
+    wanted = find_rom(args.env_id) if args.env_id else ""
+    line = "a folder with Dopamine's checkpoints, or with GAME/RUN/replay_logs below it"
+    require(args.dataset != "", f"--dataset is missing: {line}")
+    titles = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
+    found, where = dict[Path, str](), f"--dataset {args.dataset}:"
+    for below in ("", "replay_logs/", "*/replay_logs/", "*/*/replay_logs/"):
+        for path in Path(args.dataset).absolute().glob(f"{below}$store$_observation_ckpt.*.gz"):
+            games = [titles.get(part.lower().replace("_", ""), "") for part in path.parts[-4:-1]]
+            found[path.parent] = max(games, key=bool)
+    require(len(found) > 0, f"{where} no $store$_observation_ckpt.0.gz is in it or below")
+    if wanted:
+        games = sorted({*found.values()} - {""})
+        found = {folder: wanted for folder, game in found.items() if game in ("", wanted)}
+        require(len(found) > 0, f"--env-id {args.env_id}: {where} has {', '.join(games)}")
+    if len(found) > 1:
+        mine = {folder: x for folder, x in found.items() if str(args.seed) in folder.parts[-2:]}
+        line = f"{where} several are there, name one or its --env-id: {', '.join(map(str, found))}"
+        require(len(mine) == 1, line)
+        found = mine
+    ((folder, rom),) = found.items()
+    require(rom != "", f"--env-id is missing: {folder} does not name the game")
+    return folder, rom
+
+
+def read_rows(path: Path, shape: tuple[int, ...], kind: type, peek: bool = False) -> np.ndarray:
+    """Return the first rows of a gzipped array of NumPy's; refuse what is none of that shape.
+
+    With `peek` only its header is: all rows are zeros. The file's checksum stands at its end: it
+    is compared where the array has no more rows.
+    """
+    try:
+        with gzip.open(path) as file:
+            np.lib.format.read_magic(file)
+            found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            fits = len(found) == len(shape) and found[1:] == shape[1:] and found[:1] >= shape[:1]
+            fits = fits and np.issubdtype(dtype, kind) and not fortran
+            line = f"must be {kind.__name__} {[*shape]} or longer (--transitions)"
+            require(fits, f"{path}: {line}, not {dtype} {[*found]}")
+            if peek:
+                return np.broadcast_to(np.zeros((), dtype), found)
+            data = bytearray(file.read(math.prod(shape) * dtype.itemsize))
+            rows = np.frombuffer(data, dtype).reshape(shape)
+            require(found != shape or not file.read(1), f"{path}: longer than it says")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        require(False, f"{path}: damaged, truncated or missing ({error})")
+    return rows
+
+
+def find_transitions(
+    terminal: np.ndarray, starts: np.ndarray, rewards: np.ndarray, args: Args
+) -> tuple[np.ndarray, ...]:
+    """Return which rows begin a whole transition, the returns over --n-step, and the discounts.
+
+    All are [n]. `starts`: the row does not follow the one before. A state is four rows of one
+    episode; a return ends at a terminal, and must not reach any other end.
+    """
+    begins = starts | np.append(True, terminal[:-1])
+    kept = ~(begins | np.append([True], begins[:-1]) | np.append([True] * 2, begins[:-2]))
+    broken = ~terminal & np.append(starts[1:], True)  # no next state is known
+    alive, returns = np.ones(len(terminal), bool), np.zeros(len(terminal))
+    for i in range(args.n_step):
+        rows = np.minimum(np.arange(len(terminal)) + i, len(terminal) - 1)
+        returns += np.where(alive, args.gamma**i * rewards[rows], 0)
+        kept &= ~(alive & broken[rows])
+        alive &= ~terminal[rows]
+    return kept, returns, np.where(alive, args.gamma**args.n_step, 0)
+
+
+class Dataset:
+    """An epoch's part of the replay, on the device: the first rows of some of its checkpoints.
+
+    Frames are there once; a state is the frame of its row and those of the three rows before it.
+    Before an episode Dopamine writes three black rows, which the network has seen too.
+    """
+
+    def __init__(self, folder: Path, num_actions: int, args: Args, device: torch.device) -> None:
+        self.folder, self.num_actions, self.args, n = folder, num_actions, args, args.transitions
+        self.kinds: dict[str, Any] = {"$store$_observation": np.uint8, "$store$_action": np.integer}
+        self.kinds |= {"$store$_reward": np.floating, "$store$_terminal": np.integer}
+        names = [path.name.split(".")[-2] for path in folder.glob("$store$_observation_ckpt.*.gz")]
+        self.numbers, self.drawn = sorted(int(x) for x in names if x.isdecimal()), list[int]()
+        count, digest = args.checkpoints_per_epoch, hashlib.sha256()
+        line = f"--checkpoints-per-epoch {count}: {folder} has {len(self.numbers)}"
+        require(count <= len(self.numbers), line)
+        for number in self.numbers:  # what is wrong is told before the run, not in epoch 40
+            for part in self.kinds:
+                self.read(number, part, peek=True)
+                with open(self.path(number, part), "rb") as file:
+                    size = file.seek(-8, os.SEEK_END)  # before gzip's checksum and length
+                    digest.update(f"{part} {number} {size} {file.read().hex()}".encode())
+        self.digest, size = digest.hexdigest(), count * n
+        self.frames = torch.zeros(size + args.n_step, 84, 84, dtype=torch.uint8, device=device)
+        self.facts = torch.zeros(size, 2, device=device)  # return, discount
+        self.actions = torch.zeros(size, dtype=torch.long, device=device)
+        self.rows = torch.zeros(size, dtype=torch.long, device=device)  # those that can be drawn
+        self.count = torch.zeros(1, dtype=torch.long, device=device)  # of them
+        self.stack = torch.arange(-3, 1, device=device)
+        self.nbytes = sum(x.nbytes for x in (self.frames, self.facts, self.actions, self.rows))
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+
+    def path(self, number: int, part: str) -> Path:
+        """Return the file of a checkpoint's array."""
+        return self.folder / f"{part}_ckpt.{number}.gz"
+
+    def read(self, number: int, part: str, peek: bool = False) -> np.ndarray:
+        """Return the first rows of a checkpoint's array."""
+        n = self.args.transitions
+        shape = (n, 84, 84) if part == "$store$_observation" else (n,)
+        return read_rows(self.path(number, part), shape, self.kinds[part], peek)
+
+    def load(self, epoch: int) -> None:
+        """Read the checkpoints of an epoch, which follow from --seed; no two are the same."""
+        args, rows = self.args, list[np.ndarray]()
+        rng = np.random.default_rng((args.seed, epoch))
+        drawn = rng.choice(self.numbers, args.checkpoints_per_epoch, replace=False).tolist()
+        if sorted(drawn) == self.drawn:
+            return
+        self.drawn = sorted(drawn)
+        for first, number in zip(range(0, len(self.rows), args.transitions), self.drawn):
+            frames, *facts = (self.read(number, part) for part in self.kinds)
+            kept, *facts = self.checked(number, frames, *facts)
+            mine = slice(first, first + args.transitions)
+            self.frames[mine] = torch.from_numpy(frames)
+            self.actions[mine] = torch.from_numpy(facts[0])
+            self.facts[mine] = torch.from_numpy(np.column_stack(facts[1:]))
+            rows.append(first + np.flatnonzero(kept))
+        found = torch.from_numpy(np.concatenate(rows))
+        require(len(found) > 0, f"{self.folder}: no transition is whole in {self.drawn}")
+        self.rows[: len(found)] = found
+        self.count.fill_(len(found))
+
+    def checked(
+        self, number: int, frames: np.ndarray, actions: Any, rewards: Any, terminal: Any
+    ) -> tuple[np.ndarray, ...]:
+        """Return which of a checkpoint's rows can be drawn, and actions, returns, discounts."""
+        tops = {"$store$_action": self.num_actions, "$store$_terminal": 2}
+        for (part, top), values in zip(tops.items(), (actions, terminal)):
+            fits = values.min() >= 0 and values.max() < top
+            require(fits, f"{self.path(number, part)}: must be in [0, {top})")
+        finite = bool(np.isfinite(rewards).all())
+        require(finite, f"{self.path(number, '$store$_reward')}: must be finite")
+        # An episode that was cut off shows by the three black rows before the next one, of which
+        # the last may lie beyond the rows read.
+        black = ~frames.any((1, 2)) & (actions == 0) & (rewards == 0) & (terminal == 0)
+        three = black & np.append(black[1:], True) & np.append(black[2:], [True, True])
+        starts = three & ~np.append(False, black[:-1])
+        starts[0] = True
+        if (path := self.path(number, "add_count")).exists():  # the rows are a ring
+            count = int(read_rows(path, (), np.integer))
+            size = len(self.read(number, "$store$_terminal", peek=True))
+            line = f"{path}: {count} rows are filled, --transitions is {len(starts)}"
+            require(count >= len(starts), line)
+            cursor = count % size if count >= size else 0
+            starts[cursor : cursor + 1] = True
+        clipped = np.clip(rewards, -1, 1).astype(float)
+        kept, returns, discounts = find_transitions(terminal == 1, starts, clipped, self.args)
+        return kept, actions.astype(np.int64), returns, discounts
+
+    def sample(self, batch_size: int) -> tuple[Tensor, ...]:
+        """Draw transitions uniformly, with replacement, without waiting for the device.
+
+        Returns obs, next_obs [B, 4, 84, 84] in [0, 1], actions [B] int64, rewards, discounts [B].
+        """
+        device, generator = self.rows.device, self.generator
+        draw = torch.rand(batch_size, dtype=torch.float64, device=device, generator=generator)
+        rows = self.rows[(draw * self.count).long()]
+        stacks = rows[:, None] + self.stack
+        frames = self.frames[stacks], self.frames[stacks + self.args.n_step]
+        floats = [x.to(torch.float32, memory_format=torch.channels_last).div_(255) for x in frames]
+        return *floats, self.actions[rows], *self.facts[rows].unbind(1)
+
+
+# <<< shared: replay-logs
+# >>> shared: atari-games
+def find_rom(env_id: str) -> str:
+    """Return the ROM (ms_pacman) of MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4."""
+    titles = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
+    name = re.sub(r"^ALE/|(NoFrameskip)?(-v[45])?$|_", "", env_id).lower()
+    near = " ".join(difflib.get_close_matches(name, titles, cutoff=0.3)) or "none"
+    require(name in titles, f"--env-id {env_id}: no such Atari game; the nearest are: {near}")
+    return titles[name]
+
+
+def make_envs(rom: str, num_envs: int, max_steps: int) -> AtariVectorEnv:
+    """Make N copies of a game under Dopamine's protocol (Machado et al. 2018).
+
+    Sticky actions 0.25, frameskip 4 with the maximum over two frames, 84x84 grayscale, minimal
+    action set, no no-op start, no FIRE reset; losing a life ends no episode.
+    """
+    protocol: dict[str, Any] = {"repeat_action_probability": 0.25, "noop_max": 0}
+    protocol |= {"use_fire_reset": False, "max_num_frames_per_episode": 4 * max_steps}
+    threads = min(num_envs, os.cpu_count() or 1)
+    return AtariVectorEnv(rom, num_envs, num_threads=threads, **protocol)
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, rom: str, run: Run) -> dict[str, float]:
+    """Play --eval-episodes together at epsilon 0.001; return what is logged of them."""
+    n, seed = run.args.eval_episodes, run.args.seed + 1_000_000
+    if n == 0:
+        return {}
+    envs, rng = make_envs(rom, n, run.args.eval_steps), np.random.default_rng(seed)
+    keys = [np.random.SeedSequence((seed, i, 0)) for i in range(n)]
+    obs, _ = envs.reset(seed=np.array([key.generate_state(1)[0] >> 1 for key in keys], np.int64))
+    num_actions, device = len(envs.ale.get_action_set()), next(network.parameters()).device
+    scores, over, step = np.zeros(n), np.zeros(n, bool), 0
+    with progress_bar(n, 0, "episode", "evaluating") as bar:
+        while not over.all():
+            greedy = network(torch.from_numpy(obs).to(device) / 255).argmax(1).cpu().numpy()
+            explore, step = rng.random(n) < 0.001, step + 1
+            actions = np.where(explore, rng.integers(num_actions, size=n), greedy)
+            obs, rewards, terminated, truncated, _ = envs.step(actions)
+            scores += np.where(over, 0, rewards)
+            over |= terminated | truncated
+            bar.set_postfix_str(f"step {step} of at most {run.args.eval_steps}", False)
+            bar.update(int(over.sum()) - bar.n)
+            require(not run.stops, f"stopped; go on with --resume {run.path}", 75)
+    return {"eval/episodic_return": float(scores.mean()), "eval/episodes": n}
+
+
+# <<< shared: atari-games
+# >>> shared: run
+class Run:
+    """A run's folder: records (metrics.jsonl is the source of truth), checkpoints, the model."""
+
+    def __init__(self, args: Args, title: str) -> None:
+        name = f"{title}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 1000}"
+        self.args, self.path = args, Path(args.resume or args.run_dir or f"runs/{name}")
+        self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
+        fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
+        line = f"--run-dir {self.path}: exists; to go on with the run in it, --resume {self.path}"
+        require(fresh or args.resume != "", line)
+        if args.track:
+            import wandb
+
+            name = re.sub(r"[^\w.-]", "-", self.path.resolve().name)  # what W&B takes
+            own: Any = {"id": name, "resume": "allow", "project": args.wandb_project}
+            wandb.init(**own, config=vars(args), sync_tensorboard=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path / ".lock", "a")
+        try:
+            if os.environ.get("RUN_LOCK") != str(self.path):  # benchmark/launch.py has locked it
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            require(False, f"{self.path}: another process is at work on this run")
+        if fresh:
+            git = ["sh", "-c", "git rev-parse HEAD"]  # where there is no git, nothing is said
+            head = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True).stdout
+            packages = {d.name: d.version for d in reversed([*distributions()])}
+            cpu = args.device == "cpu"
+            facts: dict[str, Any] = {"commit": head.decode().strip() or None}
+            facts["device"] = platform.platform() if cpu else torch.cuda.get_device_name()
+            facts |= {"python": sys.version, "packages": packages}
+            self.write("versions.json", json.dumps(facts, indent=1).encode())
+            flags = {"script": Path(__file__).name} | vars(args)
+            self.write("args.json", json.dumps(flags, indent=1).encode())
+        self.stops: list[int] = []  # signals; under nohup SIGHUP asks nothing
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda number, _: self.stops.append(number))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file that a crash leaves whole or absent."""
+        try:
+            with open(self.path / ".tmp", "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(self.path / ".tmp", self.path / name)
+        except OSError as error:
+            require(False, f"{self.path / name} cannot be written ({error})", 1)
+
+    def load(self) -> dict[str, Any]:
+        """Return the newest whole checkpoint, {} before the first; cut the records back to it."""
+        state, paths = dict[str, Any](), sorted(self.folder.iterdir(), reverse=True)
+        for path in paths:
+            data = path.read_bytes()
+            if path.name.endswith(hashlib.sha256(data).hexdigest()):
+                state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
+                self.newest = path.name
+                print(f"{self.path}: going on from step {state['step']}")
+                break
+            print(f"{path} is damaged; looking for the checkpoint before it", file=sys.stderr)
+        require(bool(state or not paths), f"{self.folder}: no checkpoint is whole", 1)
+        self.start = time.time() - state.get("seconds", 0.0)
+        self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
+        whole = self.metrics.tell() >= state.get("metrics", 0)
+        require(whole, f"{self.metrics.name} is shorter than when the checkpoint was written")
+        self.metrics.truncate(state.get("metrics", 0))
+        self.metrics.seek(0, os.SEEK_END)
+        self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
+        return state
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Append a record to metrics.jsonl, and give it to TensorBoard."""
+        record = {"step": step, "seconds": round(time.time() - self.start, 3)} | values
+        self.metrics.write(json.dumps(record).encode() + b"\n")
+        for key, value in values.items():
+            self.board.add_scalar(key, value, step)
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint, named by its step and SHA-256; the one before it is kept."""
+        self.board.flush()
+        os.fsync(self.metrics.fileno())
+        state |= {"step": step, "seconds": time.time() - self.start, "metrics": self.metrics.tell()}
+        torch.save(state, data := io.BytesIO())
+        name = f"{step:012d}-{hashlib.sha256(data.getbuffer()).hexdigest()}"
+        self.write(f"checkpoint/{name}", data.getvalue())
+        for path in self.folder.iterdir():
+            if path.name not in (name, self.newest):
+                path.unlink()
+        self.newest, self.saved_at = name, time.monotonic()
+
+    def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
+        """Save the network with its flags, write final.json, and tell what came out."""
+        flags = {"script": Path(__file__).name} | vars(self.args) | {"run_dir": "", "resume": ""}
+        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
+        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))  # without -0.0
+        if scores:
+            self.log(step, scores)
+        self.board.close()
+        final = {"status": "finished", "step": step, "seconds": time.time() - self.start} | facts
+        text = json.dumps(final | scores | sparsity_report(network), indent=1)
+        self.write("final.json", text.encode())
+        for path in [] if self.args.keep_checkpoint else self.folder.iterdir():
+            path.unlink()
+        print(f"{text}\neverything is in {self.path}")
+
+
+def require(accepted: bool, line: str, status: int = 2) -> None:
+    """End with a line unless `accepted`: 2 is bad input, 1 a fault, 75 stopped and resumable."""
+    if not accepted:
+        end_bars()
+        print(f"{Path(__file__).name}: {line}", file=sys.stderr)
+        sys.exit(status)
+
+
+def end_bars() -> None:
+    """End the bars, so that what is printed next is the last line of the output."""
+    for bar in [*getattr(tqdm, "_instances", ())]:
+        bar.close()
+
+
+def check_ranges(args: Args) -> None:
+    """Refuse values outside their flag's range."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        for low, high, text in getattr(hint, "__metadata__", ())[:1]:
+            flag, value = name.replace("_", "-"), getattr(args, name)
+            require(low <= value <= high, f"--{flag} {value}: must be {text}")
+
+
+def find_device(args: Args) -> torch.device:
+    """Return the device of --device; fp32 means fp32 there."""
+    known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
+    name = {"auto": known[0], "cuda": "cuda:0"}.get(args.device, args.device)
+    require(name in known, f"--device {args.device}: this machine has {', '.join(known)}")
+    require(name != "cpu" or not args.compile, "--compile: only with --device cuda")
+    torch.backends.cudnn.allow_tf32 = False
+    if name != "cpu":
+        torch.cuda.set_device(name)
+    args.device = name  # a run is resumed where it began: generators differ between devices
+    return torch.device(name)
+
+
+def progress_bar(total: int, initial: int, unit: str, about: str = "") -> tqdm:
+    """Return a bar; where the output is no terminal, a plain line now and then."""
+    options: Any = {"unit": unit, "desc": about, "unit_scale": True, "dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        options |= {
+            "mininterval": 30,
+            "bar_format": "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n",
+        }
+    return tqdm(total=total, initial=initial, **options)
+
+
+def parse() -> Args:
+    """Return the flags of the command line; with --resume those of the run."""
+    groups = make_dataclass("Flags", [(c.__name__.lower(), c) for c in reversed(Args.__bases__)])
+    about, config = (__doc__ or "").partition("\n")[0], (tyro.conf.OmitArgPrefixes,)
+    parts = vars(tyro.cli(groups, description=about, config=config)).values()
+    args = Args(**{name: value for part in parts for name, value in vars(part).items()})
+    if not any(flag.startswith("--resume") for flag in sys.argv):
+        return args
+    others = [x for x in sys.argv[1:] if x.startswith("--") and not x.startswith("--resume")]
+    require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
+    try:
+        saved = json.loads(Path(args.resume, "args.json").read_text())
+        require(saved.pop("script") == Path(__file__).name, "--resume: the run of another script")
+        args = Args(**saved | {"resume": args.resume or "."})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        require(False, f"--resume {args.resume}: no run of this script is there ({error})")
+    finished = Path(args.resume, "final.json").exists()
+    require(not finished, f"{args.resume} is finished; nothing is left to do", 0)
+    return args
+
+
+class Output(io.FileIO):
+    """Standard output or error; what nobody reads any more is dropped, and ends no run."""
+
+    def write(self, data: Any) -> int:
+        """Write what can be written."""
+        with suppress(OSError):
+            return super().write(data) or len(data)
+        return len(data)
+
+
+def command_line() -> None:
+    """Run main; a fault ends it with one line and an exit status."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # glibc keeps freed memory:
+        mallopt(option, value)  # else every update faults its gradients' pages in anew
+    try:
+        main(parse())
+    except Exception as error:
+        if "allocate" in str(error):
+            about = "these flags need more memory than there is: "
+        elif type(error).__module__.startswith("wandb"):
+            about = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
+        elif isinstance(error, OSError):
+            about = ""
+        else:
+            end_bars()
+            raise  # a fault of ours, which deserves its traceback
+        require(False, about + str(error).splitlines()[0], 1)
+
+
+if __name__ == "__main__":
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass  # what stands for a stream that was closed
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        stream = io.BufferedWriter(Output(fd, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))
+    command_line()
+# <<< shared: run
