@@ -46,6 +46,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -279,8 +280,8 @@ def read_value(name: str, value: str, kind: str) -> str:
         return value
     if kind in WHOLE:
         with suppress(ValueError):
-            if float(value) % 1 == 0:
-                return str(int(float(value)))
+            if (number := Fraction(value)).denominator == 1:
+                return str(number)
         refuse(f"--{name} {value}: must be an integer, such as 1000000")
     if kind in REAL:
         try:

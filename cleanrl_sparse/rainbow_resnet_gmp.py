@@ -57,6 +57,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, make_dataclass
+from fractions import Fraction
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -78,9 +79,10 @@ def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     """Return how a whole number is read, which may be written as 1e6."""
 
     def read(words: list[str]) -> int:
-        if float(words[0]) % 1:
+        number = Fraction(words[0])  # exact, unlike a float
+        if number.denominator != 1:
             raise ValueError(f"{words[0]} is no whole number")
-        return int(float(words[0]))
+        return int(number)
 
     return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
 
