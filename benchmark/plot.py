@@ -69,7 +69,7 @@ with open(ANCHORS / "minatar_random.csv", newline="") as table:
 RANDOM |= {game: random for game, (random, _) in HUMAN.items()}
 SPARSITY = {"sparsity_target": "sparsity/target", "sparsity_prunable": "sparsity/prunable"}
 # Columns of numbers; those of keys have a slash.
-NUMBERS = ("step", "return", "d4rl_score", *SPARSITY, "i", "j", "cosine")
+NUMBERS = ("step", "return", "d4rl_score", *SPARSITY, "i", "j", "cosine", "offline")
 SCORES = {
     "human": "human-normalised score",
     "baseline": "return, of the baseline's",
@@ -360,6 +360,7 @@ def collect(path: Path, plans: list[tuple[str, Row]], args: Args) -> list[Row]:
         family = re.search("minatar|atari|rainbow", plan["script"])
         families.add(family[0].replace("rainbow", "atari") if family else "")
         run["finished"] = int((folder / "final.json").exists())
+        run |= {"offline": 1} if "cql_atari" in plan["script"] else {}  # steps are gradient steps
         covariance = args.kind == "covariance"
         trained = family is not None and "cql" not in plan["script"]  # by playing, and so scored
         found = entries(folder) if covariance else measure(folder, trained, args)
@@ -665,10 +666,12 @@ def scale_density(axes: Sequence[Any]) -> None:
 
 def unit_of(runs: list[Run]) -> tuple[float, str]:
     """Return by what to multiply steps, and the unit that they then have."""
-    if any(run.env_id in GAMES for run in runs):
+    offline = any("offline" in run.columns for run in runs)
+    if any(run.env_id in GAMES for run in runs) and not offline:
         return 4e-6, "million frames"
     largest = max(run.columns["step"].max(initial=0) for run in runs)
-    return (1e-6, "million steps") if largest >= 1e6 else (1e-3, "thousand steps")
+    scale, many = (1e-6, "million") if largest >= 1e6 else (1e-3, "thousand")
+    return scale, f"{many} {'gradient ' * offline}steps"
 
 
 def new_figure(

@@ -523,6 +523,8 @@ def test_offline_atari_is_scored_by_evaluations(tmp_path: Path, plot: Plot) -> N
         plan(tmp_path, "CQL", game, 1, records, script="cql_atari_gmp.py", dataset="data")
     rows = plot("sweep", "grid", "--x", "dataset")
     assert [float(row["mean"]) for row in rows] == [pytest.approx(0.5)]
+    (row,) = plot("curves", "grid")
+    assert float(row["thousand gradient steps"]) == 1, "not frames"
 
 
 def test_metrics_and_layers_over_the_steps(tmp_path: Path, plot: Plot, figures: list[Any]) -> None:
