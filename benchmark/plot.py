@@ -765,6 +765,11 @@ def once(rows: list[Row]) -> list[Row]:
     return list({repr(row): row for row in rows}.values())  # by its text, as NaN is not NaN
 
 
+def score_label(args: Args, what: str) -> str:
+    """Return the text at the axis of scores, in lines that are no longer than a low panel."""
+    return textwrap.fill(f"{SCORES[args.score]}, {what}", 18, break_on_hyphens=False)
+
+
 def band_of(args: Args) -> tuple[str, str]:
     """Return what is drawn of the scores, and what the bands around it are."""
     if args.few:
@@ -785,7 +790,7 @@ def draw_curves(runs: list[Run], args: Args) -> Drawing:
             if args.sparsity and not curve[0].published:
                 draw_density(column[1], curve, scale, looks[name])
             rows.append(final_row({"curve": name} | facts, curve, args))
-        column[0].set(title=title_of(facts), ylabel=f"{SCORES[args.score]}, {what}")
+        column[0].set(title=title_of(facts), ylabel=score_label(args, what))
         column[-1].set_xlabel(unit)
     if args.sparsity:
         scale_density([*axes[:, 1]])
@@ -884,7 +889,7 @@ def draw_sweep(runs: list[Run], args: Args) -> Drawing:
                 bars: Row = {"fmt": "none", "color": look["color"], "capsize": 2}
                 axis.errorbar(x, (low + high) / 2, (high - low) / 2, **bars)
         axis.set(title=title_of(facts), xlabel=args.x.replace("_", " "))
-        axis.set_ylabel(f"{SCORES[args.score]}, {what}")
+        axis.set_ylabel(score_label(args, what))
         axis.set_xticks(places, values, fontsize=8)
     bars_are = band.replace("bands:", "bars and bands:")
     caption = caption_of(runs, args, f"{what[0].upper()}{what[1:]} of final scores", bars_are)
