@@ -43,6 +43,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass, make_dataclass
 from fractions import Fraction
@@ -59,44 +60,6 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tyro.constructors import PrimitiveConstructorSpec
-
-
-# >>> shared: run-flags
-def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
-    """Return how a whole number is read, which may be written as 1e6."""
-
-    def read(words: list[str]) -> int:
-        number = Fraction(words[0])  # exact, unlike a float
-        if number.denominator != 1:
-            raise ValueError(f"{words[0]} is no whole number")
-        return int(number)
-
-    return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
-
-
-# Types of flags: the smallest and the largest value, and what --help and messages say of them.
-ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
-Count = Annotated[int, (1, math.inf, "at least 1"), integer("INT >= 1")]
-Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), integer("INT >= 0")]
-Amount = Annotated[float, (0, LARGEST, "at least 0 and finite"), tyro.conf.arg(metavar="X >= 0")]
-Rate = Annotated[float, (ABOVE_0, LARGEST, "above 0 and finite"), tyro.conf.arg(metavar="X > 0")]
-Share = Annotated[float, (0, 1, "in [0, 1]"), tyro.conf.arg(metavar="X in [0, 1]")]
-
-
-@dataclass
-class Running:
-    """Where and how it runs."""
-
-    device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
-    compile: bool = False  # sampling and update as a CUDA graph (not yet tried on a GPU)
-    run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
-    resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
-    checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
-    keep_checkpoint: bool = False  # keep the last ones when the run has finished
-    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
-    wandb_project: str = "cleanrl-sparse"  # project there
-    # <<< shared: run-flags
 
 
 # >>> shared: minatar-flags
@@ -133,24 +96,6 @@ class Method:
     prune_start: Share = 0.2  # share of the run's gradient steps at which pruning begins
     prune_end: Share = 0.8  # share at which the final sparsity is reached
     prune_every: Count = 1000  # gradient steps between new masks
-
-
-@dataclass
-class Args(Running, Training, Method):
-    """All flags."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that are not accepted, naming the flag."""
-        check_ranges(self)
-        text = "networks as small as these gain nothing by it"
-        require(self.precision == "fp32", f"--precision {self.precision}: {text}")
-        require(not self.compile, f"--compile: {text}")
-        smallest = min(self.learning_starts, self.buffer_size)
-        text = f"--learning-starts, --buffer-size {smallest}: at least --batch-size"
-        require(smallest >= self.batch_size, f"{text}, {self.batch_size}")
-        require(self.sparsity < 1, "--sparsity: must be below 1")
-        ordered = self.prune_start <= self.prune_end
-        require(ordered, f"--prune-end {self.prune_end}: must be at least --prune-start")
 
 
 # >>> shared: minatar-network
@@ -281,8 +226,6 @@ def pruning_progress(step: int, start: int, end: int) -> float:
 class DQN(nn.Module):
     """The online network, which is pruned, and the target network."""
 
-    latest: Tensor  # [2]: loss and mean Q-value of the latest update
-
     def __init__(self, args: Args, channels: int, num_actions: int, device: torch.device) -> None:
         super().__init__()
         self.args, self.num_actions, self.device = args, num_actions, device
@@ -295,7 +238,7 @@ class DQN(nn.Module):
         self.masks = list(self.online.buffers())
         adam: Any = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True}
         self.optimizer = torch.optim.Adam(self.online.parameters(), **adam)
-        self.register_buffer("latest", torch.zeros(2, device=device))
+        self.latest = nn.Buffer(torch.zeros(2, device=device))  # loss and mean Q-value
         self.gradient_step, self.sparsity = 0, 0.0  # sparsity: the schedule's
         updates = max(1, self.updates_by(args.total_timesteps))  # of the run
         self.start = min(updates - 1, round(args.prune_start * updates))
@@ -566,13 +509,67 @@ class PackedReplay:
 
 
 # <<< shared: packed-replay
+# >>> shared: run-flags
+def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
+    """Return how a whole number is read, which may be written as 1e6."""
+
+    def read(words: list[str]) -> int:
+        number = Fraction(words[0])  # exact, unlike a float
+        return int(number) if number.denominator == 1 else int(words[0])  # which is an error
+
+    return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
+
+
+# Types of flags: the smallest and the largest value, and what --help and messages say of them.
+ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
+Count = Annotated[int, (1, math.inf, "at least 1"), integer("INT >= 1")]
+Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), integer("INT >= 0")]
+Amount = Annotated[float, (0, LARGEST, "at least 0 and finite"), tyro.conf.arg(metavar="X >= 0")]
+Rate = Annotated[float, (ABOVE_0, LARGEST, "above 0 and finite"), tyro.conf.arg(metavar="X > 0")]
+Share = Annotated[float, (0, 1, "in [0, 1]"), tyro.conf.arg(metavar="X in [0, 1]")]
+
+
+@dataclass
+class Running:
+    """Where and how it runs."""
+
+    device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
+    compile: bool = False  # sampling and update as a CUDA graph (not yet tried on a GPU)
+    run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
+    resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
+    checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
+    wandb_project: str = "cleanrl-sparse"  # project there
+
+
+# <<< shared: run-flags
+@dataclass
+class Args(Running, Training, Method):
+    """All flags."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that are not accepted, naming the flag."""
+        check_ranges(self)
+        text = "networks as small as these gain nothing by it"
+        require(self.precision == "fp32", f"--precision {self.precision}: {text}")
+        require(not self.compile, f"--compile: {text}")
+        smallest = min(self.learning_starts, self.buffer_size)
+        text = f"--learning-starts, --buffer-size {smallest}: at least --batch-size"
+        require(smallest >= self.batch_size, f"{text}, {self.batch_size}")
+        require(self.sparsity < 1, "--sparsity: must be below 1")
+        ordered = self.prune_start <= self.prune_end
+        require(ordered, f"--prune-end {self.prune_end}: must be at least --prune-start")
+
+
 # >>> shared: run
 class Run:
     """A run's folder: records (metrics.jsonl is the source of truth), checkpoints, the model."""
 
     def __init__(self, args: Args, title: str) -> None:
-        name = f"{title}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 1000}"
-        self.args, self.path = args, Path(args.resume or args.run_dir or f"runs/{name}")
+        script, at = Path(__file__), time.time_ns() // 1000
+        name = args.resume or args.run_dir or f"runs/{title}__{script.stem}__{args.seed}__{at}"
+        self.args, self.path, self.script = args, Path(name), {"script": script.name}
         self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
         fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
         line = f"--run-dir {self.path}: exists; to go on with the run in it, --resume {self.path}"
@@ -592,35 +589,30 @@ class Run:
             require(False, f"{self.path}: another process is at work on this run")
         if fresh:
             git = ["sh", "-c", "git rev-parse HEAD"]  # where there is no git, nothing is said
-            head = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True).stdout
-            packages = {d.name: d.version for d in reversed([*distributions()])}
+            head = subprocess.run(git, cwd=script.parent, capture_output=True).stdout.decode()
             cpu = args.device == "cpu"
-            facts: dict[str, Any] = {"commit": head.decode().strip() or None}
-            facts["device"] = platform.platform() if cpu else torch.cuda.get_device_name()
-            facts |= {"python": sys.version, "packages": packages}
-            self.write("versions.json", json.dumps(facts, indent=1).encode())
-            flags = {"script": Path(__file__).name} | vars(args)
-            self.write("args.json", json.dumps(flags, indent=1).encode())
+            device = platform.platform() if cpu else torch.cuda.get_device_name()
+            facts = {"commit": head.strip() or None, "device": device, "python": sys.version}
+            packages = {d.name: d.version for d in reversed([*distributions()])}
+            self.write("versions.json", facts | {"packages": packages})
+            self.write("args.json", self.script | vars(args))
         self.stops: list[int] = []  # signals; under nohup SIGHUP asks nothing
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self.stops.append(number))
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a file that a crash leaves whole or absent."""
-        try:
-            with open(self.path / ".tmp", "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(self.path / ".tmp", self.path / name)
-        except OSError as error:
-            require(False, f"{self.path / name} cannot be written ({error})", 1)
+    def write(self, name: str, data: bytes | dict[str, Any]) -> None:
+        """Write a file, a dict as JSON; a crash leaves it whole or absent."""
+        with open(self.path / ".tmp", "wb") as file:
+            file.write(data if isinstance(data, bytes) else json.dumps(data, indent=1).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self.path / ".tmp", self.path / name)
 
     def load(self) -> dict[str, Any]:
         """Return the newest whole checkpoint, {} before the first; cut the records back to it."""
-        state, paths = dict[str, Any](), sorted(self.folder.iterdir(), reverse=True)
-        for path in paths:
+        state = dict[str, Any]()
+        for path in sorted(self.folder.iterdir(), reverse=True):
             data = path.read_bytes()
             if path.name.endswith(hashlib.sha256(data).hexdigest()):
                 state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
@@ -628,13 +620,13 @@ class Run:
                 print(f"{self.path}: going on from step {state['step']}")
                 break
             print(f"{path} is damaged; looking for the checkpoint before it", file=sys.stderr)
-        require(bool(state or not paths), f"{self.folder}: no checkpoint is whole", 1)
+        else:
+            require(not any(self.folder.iterdir()), f"{self.folder}: no checkpoint is whole", 1)
         self.start = time.time() - state.get("seconds", 0.0)
         self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
         whole = self.metrics.tell() >= state.get("metrics", 0)
         require(whole, f"{self.metrics.name} is shorter than when the checkpoint was written")
         self.metrics.truncate(state.get("metrics", 0))
-        self.metrics.seek(0, os.SEEK_END)
         self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
         return state
 
@@ -649,7 +641,8 @@ class Run:
         """Write a checkpoint, named by its step and SHA-256; the one before it is kept."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
-        state |= {"step": step, "seconds": time.time() - self.start, "metrics": self.metrics.tell()}
+        size = os.fstat(self.metrics.fileno()).st_size
+        state |= {"step": step, "seconds": time.time() - self.start, "metrics": size}
         torch.save(state, data := io.BytesIO())
         name = f"{step:012d}-{hashlib.sha256(data.getbuffer()).hexdigest()}"
         self.write(f"checkpoint/{name}", data.getvalue())
@@ -660,32 +653,26 @@ class Run:
 
     def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
         """Save the network with its flags, write final.json, and tell what came out."""
-        flags = {"script": Path(__file__).name} | vars(self.args) | {"run_dir": "", "resume": ""}
+        flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
         weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
         self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))  # without -0.0
         if scores:
             self.log(step, scores)
         self.board.close()
-        final = {"status": "finished", "step": step, "seconds": time.time() - self.start} | facts
-        text = json.dumps(final | scores | sparsity_report(network), indent=1)
-        self.write("final.json", text.encode())
-        for path in [] if self.args.keep_checkpoint else self.folder.iterdir():
+        facts |= {"status": "finished", "step": step, "seconds": time.time() - self.start}
+        self.write("final.json", facts | scores | sparsity_report(network))
+        for path in self.folder.iterdir():
             path.unlink()
-        print(f"{text}\neverything is in {self.path}")
+        print(f"{(self.path / 'final.json').read_text()}\neverything is in {self.path}")
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
     """End with a line unless `accepted`: 2 is bad input, 1 a fault, 75 stopped and resumable."""
     if not accepted:
-        end_bars()
+        for bar in [*getattr(tqdm, "_instances", ())]:
+            bar.close()  # so that the line is the output's last
         print(f"{Path(__file__).name}: {line}", file=sys.stderr)
         sys.exit(status)
-
-
-def end_bars() -> None:
-    """End the bars, so that what is printed next is the last line of the output."""
-    for bar in [*getattr(tqdm, "_instances", ())]:
-        bar.close()
 
 
 def check_ranges(args: Args) -> None:
@@ -713,10 +700,8 @@ def progress_bar(total: int, initial: int, unit: str, about: str = "") -> tqdm:
     """Return a bar; where the output is no terminal, a plain line now and then."""
     options: Any = {"unit": unit, "desc": about, "unit_scale": True, "dynamic_ncols": True}
     if not sys.stderr.isatty():
-        options |= {
-            "mininterval": 30,
-            "bar_format": "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n",
-        }
+        line = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
+        options |= {"mininterval": 30, "bar_format": line}
     return tqdm(total=total, initial=initial, **options)
 
 
@@ -733,12 +718,12 @@ def parse() -> Args:
     try:
         saved = json.loads(Path(args.resume, "args.json").read_text())
         require(saved.pop("script") == Path(__file__).name, "--resume: the run of another script")
-        args = Args(**saved | {"resume": args.resume or "."})
+        saved = Args(**saved | {"resume": args.resume or "."})
     except (OSError, ValueError, TypeError, KeyError) as error:
         require(False, f"--resume {args.resume}: no run of this script is there ({error})")
     finished = Path(args.resume, "final.json").exists()
     require(not finished, f"{args.resume} is finished; nothing is left to do", 0)
-    return args
+    return saved
 
 
 class Output(io.FileIO):
@@ -747,7 +732,7 @@ class Output(io.FileIO):
     def write(self, data: Any) -> int:
         """Write what can be written."""
         with suppress(OSError):
-            return super().write(data) or len(data)
+            super().write(data)
         return len(data)
 
 
@@ -759,16 +744,14 @@ def command_line() -> None:
     try:
         main(parse())
     except Exception as error:
+        about = f"{type(error).__name__}: "
         if "allocate" in str(error):
             about = "these flags need more memory than there is: "
         elif type(error).__module__.startswith("wandb"):
             about = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
-        elif isinstance(error, OSError):
-            about = ""
-        else:
-            end_bars()
-            raise  # a fault of ours, which deserves its traceback
-        require(False, about + str(error).splitlines()[0], 1)
+        elif not isinstance(error, OSError):
+            traceback.print_exc()  # a fault of ours
+        require(False, about + str(error).partition("\n")[0], 1)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, make_dataclass
@@ -72,47 +73,6 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tyro.constructors import PrimitiveConstructorSpec
-
-
-# >>> shared: run-flags
-def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
-    """Return how a whole number is read, which may be written as 1e6."""
-
-    def read(words: list[str]) -> int:
-        number = Fraction(words[0])  # exact, unlike a float
-        if number.denominator != 1:
-            raise ValueError(f"{words[0]} is no whole number")
-        return int(number)
-
-    return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
-
-
-# Types of flags: the smallest and the largest value, and what --help and messages say of them.
-ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
-Count = Annotated[int, (1, math.inf, "at least 1"), integer("INT >= 1")]
-Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), integer("INT >= 0")]
-Amount = Annotated[float, (0, LARGEST, "at least 0 and finite"), tyro.conf.arg(metavar="X >= 0")]
-Rate = Annotated[float, (ABOVE_0, LARGEST, "above 0 and finite"), tyro.conf.arg(metavar="X > 0")]
-Share = Annotated[float, (0, 1, "in [0, 1]"), tyro.conf.arg(metavar="X in [0, 1]")]
-
-
-@dataclass
-class Running:
-    """Where and how it runs."""
-
-    device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
-    compile: bool = False  # sampling and update as a CUDA graph (not yet tried on a GPU)
-    run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
-    resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
-    checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
-    keep_checkpoint: bool = False  # keep the last ones when the run has finished
-    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
-    wandb_project: str = "cleanrl-sparse"  # project there
-    # <<< shared: run-flags
-
-
-Real = Annotated[float, (-LARGEST, LARGEST, "finite"), tyro.conf.arg(metavar="X")]
 
 
 @dataclass
@@ -149,20 +109,6 @@ class Method:
     loss_aggregation: Literal["ema", "sum"] = "ema"  # of losses since the last choice
     prune_actor: bool = False  # prune the actor too, to the sparsity of the targets
     reset_optimizer: bool = False  # zero the critics' Adam moments and step counts at each choice
-
-
-@dataclass
-class Args(Running, Training, Method):
-    """All flags."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that are not accepted, naming the flag."""
-        check_ranges(self)
-        least = max(self.batch_size, self.num_envs)
-        smallest = min(self.learning_starts, self.buffer_size)
-        text = f"--learning-starts, --buffer-size {smallest}: at least --batch-size and --num-envs"
-        require(smallest >= least, f"{text}, {least}")
-        require(self.tau > 0, "--tau: must be above 0")
 
 
 # >>> shared: sac-networks
@@ -325,9 +271,6 @@ def next_sparsity(sparsity: float, exponent: float, step: int, horizon: int, arg
 class EauDeSAC(nn.Module):
     """The actor with its temperature, K pairs of critics, and the targets that follow pair 1."""
 
-    latest: Tensor  # [2K + 4], of the latest update: critics' losses, Q, actor's, alpha, its loss
-    accumulated_loss: Tensor  # [K], since the last choice
-
     def __init__(self, args: Args, obs_size: int, num_actions: int, device: torch.device) -> None:
         super().__init__()
         self.args, self.num_actions, self.device, k = args, num_actions, device, args.num_networks
@@ -342,8 +285,9 @@ class EauDeSAC(nn.Module):
         copies = [nn.Parameter(stack.clone(), requires_grad=False) for stack in self.followed]
         self.targets: Any = nn.ParameterList(copies)
         self.log_alpha = nn.Parameter(torch.zeros((), device=device))
-        self.register_buffer("latest", torch.full((2 * k + 4,), math.nan, device=device))
-        self.register_buffer("accumulated_loss", torch.zeros(k, device=device))
+        # Of the latest update: critics' losses, Q, actor's, alpha, its loss.
+        self.latest = nn.Buffer(torch.full((2 * k + 4,), math.nan, device=device))
+        self.accumulated_loss = nn.Buffer(torch.zeros(k, device=device))  # since the last choice
         # Weights of the critics, then three of the actor; the targets' are masked as pair 1's.
         networks = [*self.critics, self.actor]
         for network in networks:
@@ -738,13 +682,66 @@ def play_again(envs: MujocoEnvs, replay: Replay, episodes: list[Any], run: Run) 
 
 
 # <<< shared: mujoco-replay
+# >>> shared: run-flags
+def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
+    """Return how a whole number is read, which may be written as 1e6."""
+
+    def read(words: list[str]) -> int:
+        number = Fraction(words[0])  # exact, unlike a float
+        return int(number) if number.denominator == 1 else int(words[0])  # which is an error
+
+    return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
+
+
+# Types of flags: the smallest and the largest value, and what --help and messages say of them.
+ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
+Count = Annotated[int, (1, math.inf, "at least 1"), integer("INT >= 1")]
+Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), integer("INT >= 0")]
+Amount = Annotated[float, (0, LARGEST, "at least 0 and finite"), tyro.conf.arg(metavar="X >= 0")]
+Rate = Annotated[float, (ABOVE_0, LARGEST, "above 0 and finite"), tyro.conf.arg(metavar="X > 0")]
+Share = Annotated[float, (0, 1, "in [0, 1]"), tyro.conf.arg(metavar="X in [0, 1]")]
+
+
+@dataclass
+class Running:
+    """Where and how it runs."""
+
+    device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
+    compile: bool = False  # sampling and update as a CUDA graph (not yet tried on a GPU)
+    run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
+    resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
+    checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
+    wandb_project: str = "cleanrl-sparse"  # project there
+
+
+# <<< shared: run-flags
+Real = Annotated[float, (-LARGEST, LARGEST, "finite"), tyro.conf.arg(metavar="X")]
+
+
+@dataclass
+class Args(Running, Training, Method):
+    """All flags."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that are not accepted, naming the flag."""
+        check_ranges(self)
+        least = max(self.batch_size, self.num_envs)
+        smallest = min(self.learning_starts, self.buffer_size)
+        text = f"--learning-starts, --buffer-size {smallest}: at least --batch-size and --num-envs"
+        require(smallest >= least, f"{text}, {least}")
+        require(self.tau > 0, "--tau: must be above 0")
+
+
 # >>> shared: run
 class Run:
     """A run's folder: records (metrics.jsonl is the source of truth), checkpoints, the model."""
 
     def __init__(self, args: Args, title: str) -> None:
-        name = f"{title}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 1000}"
-        self.args, self.path = args, Path(args.resume or args.run_dir or f"runs/{name}")
+        script, at = Path(__file__), time.time_ns() // 1000
+        name = args.resume or args.run_dir or f"runs/{title}__{script.stem}__{args.seed}__{at}"
+        self.args, self.path, self.script = args, Path(name), {"script": script.name}
         self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
         fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
         line = f"--run-dir {self.path}: exists; to go on with the run in it, --resume {self.path}"
@@ -764,35 +761,30 @@ class Run:
             require(False, f"{self.path}: another process is at work on this run")
         if fresh:
             git = ["sh", "-c", "git rev-parse HEAD"]  # where there is no git, nothing is said
-            head = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True).stdout
-            packages = {d.name: d.version for d in reversed([*distributions()])}
+            head = subprocess.run(git, cwd=script.parent, capture_output=True).stdout.decode()
             cpu = args.device == "cpu"
-            facts: dict[str, Any] = {"commit": head.decode().strip() or None}
-            facts["device"] = platform.platform() if cpu else torch.cuda.get_device_name()
-            facts |= {"python": sys.version, "packages": packages}
-            self.write("versions.json", json.dumps(facts, indent=1).encode())
-            flags = {"script": Path(__file__).name} | vars(args)
-            self.write("args.json", json.dumps(flags, indent=1).encode())
+            device = platform.platform() if cpu else torch.cuda.get_device_name()
+            facts = {"commit": head.strip() or None, "device": device, "python": sys.version}
+            packages = {d.name: d.version for d in reversed([*distributions()])}
+            self.write("versions.json", facts | {"packages": packages})
+            self.write("args.json", self.script | vars(args))
         self.stops: list[int] = []  # signals; under nohup SIGHUP asks nothing
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self.stops.append(number))
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a file that a crash leaves whole or absent."""
-        try:
-            with open(self.path / ".tmp", "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(self.path / ".tmp", self.path / name)
-        except OSError as error:
-            require(False, f"{self.path / name} cannot be written ({error})", 1)
+    def write(self, name: str, data: bytes | dict[str, Any]) -> None:
+        """Write a file, a dict as JSON; a crash leaves it whole or absent."""
+        with open(self.path / ".tmp", "wb") as file:
+            file.write(data if isinstance(data, bytes) else json.dumps(data, indent=1).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self.path / ".tmp", self.path / name)
 
     def load(self) -> dict[str, Any]:
         """Return the newest whole checkpoint, {} before the first; cut the records back to it."""
-        state, paths = dict[str, Any](), sorted(self.folder.iterdir(), reverse=True)
-        for path in paths:
+        state = dict[str, Any]()
+        for path in sorted(self.folder.iterdir(), reverse=True):
             data = path.read_bytes()
             if path.name.endswith(hashlib.sha256(data).hexdigest()):
                 state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
@@ -800,13 +792,13 @@ class Run:
                 print(f"{self.path}: going on from step {state['step']}")
                 break
             print(f"{path} is damaged; looking for the checkpoint before it", file=sys.stderr)
-        require(bool(state or not paths), f"{self.folder}: no checkpoint is whole", 1)
+        else:
+            require(not any(self.folder.iterdir()), f"{self.folder}: no checkpoint is whole", 1)
         self.start = time.time() - state.get("seconds", 0.0)
         self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
         whole = self.metrics.tell() >= state.get("metrics", 0)
         require(whole, f"{self.metrics.name} is shorter than when the checkpoint was written")
         self.metrics.truncate(state.get("metrics", 0))
-        self.metrics.seek(0, os.SEEK_END)
         self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
         return state
 
@@ -821,7 +813,8 @@ class Run:
         """Write a checkpoint, named by its step and SHA-256; the one before it is kept."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
-        state |= {"step": step, "seconds": time.time() - self.start, "metrics": self.metrics.tell()}
+        size = os.fstat(self.metrics.fileno()).st_size
+        state |= {"step": step, "seconds": time.time() - self.start, "metrics": size}
         torch.save(state, data := io.BytesIO())
         name = f"{step:012d}-{hashlib.sha256(data.getbuffer()).hexdigest()}"
         self.write(f"checkpoint/{name}", data.getvalue())
@@ -832,32 +825,26 @@ class Run:
 
     def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
         """Save the network with its flags, write final.json, and tell what came out."""
-        flags = {"script": Path(__file__).name} | vars(self.args) | {"run_dir": "", "resume": ""}
+        flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
         weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
         self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))  # without -0.0
         if scores:
             self.log(step, scores)
         self.board.close()
-        final = {"status": "finished", "step": step, "seconds": time.time() - self.start} | facts
-        text = json.dumps(final | scores | sparsity_report(network), indent=1)
-        self.write("final.json", text.encode())
-        for path in [] if self.args.keep_checkpoint else self.folder.iterdir():
+        facts |= {"status": "finished", "step": step, "seconds": time.time() - self.start}
+        self.write("final.json", facts | scores | sparsity_report(network))
+        for path in self.folder.iterdir():
             path.unlink()
-        print(f"{text}\neverything is in {self.path}")
+        print(f"{(self.path / 'final.json').read_text()}\neverything is in {self.path}")
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
     """End with a line unless `accepted`: 2 is bad input, 1 a fault, 75 stopped and resumable."""
     if not accepted:
-        end_bars()
+        for bar in [*getattr(tqdm, "_instances", ())]:
+            bar.close()  # so that the line is the output's last
         print(f"{Path(__file__).name}: {line}", file=sys.stderr)
         sys.exit(status)
-
-
-def end_bars() -> None:
-    """End the bars, so that what is printed next is the last line of the output."""
-    for bar in [*getattr(tqdm, "_instances", ())]:
-        bar.close()
 
 
 def check_ranges(args: Args) -> None:
@@ -885,10 +872,8 @@ def progress_bar(total: int, initial: int, unit: str, about: str = "") -> tqdm:
     """Return a bar; where the output is no terminal, a plain line now and then."""
     options: Any = {"unit": unit, "desc": about, "unit_scale": True, "dynamic_ncols": True}
     if not sys.stderr.isatty():
-        options |= {
-            "mininterval": 30,
-            "bar_format": "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n",
-        }
+        line = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
+        options |= {"mininterval": 30, "bar_format": line}
     return tqdm(total=total, initial=initial, **options)
 
 
@@ -905,12 +890,12 @@ def parse() -> Args:
     try:
         saved = json.loads(Path(args.resume, "args.json").read_text())
         require(saved.pop("script") == Path(__file__).name, "--resume: the run of another script")
-        args = Args(**saved | {"resume": args.resume or "."})
+        saved = Args(**saved | {"resume": args.resume or "."})
     except (OSError, ValueError, TypeError, KeyError) as error:
         require(False, f"--resume {args.resume}: no run of this script is there ({error})")
     finished = Path(args.resume, "final.json").exists()
     require(not finished, f"{args.resume} is finished; nothing is left to do", 0)
-    return args
+    return saved
 
 
 class Output(io.FileIO):
@@ -919,7 +904,7 @@ class Output(io.FileIO):
     def write(self, data: Any) -> int:
         """Write what can be written."""
         with suppress(OSError):
-            return super().write(data) or len(data)
+            super().write(data)
         return len(data)
 
 
@@ -931,16 +916,14 @@ def command_line() -> None:
     try:
         main(parse())
     except Exception as error:
+        about = f"{type(error).__name__}: "
         if "allocate" in str(error):
             about = "these flags need more memory than there is: "
         elif type(error).__module__.startswith("wandb"):
             about = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
-        elif isinstance(error, OSError):
-            about = ""
-        else:
-            end_bars()
-            raise  # a fault of ours, which deserves its traceback
-        require(False, about + str(error).splitlines()[0], 1)
+        elif not isinstance(error, OSError):
+            traceback.print_exc()  # a fault of ours
+        require(False, about + str(error).partition("\n")[0], 1)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     alone = "test_one_file_alone_trains[eaudeqn_atari]"
     for item in items:
+        # With pytest-xdist, what shares runs or files of a session stays with one process.
+        script = re.search("|".join(path.stem for path in SCRIPTS.glob("*_*.py")), item.name)
+        group = item.path.name + (script.group() if script else "")
+        item.add_marker(pytest.mark.xdist_group(group))
         if item.path.name in ("test_blocks.py", "test_sparsity.py") or item.name == alone:
             item.add_marker(pytest.mark.quick)
         runs = item.path.name == "test_runs.py"
