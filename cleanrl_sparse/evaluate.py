@@ -70,8 +70,6 @@ class Args:
         if self.video:
             writable = self.video.suffix == ".mp4" and os.access(self.video.parent, os.W_OK)
             require(writable, f"--video {self.video}: must be an .mp4 file in a writable folder")
-        found = not self.card or (self.run_dir / "final.json").exists()
-        require(found, f"--card: {self.run_dir} is no folder of a finished run")
 
 
 # >>> shared: forward
@@ -392,6 +390,8 @@ def main(args: Args) -> None:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         line = f"no finished run is there ({str(error).splitlines()[0]})"
         require(False, f"{args.run_dir}: {line}")
+    known = not args.card or (args.run_dir / "final.json").exists()
+    require(known, f"--card: {args.run_dir}/final.json is not there; it needs a run's own folder")
     env_id, seed, rng = flags["env_id"], args.seed + 2_000_000, np.random.default_rng(args.seed)
     weights = {name: weight.to(args.device) for name, weight in weights.items()}
     policy = "actor.output.weight" in weights

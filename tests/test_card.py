@@ -45,10 +45,10 @@ def test_hub_reads_the_card(run_dir: Path, capsys: pytest.CaptureFixture) -> Non
     assert "`resume`" not in table, "what a flag's default leaves empty"
 
 
-def test_only_a_finished_run_gets_a_card(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_card_needs_the_runs_own_folder(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
     (run_dir / "final.json").unlink()
     evaluate = load_script("evaluate")
     with pytest.raises(SystemExit, match="2"):
-        evaluate.Args(run_dir, card=True)
-    line = f"evaluate.py: --card: {run_dir} is no folder of a finished run\n"
+        evaluate.main(evaluate.Args(run_dir, card=True))
+    line = f"evaluate.py: --card: {run_dir}/final.json is not there; it needs a run's own folder\n"
     assert capsys.readouterr().err == line

@@ -187,6 +187,25 @@ def test_readme_lists_every_script() -> None:
         assert Path(script).name in readme
 
 
+def test_readmes_results_are_in_the_results() -> None:
+    """A number of its table stands in a row of the same task in benchmark/ or agents/."""
+    pages = [ROOT / "benchmark" / "results" / "README.md", ROOT / "agents" / "README.md"]
+    sources = "".join(page.read_text() for page in pages).splitlines()
+    table = (ROOT / "README.md").read_text().partition("| task |")[2].partition("\n\n")[0]
+    rows = table.splitlines()[2:]
+    assert len(rows) >= 5
+    for row in rows:
+        task, *cells = row.strip("| ").split(" | ")
+        found = [line for line in sources if f"{task.lower()} " in line.replace("_", "").lower()]
+        for number in re.findall(r"[\d.,]+", " ".join(cells)):
+            assert any(number in re.findall(r"[\d.,]+", line) for line in found), (task, number)
+
+
+def test_citation_has_the_version() -> None:
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version and f"\nversion: {version[1]}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_the_site_lists_every_page() -> None:
     site = (ROOT / "mkdocs.yml").read_text()
     for path in (ROOT / "docs").glob("*.md"):

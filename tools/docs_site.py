@@ -15,7 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Add the pages of benchmark/, agents/ and the root, with the files that they link to."""
     pages = ("CHANGELOG.md", "CONTRIBUTING.md", "agents/README.md", "benchmark/**/README.md")
-    for pattern in (*pages, "benchmark/*.sh", "benchmark/*.csv", "benchmark/**/*.png"):
+    for pattern in (
+        *pages,
+        "benchmark/*.sh",
+        "benchmark/*.csv",
+        "benchmark/**/*.png",
+        "agents/*.gif",
+    ):
         for path in ROOT.glob(pattern):
             name = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
