@@ -318,7 +318,7 @@ def plans_of_folders(folders: list[Path], args: Args) -> list[tuple[str, Row]]:
         fail(f"{missing[0]}: no run is there (it has no args.json)")
     # What says where and how a run is made says nothing about what it is.
     ignored = {"env_id", "seed", "run_dir", "resume", "device", "track", "wandb_project", "dataset"}
-    ignored |= {"checkpoint_minutes", args.x, args.panel}
+    ignored |= {"checkpoint_minutes", "keep_checkpoint", args.x, args.panel}
     names = list(dict.fromkeys(name for flags in found.values() for name in flags))
     texts = {name: {text_of(flags.get(name)) for flags in found.values()} for name in names}
     differing = [name for name in names if name not in ignored and len(texts[name]) > 1]

@@ -751,6 +751,7 @@ class Running:
     run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
     resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
+    keep_checkpoint: bool = False  # keep the last ones when the run has finished
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
     wandb_project: str = "cleanrl-sparse"  # project there
 
@@ -869,7 +870,7 @@ class Run:
         self.board.close()
         facts |= {"status": "finished", "step": step, "seconds": time.time() - self.start}
         self.write("final.json", facts | scores | sparsity_report(network))
-        for path in self.folder.iterdir():
+        for path in [] if self.args.keep_checkpoint else self.folder.iterdir():
             path.unlink()
         print(f"{(self.path / 'final.json').read_text()}\neverything is in {self.path}")
 

@@ -7,6 +7,7 @@
 
     python evaluate.py runs/Breakout__eaudeqn_atari__1__1790000000
     python evaluate.py RUN_DIR --episodes 100 --epsilon 0.05 --video breakout.mp4
+    python evaluate.py RUN_DIR --episodes 100 --card       # a model card: hf upload NAME RUN_DIR
     python evaluate.py RUN_DIR/export                      # an agent that export.py wrote, in C
 
 It needs RUN_DIR/model.safetensors only, which has the script and its flags in its metadata:
@@ -55,6 +56,7 @@ class Args:
     seed: int = 0  # seed of the episodes, which are none of training's; at least 0
     device: str = "cpu"  # cpu, cuda or cuda:INDEX
     video: Path | None = None  # film the first episode into this .mp4 file
+    card: bool = False  # write RUN_DIR/README.md, a model card that the Hugging Face hub reads
 
     def __post_init__(self) -> None:
         """Refuse values out of range, naming the flag."""
@@ -339,6 +341,35 @@ def human_normalized(title: str, score: float) -> float | None:
     return (score - float(found[1])) / (float(found[2]) - float(found[1]))
 
 
+def write_card(
+    run_dir: Path, flags: dict[str, Any], name: str, scores: list[float], lines: list[str]
+) -> None:
+    """Write RUN_DIR/README.md: metadata that the Hugging Face hub reads, and what was printed."""
+    final = json.loads((run_dir / "final.json").read_text())
+    script, task = flags["script"].removesuffix(".py"), "reinforcement-learning"
+    reward = f"{np.mean(scores):.2f} +/- {np.std(scores):.2f}"
+    result = {
+        "task": {"type": task, "name": task},
+        "dataset": {"type": name, "name": name},
+        "metrics": [{"type": "mean_reward", "name": "mean_reward", "value": reward}],
+    }
+    metadata = {
+        "library_name": "cleanrl-sparse",
+        "tags": [task, "deep-reinforcement-learning", "sparse", "pruning", script, name],
+        "model-index": [{"name": script, "results": [result]}],
+    }
+    head = "".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items())
+    rows = "".join(f"| `{key}` | {value} |\n" for key, value in flags.items() if value != "")
+    (run_dir / "README.md").write_text(
+        f"---\n{head}---\n\n# {script}.py on {name}\n\n"
+        f"A network of cleanrl-sparse, after {final['step']:,} steps.\n\n"
+        "```text\n" + "\n".join(lines) + "\n```\n\n"
+        "`python cleanrl_sparse/evaluate.py FOLDER`, with the folder of this file, plays it; "
+        "`load_model` in `evaluate.py` reads `model.safetensors`.\n\n"
+        f"| flag | value |\n|---|---|\n{rows}"
+    )
+
+
 def require(accepted: bool, line: str) -> None:
     """Refuse bad input, with a line that names the flag or file and what is accepted."""
     if not accepted:
@@ -359,6 +390,8 @@ def main(args: Args) -> None:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         line = f"no finished run is there ({str(error).splitlines()[0]})"
         require(False, f"{args.run_dir}: {line}")
+    known = not args.card or (args.run_dir / "final.json").exists()
+    require(known, f"--card: {args.run_dir}/final.json is not there; it needs a run's own folder")
     env_id, seed, rng = flags["env_id"], args.seed + 2_000_000, np.random.default_rng(args.seed)
     weights = {name: weight.to(args.device) for name, weight in weights.items()}
     policy = "actor.output.weight" in weights
@@ -395,21 +428,26 @@ def main(args: Args) -> None:
     zeros = sum(int((w == 0).sum()) for w in matrices) / sum(w.numel() for w in matrices)
     what = "an actor" if policy else "a network"
     how = "by the mean action" if policy else f"at epsilon {args.epsilon:g}"
-    print(f"{envs.title}: {args.episodes} episodes {how}, {what} of {zeros:.1%} sparsity")
+    lines = [f"{envs.title}: {args.episodes} episodes {how}, {what} of {zeros:.1%} sparsity"]
     low, high = mean_interval(scores)
     interval = f"95 % interval [{low:.2f}, {high:.2f}], from {min(scores):g} to {max(scores):g}"
-    print(f"return {np.mean(scores):.2f}, {interval}")
+    lines += [f"return {np.mean(scores):.2f}, {interval}"]
     if kind is AtariGames:
         human = human_normalized(envs.title, float(np.mean(scores)))
         score = "this game has no human score" if human is None else f"{human:.3f}"
-        print(f"human-normalised score: {score}")
+        lines += [f"human-normalised score: {score}"]
     for name, weight in weights.items():
         if weight.ndim > 1:
             share = float((weight == 0).float().mean())
             what = f"{share:7.2%} of {weight.numel():,} weights are zero"
-            print(f"  {name.removesuffix('.weight'):20} {what}")
+            lines += [f"  {name.removesuffix('.weight'):20} {what}"]
+    print("\n".join(lines))
     if args.video:
         print(f"film of the first episode: {args.video}")
+    if args.card:
+        world = {AtariGames: "ALE/", MinAtarGames: "MinAtar/"}.get(kind, "")
+        write_card(args.run_dir, flags, world + envs.title, scores, lines)
+        print(f"model card: {args.run_dir / 'README.md'} (hf upload NAME {args.run_dir})")
 
 
 if __name__ == "__main__":

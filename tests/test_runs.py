@@ -1662,6 +1662,7 @@ def test_the_defaults_are_the_papers(script: str, module: ModuleType) -> None:
         "eval_steps",
         "track",
         "wandb_project",
+        "keep_checkpoint",
         "analysis_every",
         "lottery_mask",
         "dataset",

@@ -1,0 +1,54 @@
+"""The model card of evaluate.py --card is what the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import load_script
+from safetensors.torch import save_file
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A finished run on MinAtar, as far as evaluate.py looks at it."""
+    script = load_script("dqn_minatar_gmp")
+    network = script.QNetwork(4, 3, script.Args(feature_size=8))
+    weights = {name: p.detach().clone() for name, p in network.named_parameters()}
+    flags = {"script": "dqn_minatar_gmp.py", "env_id": "breakout", "seed": 7, "resume": ""}
+    save_file(weights, tmp_path / "model.safetensors", {"flags": json.dumps(flags)})
+    (tmp_path / "final.json").write_text(json.dumps({"step": 12345}))
+    return tmp_path
+
+
+def test_hub_reads_the_card(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    hub: Any = pytest.importorskip("huggingface_hub")
+    evaluate = load_script("evaluate")
+    evaluate.main(evaluate.Args(run_dir, episodes=3, steps=200, card=True))
+    card = hub.ModelCard.load(run_dir / "README.md")
+    assert card.data.library_name == "cleanrl-sparse"
+    assert {"reinforcement-learning", "MinAtar/Breakout"} <= {*card.data.tags}
+    (result,) = card.data.eval_results
+    assert card.data.model_name == "dqn_minatar_gmp"
+    assert (result.task_type, result.metric_type) == ("reinforcement-learning", "mean_reward")
+    assert result.dataset_type == "MinAtar/Breakout"
+    printed = capsys.readouterr().out
+    mean, _, spread = result.metric_value.partition(" +/- ")
+    assert f"return {mean}, 95 % interval" in printed
+    assert float(spread) >= 0
+    score, table = printed.split("model card: ")[0].strip(), card.content
+    assert score in table
+    assert "12,345 steps" in table
+    assert "| `seed` | 7 |" in table
+    assert "`resume`" not in table, "what a flag's default leaves empty"
+
+
+def test_a_card_needs_the_runs_own_folder(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    (run_dir / "final.json").unlink()
+    evaluate = load_script("evaluate")
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(evaluate.Args(run_dir, card=True))
+    line = f"evaluate.py: --card: {run_dir}/final.json is not there; it needs a run's own folder\n"
+    assert capsys.readouterr().err == line
