@@ -125,15 +125,15 @@ KEY = re.compile(
 # What `wc -l` may say at most, and where `main` begins at the latest; see CONTRIBUTING.
 LINES = {
     "eaudeqn_atari": (835, 335),
-    "dqn_atari_gmp": (960, 390),
+    "dqn_atari_gmp": (965, 390),
     "rainbow_resnet_gmp": (1070, 440),
     "dqn_atari_baselines": (1070, 545),
     "sac_mujoco_eaudeqn": (940, 465),
-    "sac_mujoco_gmp": (905, 430),
+    "sac_mujoco_gmp": (910, 430),
     "cql_offline_snip": (1030, 425),
-    "eaudeqn_minatar": (805, 365),
+    "eaudeqn_minatar": (810, 365),
     "dqn_minatar_gmp": (765, 320),
-    "cql_atari_eaudeqn": (865, 335),
+    "cql_atari_eaudeqn": (870, 335),
     "cql_atari_gmp": (975, 440),
 }
 VOLATILE = {
