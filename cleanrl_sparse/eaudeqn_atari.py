@@ -697,6 +697,7 @@ class Run:
         require(whole, f"{self.metrics.name} is shorter than when the checkpoint was written")
         self.metrics.truncate(state.get("metrics", 0))
         self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
+        self.board.add_text("flags", "\n".join(f"    {k}: {v}" for k, v in vars(self.args).items()))
         return state
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -727,6 +728,8 @@ class Run:
         self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))  # without -0.0
         if scores:
             self.log(step, scores)
+        metrics = {f"hparams/{key}": value for key, value in scores.items()}
+        self.board.add_hparams(vars(self.args), metrics, run_name=".", global_step=step)
         self.board.close()
         facts |= {"status": "finished", "step": step, "seconds": time.time() - self.start}
         self.write("final.json", facts | scores | sparsity_report(network))

@@ -124,17 +124,17 @@ KEY = re.compile(
 )
 # What `wc -l` may say at most, and where `main` begins at the latest; see CONTRIBUTING.
 LINES = {
-    "eaudeqn_atari": (835, 335),
+    "eaudeqn_atari": (840, 335),
     "dqn_atari_gmp": (965, 390),
-    "rainbow_resnet_gmp": (1070, 440),
-    "dqn_atari_baselines": (1070, 545),
+    "rainbow_resnet_gmp": (1075, 440),
+    "dqn_atari_baselines": (1075, 545),
     "sac_mujoco_eaudeqn": (940, 465),
     "sac_mujoco_gmp": (910, 430),
-    "cql_offline_snip": (1030, 425),
+    "cql_offline_snip": (1035, 425),
     "eaudeqn_minatar": (810, 365),
-    "dqn_minatar_gmp": (765, 320),
+    "dqn_minatar_gmp": (770, 320),
     "cql_atari_eaudeqn": (870, 335),
-    "cql_atari_gmp": (975, 440),
+    "cql_atari_gmp": (980, 440),
 }
 VOLATILE = {
     "seconds",
@@ -330,7 +330,7 @@ def assert_same_run(resumed: Path, straight: Path) -> None:
 
 def assert_tensorboard_equals_metrics(folder: Path) -> None:
     """The events, cut back where a run was resumed, are the scalars of metrics.jsonl (which are
-    doubles) in float32.
+    doubles) in float32; and the flags are hyperparameters.
     """
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     wanted: dict[str, list[tuple[int, float]]] = {}
@@ -339,7 +339,12 @@ def assert_tensorboard_equals_metrics(folder: Path) -> None:
             wanted.setdefault(key, []).append(
                 (record["step"], torch.tensor(record[key], dtype=torch.float32).item())
             )
-    assert {*events.Tags()["scalars"]} == {*wanted}
+    scores = {f"hparams/{key}" for key in wanted if key.startswith("eval/")}
+    assert {*events.Tags()["scalars"]} - {*wanted} <= scores
+    assert {*wanted} <= {*events.Tags()["scalars"]}
+    args = json.loads((folder / "args.json").read_text()).keys() - {"script"}
+    hparams = b"".join(events.PluginTagToContent("hparams").values())
+    assert all(flag.encode() in hparams for flag in args)
     for key, values in wanted.items():
         assert [(event.step, event.value) for event in events.Scalars(key)] == values, key
 
