@@ -46,7 +46,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -280,8 +279,9 @@ def read_value(name: str, value: str, kind: str) -> str:
         return value
     if kind in WHOLE:
         with suppress(ValueError):
-            if (number := Fraction(value)).denominator == 1:
-                return str(number)
+            number = float(value)
+            exact = number.is_integer() and number < 2**53
+            return str(int(number) if exact else int(value))
         refuse(f"--{name} {value}: must be an integer, such as 1000000")
     if kind in REAL:
         try:

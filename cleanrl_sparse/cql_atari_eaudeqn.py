@@ -16,14 +16,14 @@ become copies pruned further, each by its own random amount. A step is a gradien
     python cql_atari_eaudeqn.py --dataset DIR --env-id Pong          # DIR/Pong/1/replay_logs
     python cql_atari_eaudeqn.py --dataset DIR/Pong/2/replay_logs     # run 2 of its five
     python cql_atari_eaudeqn.py --dataset DIR --num-networks 1 --no-reset-optimizer   # CQL
-    python cql_atari_eaudeqn.py --resume runs/Pong__cql_atari_eaudeqn__1__1790000000
+    python cql_atari_eaudeqn.py --resume RUN_DIR
 
 Differences from the paper, and guesses ([I] inferred, [D] our decision; it came without code):
  1. [I] The formula of next_sparsity(), which fits every published name and value.
  2. [D] Sparsity is spread by the Erdos-Renyi-Kernel rule; [I] biases are never pruned.
  3. [I] The losses compared are TD and conservative term together (--selection-loss).
  4. [I] The TD loss is the squared error; a target update resets Adam, step counts included.
- 5. [D] All networks start as copies of one. The one of the smallest loss is evaluated and saved.
+ 5. [D] All networks start as copies of one. The one with the smallest loss is evaluated and saved.
  6. [D] An evaluation is --eval-episodes whole episodes, not 125,000 steps.
  7. [D] With several runs of a game below --dataset, that of the number --seed is read.
 
@@ -53,7 +53,6 @@ import traceback
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass, make_dataclass
-from fractions import Fraction
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -90,7 +89,7 @@ class Training:
     target_every: Count = 2_000  # gradient steps between target updates
     feature_size: Count = 512  # units of the dense layer; the paper has two of 32, 512 and 2048
     eval_episodes: Index = 10  # episodes of each evaluation, at epsilon 0.001; 0: no evaluations
-    eval_steps: Count = 27_000  # steps after which an episode of it is cut off
+    eval_steps: Count = 27_000  # steps after which an episode of the evaluation is cut off
 
 
 @dataclass
@@ -226,7 +225,7 @@ class EauDeCQL(nn.Module):
         self.accumulated_loss = nn.Buffer(torch.zeros(k, device=device))  # since the last target
         self.latest = nn.Buffer(torch.zeros(3, k, device=device))  # both losses, mean Q-values
         self.losses = np.zeros(k)  # accumulated_loss, on the host
-        self.sparsity = [0.0] * k  # nominal: the exact counts round it
+        self.sparsity = [0.0] * k  # nominal; the masks' counts are rounded
         self.gradient_step, self.selected = 0, 0
         uses = ("exponent", "score")  # each use of randomness has its own generator
         self.rng = {use: np.random.default_rng((args.seed, i)) for i, use in enumerate(uses)}
@@ -234,7 +233,7 @@ class EauDeCQL(nn.Module):
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what state_dict() has beside networks, masks and accumulated losses."""
+        """Return what state_dict() has besides networks, masks and accumulated losses."""
         rng = {use: rng.bit_generator.state for use, rng in self.rng.items()}
         counters = (self.gradient_step, self.selected, self.losses.tolist(), self.sparsity)
         return {"optimizer": self.optimizer.state_dict(), "rng": rng, "counters": counters}
@@ -330,7 +329,7 @@ class EauDeCQL(nn.Module):
 
 
 def main(args: Args) -> None:
-    """Train, evaluate the network of the smallest loss, and leave the run's folder."""
+    """Train, evaluate the network with the smallest loss, and write the results."""
     device, (folder, rom) = find_device(args), find_replay(args)
     args.env_id = args.env_id or rom.title().replace("_", "")
     num_actions = len(make_envs(rom, 1, 1).ale.get_action_set())
@@ -385,7 +384,6 @@ def main(args: Args) -> None:
         if run.stops or ended or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
             state = {"progress": (step, epoch_return), "agent": agent.state_dict()}
             run.save(step, state | {"sampling": dataset.generator.get_state()})
-        require(not run.stops, f"stopped at step {step}; go on with --resume {run.path}", 75)
 
     bar.close()
     scores = evaluate(agent.network(), rom, run)
@@ -572,11 +570,11 @@ class Dataset:
 # >>> shared: atari-games
 def find_rom(env_id: str) -> str:
     """Return the ROM (ms_pacman) of MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4."""
-    titles = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
+    known = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
     name = re.sub(r"^ALE/|(NoFrameskip)?(-v[45])?$|_", "", env_id).lower()
-    near = " ".join(difflib.get_close_matches(name, titles, cutoff=0.3)) or "none"
-    require(name in titles, f"--env-id {env_id}: no such Atari game; the nearest are: {near}")
-    return titles[name]
+    near = " ".join(difflib.get_close_matches(name, known, cutoff=0.3)) or "none"
+    require(name in known, f"--env-id {env_id}: no such Atari game; the nearest are: {near}")
+    return known[name]
 
 
 def make_envs(rom: str, num_envs: int, max_steps: int) -> AtariVectorEnv:
@@ -622,8 +620,8 @@ def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     """Return how a whole number is read, which may be written as 1e6."""
 
     def read(words: list[str]) -> int:
-        number = Fraction(words[0])  # exact, unlike a float
-        return int(number) if number.denominator == 1 else int(words[0])  # which is an error
+        number = float(words[0])  # exact below 2^53
+        return int(number) if number.is_integer() and number < 2**53 else int(words[0])
 
     return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
 
@@ -679,10 +677,10 @@ class Run:
         if args.track:
             import wandb
 
-            name = re.sub(r"[^\w.-]", "-", self.path.resolve().name)  # what W&B takes
-            own: Any = {"id": name, "resume": "allow", "project": args.wandb_project}
-            wandb.init(**own, config=vars(args), sync_tensorboard=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+            own: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
+            own["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
+            wandb.init(**own, resume="allow", config=vars(args), sync_tensorboard=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "a")
         try:
             if os.environ.get("RUN_LOCK") != str(self.path):  # benchmark/launch.py has locked it
@@ -696,9 +694,10 @@ class Run:
             device = platform.platform() if cpu else torch.cuda.get_device_name()
             facts = {"commit": head.strip() or None, "device": device, "python": sys.version}
             packages = {d.name: d.version for d in reversed([*distributions()])}
+            self.write("args.json", self.script | vars(args))  # first: --resume needs it alone
             self.write("versions.json", facts | {"packages": packages})
-            self.write("args.json", self.script | vars(args))
-        self.stops: list[int] = []  # signals; under nohup SIGHUP asks nothing
+        self.folder.mkdir(exist_ok=True)
+        self.stops: list[int] = []  # signals; what is ignored, as SIGHUP under nohup, stays so
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self.stops.append(number))
@@ -741,7 +740,7 @@ class Run:
             self.board.add_scalar(key, value, step)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, named by its step and SHA-256; the one before it is kept."""
+        """Write a checkpoint, named by step and SHA-256; a run that has got a signal ends here."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
         size = os.fstat(self.metrics.fileno()).st_size
@@ -753,12 +752,14 @@ class Run:
             if path.name not in (name, self.newest):
                 path.unlink()
         self.newest, self.saved_at = name, time.monotonic()
+        require(not self.stops, f"stopped at step {step}; go on with --resume {self.path}", 75)
 
     def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
         """Save the network with its flags, write final.json, and tell what came out."""
         flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
-        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
-        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))  # without -0.0
+        parameters = network.named_parameters()  # + 0.0 makes 0.0 of -0.0
+        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in parameters}
+        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))
         if scores:
             self.log(step, scores)
         metrics = {f"hparams/{key}": value for key, value in scores.items()}
@@ -837,7 +838,7 @@ class Output(io.FileIO):
     def write(self, data: Any) -> int:
         """Write what can be written."""
         with suppress(OSError):
-            super().write(data)
+            return super().write(data) or len(data)
         return len(data)
 
 
@@ -861,7 +862,7 @@ def command_line() -> None:
 
 if __name__ == "__main__":
     while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # what stands for a stream that was closed
+        pass  # takes the place of a stream that was closed
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = io.BufferedWriter(Output(fd, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))

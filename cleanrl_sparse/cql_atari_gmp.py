@@ -18,7 +18,7 @@ schedule (Zhu and Gupta 2017), every 1,000 steps. What is removed stays removed.
     python cql_atari_gmp.py --dataset DIR --sparsity 0                          # the dense CQL
     python cql_atari_gmp.py --dataset DIR --total-timesteps 3125000 --td-loss squared
     python cql_atari_gmp.py --dataset DIR --c51 --n-step 3 --learning-rate 6.25e-5 --adam-eps 1.5e-4
-    python cql_atari_gmp.py --resume runs/Pong__cql_atari_gmp__1__1790000000
+    python cql_atari_gmp.py --resume RUN_DIR
 
 The fourth line is PolyPruneCQL, the baseline of Eau De Q-Network (arXiv 2503.01437), the fifth the
 paper's CQL+C51.
@@ -61,7 +61,6 @@ import traceback
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass, make_dataclass
-from fractions import Fraction
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -102,7 +101,7 @@ class Training:
     width: Count = 1  # multiplies the channels of the convolutions; the paper: 1 and 3
     feature_size: Count = 512  # units of the dense layer
     eval_episodes: Index = 10  # episodes of each evaluation, at epsilon 0.001; 0: no evaluations
-    eval_steps: Count = 27_000  # steps after which an episode of it is cut off
+    eval_steps: Count = 27_000  # steps after which an episode of the evaluation is cut off
 
 
 @dataclass
@@ -334,7 +333,7 @@ class CQL(nn.Module):
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what state_dict() has beside networks and masks."""
+        """Return what state_dict() has besides networks and masks."""
         rng = {use: rng.bit_generator.state for use, rng in self.rng.items()}
         counters = (self.gradient_step, self.sparsity)
         return {"optimizer": self.optimizer.state_dict(), "rng": rng, "counters": counters}
@@ -434,7 +433,7 @@ class CQL(nn.Module):
 
 
 def main(args: Args) -> None:
-    """Train, evaluate the network, and leave the run's folder."""
+    """Train, evaluate the network, and write the results."""
     device, (folder, rom) = find_device(args), find_replay(args)
     args.env_id = args.env_id or rom.title().replace("_", "")
     num_actions = len(make_envs(rom, 1, 1).ale.get_action_set())
@@ -489,7 +488,6 @@ def main(args: Args) -> None:
         if run.stops or ended or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
             state = {"progress": (step, epoch_return), "agent": agent.state_dict()}
             run.save(step, state | {"sampling": dataset.generator.get_state()})
-        require(not run.stops, f"stopped at step {step}; go on with --resume {run.path}", 75)
 
     bar.close()
     scores = evaluate(agent.network(), rom, run)
@@ -676,11 +674,11 @@ class Dataset:
 # >>> shared: atari-games
 def find_rom(env_id: str) -> str:
     """Return the ROM (ms_pacman) of MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4."""
-    titles = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
+    known = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
     name = re.sub(r"^ALE/|(NoFrameskip)?(-v[45])?$|_", "", env_id).lower()
-    near = " ".join(difflib.get_close_matches(name, titles, cutoff=0.3)) or "none"
-    require(name in titles, f"--env-id {env_id}: no such Atari game; the nearest are: {near}")
-    return titles[name]
+    near = " ".join(difflib.get_close_matches(name, known, cutoff=0.3)) or "none"
+    require(name in known, f"--env-id {env_id}: no such Atari game; the nearest are: {near}")
+    return known[name]
 
 
 def make_envs(rom: str, num_envs: int, max_steps: int) -> AtariVectorEnv:
@@ -726,8 +724,8 @@ def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     """Return how a whole number is read, which may be written as 1e6."""
 
     def read(words: list[str]) -> int:
-        number = Fraction(words[0])  # exact, unlike a float
-        return int(number) if number.denominator == 1 else int(words[0])  # which is an error
+        number = float(words[0])  # exact below 2^53
+        return int(number) if number.is_integer() and number < 2**53 else int(words[0])
 
     return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
 
@@ -786,10 +784,10 @@ class Run:
         if args.track:
             import wandb
 
-            name = re.sub(r"[^\w.-]", "-", self.path.resolve().name)  # what W&B takes
-            own: Any = {"id": name, "resume": "allow", "project": args.wandb_project}
-            wandb.init(**own, config=vars(args), sync_tensorboard=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+            own: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
+            own["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
+            wandb.init(**own, resume="allow", config=vars(args), sync_tensorboard=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "a")
         try:
             if os.environ.get("RUN_LOCK") != str(self.path):  # benchmark/launch.py has locked it
@@ -803,9 +801,10 @@ class Run:
             device = platform.platform() if cpu else torch.cuda.get_device_name()
             facts = {"commit": head.strip() or None, "device": device, "python": sys.version}
             packages = {d.name: d.version for d in reversed([*distributions()])}
+            self.write("args.json", self.script | vars(args))  # first: --resume needs it alone
             self.write("versions.json", facts | {"packages": packages})
-            self.write("args.json", self.script | vars(args))
-        self.stops: list[int] = []  # signals; under nohup SIGHUP asks nothing
+        self.folder.mkdir(exist_ok=True)
+        self.stops: list[int] = []  # signals; what is ignored, as SIGHUP under nohup, stays so
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self.stops.append(number))
@@ -848,7 +847,7 @@ class Run:
             self.board.add_scalar(key, value, step)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, named by its step and SHA-256; the one before it is kept."""
+        """Write a checkpoint, named by step and SHA-256; a run that has got a signal ends here."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
         size = os.fstat(self.metrics.fileno()).st_size
@@ -860,12 +859,14 @@ class Run:
             if path.name not in (name, self.newest):
                 path.unlink()
         self.newest, self.saved_at = name, time.monotonic()
+        require(not self.stops, f"stopped at step {step}; go on with --resume {self.path}", 75)
 
     def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
         """Save the network with its flags, write final.json, and tell what came out."""
         flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
-        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
-        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))  # without -0.0
+        parameters = network.named_parameters()  # + 0.0 makes 0.0 of -0.0
+        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in parameters}
+        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))
         if scores:
             self.log(step, scores)
         metrics = {f"hparams/{key}": value for key, value in scores.items()}
@@ -944,7 +945,7 @@ class Output(io.FileIO):
     def write(self, data: Any) -> int:
         """Write what can be written."""
         with suppress(OSError):
-            super().write(data)
+            return super().write(data) or len(data)
         return len(data)
 
 
@@ -968,7 +969,7 @@ def command_line() -> None:
 
 if __name__ == "__main__":
     while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # what stands for a stream that was closed
+        pass  # takes the place of a stream that was closed
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = io.BufferedWriter(Output(fd, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))

@@ -17,7 +17,7 @@ Every weight is scored on one batch of the dataset by how much its removal would
     python cql_offline_snip.py --dataset medium.hdf5 --env-id Hopper-v4 # a file of D4RL's
     python cql_offline_snip.py --dataset DATASET --pruner grasp --sparsity 0.5
     python cql_offline_snip.py --dataset DATASET --pruner none          # dense CQL
-    python cql_offline_snip.py --resume runs/Hopper-v5__cql_offline_snip__1__1790000000
+    python cql_offline_snip.py --resume RUN_DIR
 
 Differences from the paper, and guesses ([C] read in another's code, [I] inferred, [D] ours):
  1. [I] SNIP: |w * dL/dw|, no new initialisation. GraSP: the largest w * (H g), without temperature.
@@ -47,7 +47,6 @@ import json
 import math
 import os
 import platform
-import re
 import resource
 import signal
 import subprocess
@@ -57,7 +56,6 @@ import traceback
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, make_dataclass
-from fractions import Fraction
 from importlib.metadata import distributions
 from itertools import pairwise, product
 from pathlib import Path
@@ -99,7 +97,7 @@ class Training:
     layers: Count = 3  # hidden layers
     epoch_steps: Count = 5_000  # gradient steps per epoch; each ends with an evaluation
     eval_episodes: Index = 10  # episodes of each evaluation, without noise; 0: no evaluations
-    eval_steps: Count = 1_000  # steps after which an episode of it is cut off
+    eval_steps: Count = 1_000  # steps after which an episode of the evaluation is cut off
 
 
 @dataclass
@@ -255,7 +253,7 @@ class CQL(nn.Module):
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def get_extra_state(self) -> list[dict[str, Any]]:
-        """Return what state_dict() has beside networks, masks and temperature."""
+        """Return what state_dict() has besides networks, masks and temperature."""
         return [self.critic_optimizer.state_dict(), self.actor_optimizer.state_dict()]
 
     def set_extra_state(self, state: list[dict[str, Any]]) -> None:
@@ -422,7 +420,7 @@ def magnitude_rank(weight: Tensor) -> Tensor:
 
 
 def main(args: Args) -> None:
-    """Prune, train, evaluate the policy, and leave the run's folder."""
+    """Prune, train, evaluate the policy, and write the results."""
     device = find_device(args)
     data, env_id = read_dataset(args.dataset)
     args.env_id = args.env_id or env_id
@@ -482,7 +480,6 @@ def main(args: Args) -> None:
         if run.stops or ended or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
             state = {"progress": (step, epoch_return), "agent": agent.state_dict()}
             run.save(step, state | {"sampling": dataset.generator.get_state()})
-        require(not run.stops, f"stopped at step {step}; go on with --resume {run.path}", 75)
 
     bar.close()
     networks: Any = agent.networks(dataset.mean, dataset.std)
@@ -783,8 +780,8 @@ def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     """Return how a whole number is read, which may be written as 1e6."""
 
     def read(words: list[str]) -> int:
-        number = Fraction(words[0])  # exact, unlike a float
-        return int(number) if number.denominator == 1 else int(words[0])  # which is an error
+        number = float(words[0])  # exact below 2^53
+        return int(number) if number.is_integer() and number < 2**53 else int(words[0])
 
     return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
 
@@ -843,10 +840,10 @@ class Run:
         if args.track:
             import wandb
 
-            name = re.sub(r"[^\w.-]", "-", self.path.resolve().name)  # what W&B takes
-            own: Any = {"id": name, "resume": "allow", "project": args.wandb_project}
-            wandb.init(**own, config=vars(args), sync_tensorboard=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+            own: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
+            own["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
+            wandb.init(**own, resume="allow", config=vars(args), sync_tensorboard=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "a")
         try:
             if os.environ.get("RUN_LOCK") != str(self.path):  # benchmark/launch.py has locked it
@@ -860,9 +857,10 @@ class Run:
             device = platform.platform() if cpu else torch.cuda.get_device_name()
             facts = {"commit": head.strip() or None, "device": device, "python": sys.version}
             packages = {d.name: d.version for d in reversed([*distributions()])}
+            self.write("args.json", self.script | vars(args))  # first: --resume needs it alone
             self.write("versions.json", facts | {"packages": packages})
-            self.write("args.json", self.script | vars(args))
-        self.stops: list[int] = []  # signals; under nohup SIGHUP asks nothing
+        self.folder.mkdir(exist_ok=True)
+        self.stops: list[int] = []  # signals; what is ignored, as SIGHUP under nohup, stays so
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self.stops.append(number))
@@ -905,7 +903,7 @@ class Run:
             self.board.add_scalar(key, value, step)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, named by its step and SHA-256; the one before it is kept."""
+        """Write a checkpoint, named by step and SHA-256; a run that has got a signal ends here."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
         size = os.fstat(self.metrics.fileno()).st_size
@@ -917,12 +915,14 @@ class Run:
             if path.name not in (name, self.newest):
                 path.unlink()
         self.newest, self.saved_at = name, time.monotonic()
+        require(not self.stops, f"stopped at step {step}; go on with --resume {self.path}", 75)
 
     def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
         """Save the network with its flags, write final.json, and tell what came out."""
         flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
-        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
-        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))  # without -0.0
+        parameters = network.named_parameters()  # + 0.0 makes 0.0 of -0.0
+        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in parameters}
+        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))
         if scores:
             self.log(step, scores)
         metrics = {f"hparams/{key}": value for key, value in scores.items()}
@@ -1001,7 +1001,7 @@ class Output(io.FileIO):
     def write(self, data: Any) -> int:
         """Write what can be written."""
         with suppress(OSError):
-            super().write(data)
+            return super().write(data) or len(data)
         return len(data)
 
 
@@ -1025,7 +1025,7 @@ def command_line() -> None:
 
 if __name__ == "__main__":
     while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # what stands for a stream that was closed
+        pass  # takes the place of a stream that was closed
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = io.BufferedWriter(Output(fd, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))

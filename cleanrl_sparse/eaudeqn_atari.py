@@ -15,14 +15,14 @@ pruning starts, how fast it goes or where it ends.
 
     python eaudeqn_atari.py --env-id Breakout                       # the paper's run: 40M frames
     python eaudeqn_atari.py --num-networks 1 --no-reset-optimizer   # plain DQN
-    python eaudeqn_atari.py --resume runs/Breakout__eaudeqn_atari__1__1790000000
+    python eaudeqn_atari.py --resume RUN_DIR
 
 Differences from the paper, and guesses ([I] inferred, [D] our decision; it came without code):
  1. [I] The formula of next_sparsity(), which fits every published name and value.
  2. [D] Sparsity is spread by the Erdos-Renyi-Kernel rule; [I] biases are never pruned.
  3. [I] Each action is that of a network drawn with odds 1 / (accumulated loss + 1e-6).
  4. [I] The loss is the squared TD error; a target update resets Adam, step counts included.
- 5. [D] All networks start as copies of one. The one of the smallest loss is evaluated and saved.
+ 5. [D] All networks start as copies of one. The one with the smallest loss is evaluated and saved.
  6. [D] Epsilon falls after the warm-up, as in Dopamine. Games are seeded anew only now and then.
  7. [D] With --num-envs above 1 the games step while the networks learn from all earlier steps.
 
@@ -50,7 +50,6 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass, make_dataclass
-from fractions import Fraction
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -85,10 +84,10 @@ class Training:
     epsilon_end: Share = 0.01  # final probability of a random action
     epsilon_steps: Count = 250_000  # steps over which it falls from 1, after the random play
     epoch_steps: Count = 250_000  # steps per epoch, whose mean return is reported
-    num_envs: Count = 1  # environments; several step while the agent learns
+    num_envs: Count = 1  # environments; if several, they step while the agent learns
     feature_size: Count = 512  # units of the dense layer; the paper has 32, 512 and 2048
     eval_episodes: Index = 10  # episodes of the final evaluation, at epsilon 0.001
-    eval_steps: Count = 27_000  # steps after which an episode of it is cut off
+    eval_steps: Count = 27_000  # steps after which an episode of the evaluation is cut off
 
 
 @dataclass
@@ -224,7 +223,7 @@ class EauDeQN(nn.Module):
         self.accumulated_loss = nn.Buffer(torch.zeros(k, device=device))  # since the last target
         self.latest = nn.Buffer(torch.zeros(2, k, device=device))  # losses and mean Q-values
         self.losses = np.zeros(k)  # accumulated_loss, on the host
-        self.sparsity = [0.0] * k  # nominal: the exact counts round it
+        self.sparsity = [0.0] * k  # nominal; the masks' counts are rounded
         self.gradient_step, self.selected = 0, 0
         # Each use of randomness has its own generator: with K = 1 the actions are plain DQN's.
         uses = ("act", "network", "exponent", "score")
@@ -233,7 +232,7 @@ class EauDeQN(nn.Module):
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what state_dict() has beside networks, masks and accumulated losses."""
+        """Return what state_dict() has besides networks, masks and accumulated losses."""
         rng = {use: rng.bit_generator.state for use, rng in self.rng.items()}
         counters = (self.gradient_step, self.selected, self.losses.tolist(), self.sparsity)
         return {"optimizer": self.optimizer.state_dict(), "rng": rng, "counters": counters}
@@ -252,7 +251,7 @@ class EauDeQN(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, epsilon: float) -> np.ndarray:
-        """Return epsilon-greedy actions [N] for obs [N, 4, 84, 84], each by a network drawn."""
+        """Return epsilon-greedy actions [N] for obs [N, 4, 84, 84], by networks drawn at random."""
         explore = self.rng["act"].random(len(obs)) < epsilon
         actions = self.rng["act"].integers(self.num_actions, size=len(obs))
         odds = np.isfinite(self.losses).astype(float)
@@ -333,7 +332,7 @@ class EauDeQN(nn.Module):
 
 
 def main(args: Args) -> None:
-    """Train, evaluate the network of the smallest loss, and leave the run's folder."""
+    """Train, evaluate the network with the smallest loss, and write the results."""
     device, rom = find_device(args), find_rom(args.env_id)
     envs = AtariEnvs(rom, args.num_envs, args.seed)
     agent = EauDeQN(args, envs.num_actions, device)
@@ -398,7 +397,6 @@ def main(args: Args) -> None:
             games = [bytes(envs.actions), envs.seeded, torch.from_numpy(envs.obs.copy())]
             state |= {"games": games, "sampling": replay.generator.get_state()}
             run.save(step, state)
-        require(not run.stops, f"stopped at step {step}; go on with --resume {run.path}", 75)
 
     bar.close()
     network = agent.online[agent.best()]
@@ -408,11 +406,11 @@ def main(args: Args) -> None:
 # >>> shared: atari-env
 def find_rom(env_id: str) -> str:
     """Return the ROM (ms_pacman) of MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4."""
-    titles = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
+    known = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
     name = re.sub(r"^ALE/|(NoFrameskip)?(-v[45])?$|_", "", env_id).lower()
-    near = " ".join(difflib.get_close_matches(name, titles, cutoff=0.3)) or "none"
-    require(name in titles, f"--env-id {env_id}: no such Atari game; the nearest are: {near}")
-    return titles[name]
+    near = " ".join(difflib.get_close_matches(name, known, cutoff=0.3)) or "none"
+    require(name in known, f"--env-id {env_id}: no such Atari game; the nearest are: {near}")
+    return known[name]
 
 
 class AtariEnvs:
@@ -493,7 +491,7 @@ def play_again(envs: AtariEnvs, replay: FrameReplay, games: list[Any], run: Run)
     bar.close()
     envs.seeded = seeded
     same = np.array_equal(envs.obs, obs.numpy())
-    require(same, "--resume: the games went another way; it takes the ale-py of versions.json")
+    require(same, "--resume: the games went differently; install the ale-py of versions.json")
 
 
 @torch.no_grad()
@@ -586,8 +584,8 @@ def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     """Return how a whole number is read, which may be written as 1e6."""
 
     def read(words: list[str]) -> int:
-        number = Fraction(words[0])  # exact, unlike a float
-        return int(number) if number.denominator == 1 else int(words[0])  # which is an error
+        number = float(words[0])  # exact below 2^53
+        return int(number) if number.is_integer() and number < 2**53 else int(words[0])
 
     return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
 
@@ -646,10 +644,10 @@ class Run:
         if args.track:
             import wandb
 
-            name = re.sub(r"[^\w.-]", "-", self.path.resolve().name)  # what W&B takes
-            own: Any = {"id": name, "resume": "allow", "project": args.wandb_project}
-            wandb.init(**own, config=vars(args), sync_tensorboard=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+            own: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
+            own["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
+            wandb.init(**own, resume="allow", config=vars(args), sync_tensorboard=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "a")
         try:
             if os.environ.get("RUN_LOCK") != str(self.path):  # benchmark/launch.py has locked it
@@ -663,9 +661,10 @@ class Run:
             device = platform.platform() if cpu else torch.cuda.get_device_name()
             facts = {"commit": head.strip() or None, "device": device, "python": sys.version}
             packages = {d.name: d.version for d in reversed([*distributions()])}
+            self.write("args.json", self.script | vars(args))  # first: --resume needs it alone
             self.write("versions.json", facts | {"packages": packages})
-            self.write("args.json", self.script | vars(args))
-        self.stops: list[int] = []  # signals; under nohup SIGHUP asks nothing
+        self.folder.mkdir(exist_ok=True)
+        self.stops: list[int] = []  # signals; what is ignored, as SIGHUP under nohup, stays so
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self.stops.append(number))
@@ -708,7 +707,7 @@ class Run:
             self.board.add_scalar(key, value, step)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, named by its step and SHA-256; the one before it is kept."""
+        """Write a checkpoint, named by step and SHA-256; a run that has got a signal ends here."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
         size = os.fstat(self.metrics.fileno()).st_size
@@ -720,12 +719,14 @@ class Run:
             if path.name not in (name, self.newest):
                 path.unlink()
         self.newest, self.saved_at = name, time.monotonic()
+        require(not self.stops, f"stopped at step {step}; go on with --resume {self.path}", 75)
 
     def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
         """Save the network with its flags, write final.json, and tell what came out."""
         flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
-        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
-        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))  # without -0.0
+        parameters = network.named_parameters()  # + 0.0 makes 0.0 of -0.0
+        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in parameters}
+        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))
         if scores:
             self.log(step, scores)
         metrics = {f"hparams/{key}": value for key, value in scores.items()}
@@ -804,7 +805,7 @@ class Output(io.FileIO):
     def write(self, data: Any) -> int:
         """Write what can be written."""
         with suppress(OSError):
-            super().write(data)
+            return super().write(data) or len(data)
         return len(data)
 
 
@@ -828,7 +829,7 @@ def command_line() -> None:
 
 if __name__ == "__main__":
     while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # what stands for a stream that was closed
+        pass  # takes the place of a stream that was closed
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = io.BufferedWriter(Output(fd, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))

@@ -16,7 +16,7 @@ pruning starts, how fast it goes or where it ends.
 
     python eaudeqn_minatar.py --env-id Breakout                     # 1M steps
     python eaudeqn_minatar.py --num-networks 1 --no-reset-optimizer # plain DQN
-    python eaudeqn_minatar.py --resume runs/Breakout__eaudeqn_minatar__1__1790000000
+    python eaudeqn_minatar.py --resume RUN_DIR
 
 The method is that of eaudeqn_atari.py, with its guesses. What differs ([D] our decision):
  1. [D] The settings of the agent are those with which a dense DQN learns best on two games.
@@ -48,7 +48,6 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass, make_dataclass
-from fractions import Fraction
 from importlib import import_module
 from importlib.metadata import distributions
 from pathlib import Path
@@ -86,7 +85,7 @@ class Training:
     width: Count = 1  # multiplies the 16 channels of the convolution
     feature_size: Count = 128  # units of the dense layer
     eval_episodes: Index = 10  # episodes of the final evaluation, at epsilon 0.001
-    eval_steps: Count = 10_000  # steps after which an episode of it is cut off
+    eval_steps: Count = 10_000  # steps after which an episode of the evaluation is cut off
 
 
 # <<< shared: minatar-flags
@@ -246,7 +245,7 @@ class EauDeQN(nn.Module):
         self.optimizer = torch.optim.Adam(self.stacked, **adam)
         self.accumulated_loss = nn.Buffer(torch.zeros(k, device=device))  # since the last target
         self.latest = nn.Buffer(torch.zeros(2, k, device=device))  # losses and mean Q-values
-        self.sparsity = [0.0] * k  # nominal: the exact counts round it
+        self.sparsity = [0.0] * k  # nominal; the masks' counts are rounded
         self.gradient_step, self.selected = 0, 0
         # Each use of randomness has its own generator: with K = 1 the actions are plain DQN's.
         uses = ("act", "network", "exponent", "score", "selection")
@@ -254,7 +253,7 @@ class EauDeQN(nn.Module):
         self.read_losses()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what state_dict() has beside networks, masks and accumulated losses."""
+        """Return what state_dict() has besides networks, masks and accumulated losses."""
         rng = {use: rng.bit_generator.state for use, rng in self.rng.items()}
         counters = (self.gradient_step, self.selected, self.sparsity)
         return {"optimizer": self.optimizer.state_dict(), "rng": rng, "counters": counters}
@@ -282,7 +281,7 @@ class EauDeQN(nn.Module):
         self.cumulative_odds = odds.cumsum()
 
     def act(self, obs: np.ndarray, epsilon: float) -> int:
-        """Return an epsilon-greedy action for obs [C, 10, 10], by a network drawn."""
+        """Return an epsilon-greedy action for obs [C, 10, 10], by a network drawn at random."""
         if self.rng["act"].random() < epsilon:
             return int(self.rng["act"].integers(self.num_actions))
         drawn = self.rng["network"].random() * self.cumulative_odds[-1]
@@ -361,7 +360,7 @@ def stack(networks: list[list[Tensor]]) -> list[Tensor]:
 
 
 def main(args: Args) -> None:
-    """Train, evaluate the network of the smallest loss, and leave the run's folder."""
+    """Train, evaluate the network with the smallest loss, and write the results."""
     device, game = find_device(args), Game(args.env_id, (args.seed, 0))
     agent = EauDeQN(args, len(game.obs), len(game.action_set), device)
     replay = PackedReplay(args, device, game.obs)
@@ -418,7 +417,6 @@ def main(args: Args) -> None:
             state = {"progress": (step, returns, epoch_return), "agent": agent.state_dict()}
             state |= {"game": (bytes(game.actions), torch.from_numpy(game.obs.copy()))}
             run.save(step, state | {"sampling": replay.rng.bit_generator.state})
-        require(not run.stops, f"stopped at step {step}; go on with --resume {run.path}", 75)
 
     bar.close()
     network = agent.online[agent.best()]
@@ -558,8 +556,8 @@ def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     """Return how a whole number is read, which may be written as 1e6."""
 
     def read(words: list[str]) -> int:
-        number = Fraction(words[0])  # exact, unlike a float
-        return int(number) if number.denominator == 1 else int(words[0])  # which is an error
+        number = float(words[0])  # exact below 2^53
+        return int(number) if number.is_integer() and number < 2**53 else int(words[0])
 
     return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
 
@@ -619,10 +617,10 @@ class Run:
         if args.track:
             import wandb
 
-            name = re.sub(r"[^\w.-]", "-", self.path.resolve().name)  # what W&B takes
-            own: Any = {"id": name, "resume": "allow", "project": args.wandb_project}
-            wandb.init(**own, config=vars(args), sync_tensorboard=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+            own: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
+            own["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
+            wandb.init(**own, resume="allow", config=vars(args), sync_tensorboard=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "a")
         try:
             if os.environ.get("RUN_LOCK") != str(self.path):  # benchmark/launch.py has locked it
@@ -636,9 +634,10 @@ class Run:
             device = platform.platform() if cpu else torch.cuda.get_device_name()
             facts = {"commit": head.strip() or None, "device": device, "python": sys.version}
             packages = {d.name: d.version for d in reversed([*distributions()])}
+            self.write("args.json", self.script | vars(args))  # first: --resume needs it alone
             self.write("versions.json", facts | {"packages": packages})
-            self.write("args.json", self.script | vars(args))
-        self.stops: list[int] = []  # signals; under nohup SIGHUP asks nothing
+        self.folder.mkdir(exist_ok=True)
+        self.stops: list[int] = []  # signals; what is ignored, as SIGHUP under nohup, stays so
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self.stops.append(number))
@@ -681,7 +680,7 @@ class Run:
             self.board.add_scalar(key, value, step)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, named by its step and SHA-256; the one before it is kept."""
+        """Write a checkpoint, named by step and SHA-256; a run that has got a signal ends here."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
         size = os.fstat(self.metrics.fileno()).st_size
@@ -693,12 +692,14 @@ class Run:
             if path.name not in (name, self.newest):
                 path.unlink()
         self.newest, self.saved_at = name, time.monotonic()
+        require(not self.stops, f"stopped at step {step}; go on with --resume {self.path}", 75)
 
     def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
         """Save the network with its flags, write final.json, and tell what came out."""
         flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
-        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
-        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))  # without -0.0
+        parameters = network.named_parameters()  # + 0.0 makes 0.0 of -0.0
+        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in parameters}
+        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))
         if scores:
             self.log(step, scores)
         metrics = {f"hparams/{key}": value for key, value in scores.items()}
@@ -777,7 +778,7 @@ class Output(io.FileIO):
     def write(self, data: Any) -> int:
         """Write what can be written."""
         with suppress(OSError):
-            super().write(data)
+            return super().write(data) or len(data)
         return len(data)
 
 
@@ -801,7 +802,7 @@ def command_line() -> None:
 
 if __name__ == "__main__":
     while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # what stands for a stream that was closed
+        pass  # takes the place of a stream that was closed
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = io.BufferedWriter(Output(fd, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))

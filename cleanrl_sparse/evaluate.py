@@ -5,7 +5,7 @@
 # ///
 """Evaluate the network of a finished run: play, print the scores, record a film.
 
-    python evaluate.py runs/Breakout__eaudeqn_atari__1__1790000000
+    python evaluate.py RUN_DIR
     python evaluate.py RUN_DIR --episodes 100 --epsilon 0.05 --video breakout.mp4
     python evaluate.py RUN_DIR --episodes 100 --card       # a model card: hf upload NAME RUN_DIR
     python evaluate.py RUN_DIR/export                      # an agent that export.py wrote, in C

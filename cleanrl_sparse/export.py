@@ -5,7 +5,7 @@
 # ///
 """Export the sparse network of a finished run to C and to a compact file of weights.
 
-    python export.py runs/Breakout__dqn_atari_gmp__1__1790000000          # into RUN_DIR/export
+    python export.py RUN_DIR          # into RUN_DIR/export
     python export.py RUN_DIR --out breakout --int8
 
 It needs RUN_DIR/model.safetensors only and writes

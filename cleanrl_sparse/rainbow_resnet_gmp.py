@@ -16,7 +16,7 @@ cubic schedule (Zhu and Gupta 2017), every 1,000 gradient steps. What is removed
     python rainbow_resnet_gmp.py --env-id Breakout --width 3    # the paper's setting: 40M frames
     python rainbow_resnet_gmp.py --network cnn                  # DQN's convolutions
     python rainbow_resnet_gmp.py --sparsity 0                   # the dense baseline
-    python rainbow_resnet_gmp.py --resume runs/Breakout__rainbow_resnet_gmp__1__1790000000
+    python rainbow_resnet_gmp.py --resume RUN_DIR
 
 Differences from the paper, and guesses ([C] read in the paper or its authors' code, [I] inferred,
 [D] our decision):
@@ -58,7 +58,6 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass, make_dataclass
-from fractions import Fraction
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -94,12 +93,12 @@ class Training:
     epsilon_end: Share = 0.01  # final probability of a random action
     epsilon_steps: Count = 250_000  # steps over which it falls from 1, after the random play
     epoch_steps: Count = 250_000  # steps per epoch, whose mean return is reported
-    num_envs: Count = 1  # environments; several step while the agent learns
+    num_envs: Count = 1  # environments; if several, they step while the agent learns
     network: Literal["cnn", "impala"] = "impala"  # DQN's convolutions or the 15-layer ResNet
     width: Count = 1  # multiplies the channels of the convolutions; the paper: 1 to 5, mainly 3
     feature_size: Count = 512  # units of the dense layer
     eval_episodes: Index = 10  # episodes of the final evaluation, at epsilon 0.001
-    eval_steps: Count = 27_000  # steps after which an episode of it is cut off
+    eval_steps: Count = 27_000  # steps after which an episode of the evaluation is cut off
 
 
 # >>> shared: gmp-flags
@@ -419,7 +418,7 @@ class Rainbow(nn.Module):
         return math.floor(step * ratio) - math.floor(self.args.learning_starts * ratio)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what state_dict() has beside networks and masks."""
+        """Return what state_dict() has besides networks and masks."""
         rng = {use: rng.bit_generator.state for use, rng in self.rng.items()}
         counters = (self.gradient_step, self.sparsity)
         return {"optimizer": self.optimizer.state_dict(), "rng": rng, "counters": counters}
@@ -435,7 +434,7 @@ class Rainbow(nn.Module):
 
 
 def main(args: Args) -> None:
-    """Train, evaluate the network, and leave the run's folder."""
+    """Train, evaluate the network, and write the results."""
     device, rom = find_device(args), find_rom(args.env_id)
     envs = AtariEnvs(rom, args.num_envs, args.seed)
     agent = Rainbow(args, envs.num_actions, device)
@@ -510,7 +509,6 @@ def main(args: Args) -> None:
             state |= {"games": games, "sampling": replay.generator.get_state()}
             state["priorities"] = replay.priorities
             run.save(step, state)
-        require(not run.stops, f"stopped at step {step}; go on with --resume {run.path}", 75)
 
     bar.close()
     scores = evaluate(agent.online, rom, run)
@@ -564,11 +562,11 @@ def analyse(agent: Any, replay: FrameReplay, seed: int) -> tuple[dict[str, float
 # >>> shared: atari-env
 def find_rom(env_id: str) -> str:
     """Return the ROM (ms_pacman) of MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4."""
-    titles = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
+    known = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
     name = re.sub(r"^ALE/|(NoFrameskip)?(-v[45])?$|_", "", env_id).lower()
-    near = " ".join(difflib.get_close_matches(name, titles, cutoff=0.3)) or "none"
-    require(name in titles, f"--env-id {env_id}: no such Atari game; the nearest are: {near}")
-    return titles[name]
+    near = " ".join(difflib.get_close_matches(name, known, cutoff=0.3)) or "none"
+    require(name in known, f"--env-id {env_id}: no such Atari game; the nearest are: {near}")
+    return known[name]
 
 
 class AtariEnvs:
@@ -649,7 +647,7 @@ def play_again(envs: AtariEnvs, replay: FrameReplay, games: list[Any], run: Run)
     bar.close()
     envs.seeded = seeded
     same = np.array_equal(envs.obs, obs.numpy())
-    require(same, "--resume: the games went another way; it takes the ale-py of versions.json")
+    require(same, "--resume: the games went differently; install the ale-py of versions.json")
 
 
 @torch.no_grad()
@@ -815,8 +813,8 @@ def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     """Return how a whole number is read, which may be written as 1e6."""
 
     def read(words: list[str]) -> int:
-        number = Fraction(words[0])  # exact, unlike a float
-        return int(number) if number.denominator == 1 else int(words[0])  # which is an error
+        number = float(words[0])  # exact below 2^53
+        return int(number) if number.is_integer() and number < 2**53 else int(words[0])
 
     return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
 
@@ -883,10 +881,10 @@ class Run:
         if args.track:
             import wandb
 
-            name = re.sub(r"[^\w.-]", "-", self.path.resolve().name)  # what W&B takes
-            own: Any = {"id": name, "resume": "allow", "project": args.wandb_project}
-            wandb.init(**own, config=vars(args), sync_tensorboard=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+            own: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
+            own["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
+            wandb.init(**own, resume="allow", config=vars(args), sync_tensorboard=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "a")
         try:
             if os.environ.get("RUN_LOCK") != str(self.path):  # benchmark/launch.py has locked it
@@ -900,9 +898,10 @@ class Run:
             device = platform.platform() if cpu else torch.cuda.get_device_name()
             facts = {"commit": head.strip() or None, "device": device, "python": sys.version}
             packages = {d.name: d.version for d in reversed([*distributions()])}
+            self.write("args.json", self.script | vars(args))  # first: --resume needs it alone
             self.write("versions.json", facts | {"packages": packages})
-            self.write("args.json", self.script | vars(args))
-        self.stops: list[int] = []  # signals; under nohup SIGHUP asks nothing
+        self.folder.mkdir(exist_ok=True)
+        self.stops: list[int] = []  # signals; what is ignored, as SIGHUP under nohup, stays so
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self.stops.append(number))
@@ -945,7 +944,7 @@ class Run:
             self.board.add_scalar(key, value, step)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, named by its step and SHA-256; the one before it is kept."""
+        """Write a checkpoint, named by step and SHA-256; a run that has got a signal ends here."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
         size = os.fstat(self.metrics.fileno()).st_size
@@ -957,12 +956,14 @@ class Run:
             if path.name not in (name, self.newest):
                 path.unlink()
         self.newest, self.saved_at = name, time.monotonic()
+        require(not self.stops, f"stopped at step {step}; go on with --resume {self.path}", 75)
 
     def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
         """Save the network with its flags, write final.json, and tell what came out."""
         flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
-        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
-        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))  # without -0.0
+        parameters = network.named_parameters()  # + 0.0 makes 0.0 of -0.0
+        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in parameters}
+        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))
         if scores:
             self.log(step, scores)
         metrics = {f"hparams/{key}": value for key, value in scores.items()}
@@ -1041,7 +1042,7 @@ class Output(io.FileIO):
     def write(self, data: Any) -> int:
         """Write what can be written."""
         with suppress(OSError):
-            super().write(data)
+            return super().write(data) or len(data)
         return len(data)
 
 
@@ -1065,7 +1066,7 @@ def command_line() -> None:
 
 if __name__ == "__main__":
     while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # what stands for a stream that was closed
+        pass  # takes the place of a stream that was closed
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = io.BufferedWriter(Output(fd, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))

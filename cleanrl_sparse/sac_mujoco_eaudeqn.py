@@ -17,7 +17,7 @@ goes or where it ends.
     python sac_mujoco_eaudeqn.py --env-id Hopper-v5                      # the paper's run: 1M steps
     python sac_mujoco_eaudeqn.py --env-id Ant-v5 --prune-actor           # a sparse policy too
     python sac_mujoco_eaudeqn.py --num-networks 1 --max-exponent 0       # plain SAC
-    python sac_mujoco_eaudeqn.py --resume runs/Hopper-v5__sac_mujoco_eaudeqn__1__1790000000
+    python sac_mujoco_eaudeqn.py --resume RUN_DIR
 
 Differences from the paper, and guesses ([I] inferred, [D] our decision; it came without code, and
 nearly nothing is known of this variant; the base is slimSAC, the same group's code):
@@ -48,7 +48,6 @@ import json
 import math
 import os
 import platform
-import re
 import resource
 import signal
 import subprocess
@@ -58,7 +57,6 @@ import traceback
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, make_dataclass
-from fractions import Fraction
 from importlib.metadata import distributions
 from itertools import pairwise
 from pathlib import Path
@@ -95,7 +93,7 @@ class Training:
     epoch_steps: Count = 10_000  # steps per epoch; each ends with an evaluation
     num_envs: Count = 1  # environments, stepped one after another; periods count all their steps
     eval_episodes: Index = 10  # episodes of each evaluation, without noise; 0: no evaluations
-    eval_steps: Count = 1_000  # steps after which an episode of it is cut off
+    eval_steps: Count = 1_000  # steps after which an episode of the evaluation is cut off
 
 
 @dataclass
@@ -299,7 +297,7 @@ class EauDeSAC(nn.Module):
         self.critic_optimizer = torch.optim.Adam(self.stacks, **adam)
         self.actor_optimizer = torch.optim.Adam([*self.actor.parameters(), self.log_alpha], **adam)
         self.gradient_step, self.selected, self.sparsity = 0, 0, 0.0  # of the targets
-        self.candidate_sparsity = [0.0] * k  # nominal: the exact counts round it
+        self.candidate_sparsity = [0.0] * k  # nominal; the masks' counts are rounded
         steps = math.ceil(args.total_timesteps / args.num_envs) * args.num_envs
         self.horizon = self.updates_by(steps)
         uses = ("act", "exponent", "score")
@@ -381,7 +379,7 @@ class EauDeSAC(nn.Module):
 
     # <<< shared: captured-update
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what state_dict() has beside networks, masks and temperature."""
+        """Return what state_dict() has besides networks, masks and temperature."""
         adams = [self.critic_optimizer.state_dict(), self.actor_optimizer.state_dict()]
         rng = {use: rng.bit_generator.state for use, rng in self.rng.items()}
         counters = (self.gradient_step, self.selected, self.candidate_sparsity)
@@ -447,7 +445,7 @@ class EauDeSAC(nn.Module):
         return self.gradient_step > 0 and not bool(losses.isfinite().all())
 
     def networks(self) -> nn.ModuleDict:
-        """Return the networks to save: the actor and the pair of the smallest loss."""
+        """Return the networks to save: the actor and the pair with the smallest loss."""
         qf1, qf2 = self.critics[2 * self.best() : 2 * self.best() + 2]
         return nn.ModuleDict({"actor": self.actor, "qf1": qf1, "qf2": qf2})
 
@@ -460,7 +458,7 @@ class EauDeSAC(nn.Module):
 
 
 def main(args: Args) -> None:
-    """Train, evaluate the policy, and leave the run's folder."""
+    """Train, evaluate the policy, and write the results."""
     device = find_device(args)
     envs = MujocoEnvs(args.env_id, args.num_envs, args.seed)
     agent = EauDeSAC(args, envs.obs.shape[1], envs.num_actions, device)
@@ -517,7 +515,6 @@ def main(args: Args) -> None:
             episodes = [bytes(envs.actions), envs.began, torch.from_numpy(envs.obs)]
             state |= {"episodes": episodes, "sampling": replay.generator.get_state()}
             run.save(step, state)
-        require(not run.stops, f"stopped at step {step}; go on with --resume {run.path}", 75)
 
     bar.close()
     scores = evaluate(agent.actor, args, run)
@@ -687,8 +684,8 @@ def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     """Return how a whole number is read, which may be written as 1e6."""
 
     def read(words: list[str]) -> int:
-        number = Fraction(words[0])  # exact, unlike a float
-        return int(number) if number.denominator == 1 else int(words[0])  # which is an error
+        number = float(words[0])  # exact below 2^53
+        return int(number) if number.is_integer() and number < 2**53 else int(words[0])
 
     return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
 
@@ -750,10 +747,10 @@ class Run:
         if args.track:
             import wandb
 
-            name = re.sub(r"[^\w.-]", "-", self.path.resolve().name)  # what W&B takes
-            own: Any = {"id": name, "resume": "allow", "project": args.wandb_project}
-            wandb.init(**own, config=vars(args), sync_tensorboard=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+            own: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
+            own["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
+            wandb.init(**own, resume="allow", config=vars(args), sync_tensorboard=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "a")
         try:
             if os.environ.get("RUN_LOCK") != str(self.path):  # benchmark/launch.py has locked it
@@ -767,9 +764,10 @@ class Run:
             device = platform.platform() if cpu else torch.cuda.get_device_name()
             facts = {"commit": head.strip() or None, "device": device, "python": sys.version}
             packages = {d.name: d.version for d in reversed([*distributions()])}
+            self.write("args.json", self.script | vars(args))  # first: --resume needs it alone
             self.write("versions.json", facts | {"packages": packages})
-            self.write("args.json", self.script | vars(args))
-        self.stops: list[int] = []  # signals; under nohup SIGHUP asks nothing
+        self.folder.mkdir(exist_ok=True)
+        self.stops: list[int] = []  # signals; what is ignored, as SIGHUP under nohup, stays so
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self.stops.append(number))
@@ -812,7 +810,7 @@ class Run:
             self.board.add_scalar(key, value, step)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, named by its step and SHA-256; the one before it is kept."""
+        """Write a checkpoint, named by step and SHA-256; a run that has got a signal ends here."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
         size = os.fstat(self.metrics.fileno()).st_size
@@ -824,12 +822,14 @@ class Run:
             if path.name not in (name, self.newest):
                 path.unlink()
         self.newest, self.saved_at = name, time.monotonic()
+        require(not self.stops, f"stopped at step {step}; go on with --resume {self.path}", 75)
 
     def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
         """Save the network with its flags, write final.json, and tell what came out."""
         flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
-        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
-        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))  # without -0.0
+        parameters = network.named_parameters()  # + 0.0 makes 0.0 of -0.0
+        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in parameters}
+        self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))
         if scores:
             self.log(step, scores)
         metrics = {f"hparams/{key}": value for key, value in scores.items()}
@@ -908,7 +908,7 @@ class Output(io.FileIO):
     def write(self, data: Any) -> int:
         """Write what can be written."""
         with suppress(OSError):
-            super().write(data)
+            return super().write(data) or len(data)
         return len(data)
 
 
@@ -932,7 +932,7 @@ def command_line() -> None:
 
 if __name__ == "__main__":
     while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # what stands for a stream that was closed
+        pass  # takes the place of a stream that was closed
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = io.BufferedWriter(Output(fd, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))

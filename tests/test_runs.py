@@ -128,13 +128,13 @@ LINES = {
     "dqn_atari_gmp": (965, 390),
     "rainbow_resnet_gmp": (1075, 440),
     "dqn_atari_baselines": (1075, 545),
-    "sac_mujoco_eaudeqn": (940, 465),
+    "sac_mujoco_eaudeqn": (940, 460),
     "sac_mujoco_gmp": (910, 430),
     "cql_offline_snip": (1035, 425),
     "eaudeqn_minatar": (810, 365),
     "dqn_minatar_gmp": (770, 320),
     "cql_atari_eaudeqn": (870, 335),
-    "cql_atari_gmp": (980, 440),
+    "cql_atari_gmp": (980, 435),
 }
 VOLATILE = {
     "seconds",
@@ -1314,6 +1314,21 @@ def test_what_does_not_fit_in_memory_is_refused(
     assert not [*tmp_path.rglob("args.json")], "no run was begun"
 
 
+@pytest.mark.shared
+@pytest.mark.parametrize("left", [".lock", "args.json"])
+def test_a_folder_that_was_only_begun_is_gone_on_with(
+    script: str, module: ModuleType, left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a crash leaves before args.json is as good as nothing; what it leaves after is a run."""
+    flags = f"{TINY[script]} --run-dir run"
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+    (tmp_path / "run").mkdir()
+    saved = {"script": f"{script}.py"} | dataclasses.asdict(module.parse())
+    (tmp_path / "run" / left).write_text(json.dumps(saved) if left == "args.json" else "")
+    succeed(script, "--resume run" if left == "args.json" else flags, cwd=tmp_path)
+    assert_learned(tmp_path / "run")
+
+
 def test_the_run_of_another_script_is_refused(
     script: str,
     module: ModuleType,
@@ -1473,6 +1488,10 @@ def test_a_whole_number_may_be_written_as_1e6(
     args = module.parse()
     assert [args.total_timesteps, args.batch_size, args.seed] == [1_500_000, 16, 2**32 - 1]
     assert isinstance(args.total_timesteps, int)
+    for word in ("1.5", "1e-1", "1e999999999", "1e-999999999", "nan", "inf", "many"):
+        monkeypatch.setattr(sys, "argv", [str(module.__file__), "--batch-size", word])
+        with pytest.raises(SystemExit):
+            module.parse()
 
 
 def declared(module: ModuleType) -> dict[str, str]:
