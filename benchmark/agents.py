@@ -1,7 +1,7 @@
 """Make the table of the exported agents in agents/: returns, sparsity, size, time per action.
 
-    python benchmark/agents.py                        # 10 episodes each, as Markdown
-    python benchmark/agents.py --episodes 100 > agents/README.md
+    python benchmark/agents.py                   # 10 episodes each, as Markdown
+    python benchmark/agents.py --episodes 100    # the table of agents/README.md
 
 agents/NAME/ has what export.py wrote: agent.bin, agent.c, agent.h and agent.py. agent_weights.c,
 the same bytes as agent.bin in C, is not kept there: `export.py` makes it, and so does --weights.
