@@ -190,14 +190,28 @@ def test_encoding_by_hand(export: ModuleType) -> None:
     weight = np.zeros((2, 700), np.float32)
     weight[0, [2, 600]] = 1.5, -2
     parts = dict(export.encode(export.Layer("dense", weight, np.zeros(2)), "fp32"))
-    assert parts["deltas"].tolist() == [2, 255, 255, 88]
+    assert parts["gaps"].tolist() == [2, 255, 255, 88]
     assert parts["values"].tolist() == [1.5, 0, 0, -2]
     assert parts["groups"].tolist() == [[4, 1], [0, 1]]
     layer = export.Layer("dense", weight.T, np.zeros(700), kernel=export.COLUMNS)
     parts = dict(export.encode(layer, "int8"))
     assert parts["order"].tolist() == [0] and parts["groups"].tolist() == [[4, 1]]
-    assert parts["values"].tolist() == [127, 0, 0, -127]
+    values = [127 * 256 + 2, 255, 255, 65536 - 127 * 256 + 88]
+    assert layer.bits == 8 and parts["values"].tolist() == values
     assert parts["scale"][[2, 600]] == pytest.approx([1.5 / 127, 2 / 127])
+
+
+def test_close_entries_leave_bits_to_the_value(export: ModuleType) -> None:
+    """Three bits hold distances of 1 and 7, and leave 13 to the value; 8 wants four."""
+    weight = np.zeros((1, 20), np.float32)
+    weight[0, [1, 8]] = 2, -2
+    layer = export.Layer("dense", weight, np.zeros(1))
+    values = dict(export.encode(layer, "int8"))["values"]
+    assert layer.bits == 3 and values.tolist() == [4095 * 8 + 1, 65536 - 4095 * 8 + 7]
+    weight[0, 16] = 2
+    values = dict(export.encode(layer, "int8"))["values"]
+    assert layer.bits == 4
+    assert values.tolist() == [2047 * 16 + 1, 65536 - 2047 * 16 + 7, 2047 * 16 + 8]
 
 
 def test_int8_rounds_to_the_nearest(export: ModuleType) -> None:
