@@ -464,6 +464,10 @@ KERNEL int count(const unsigned char *table, int i) /* the table's i-th 16-bit i
    4 of them. gap(): its distance from the entry before; GAP(): of one of four that lie in `gaps`.
    Distances have so many bits. */
 @VALUE@
+#if LANES == 1
+#define values value
+#endif
+
 /* Lines (rows or columns) of a sparse matrix, in groups of one length. */
 typedef struct {
     const unsigned char *groups, *gaps, *entries;
@@ -494,7 +498,7 @@ KERNEL void sparse_rows(lines t, const float *x, float *y, int outputs)
         if (t.left == 0)
             next_group(&t);
         for (k = 0; k + 4 <= t.length; k += 4) { /* four sums, of which none waits for another */
-            const gaps four_gaps = load_gaps(t.gaps, k);
+            const gaps four_gaps = load_gaps(t.gaps + k * GAP_BYTES);
             UNROLL
             for (j = 0; j < 4; j++) {
                 at += GAP(four_gaps, j, t.bits);
@@ -530,7 +534,7 @@ KERNEL void sparse_columns(lines t, int groups, const unsigned char *order, cons
             k = 0;
 #if LANES > 1
             for (; k + 4 <= t.length; k += 4) {
-                const gaps four_gaps = load_gaps(line.gaps, k);
+                const gaps four_gaps = load_gaps(line.gaps + k * GAP_BYTES);
                 const quad product = input * four(line.entries, k, t.bits);
                 int j;
                 UNROLL
@@ -719,36 +723,33 @@ KERNEL float *dense_conv(const unsigned char *table, int channel, int channels, 
 
 C_APART = r"""#define GAP_BYTES 1
 #define ENTRY_BYTES VALUE_BYTES
-typedef uint32_t gaps;
-#define GAP(four, i, bits) ((four) >> 8 * (i) & 255)
 #define gap(table, i, bits) (table)[i]
 #define entry(table, i, bits) value(table, i)
 #define four(table, i, bits) quads(table, i)
+typedef uint32_t gaps; /* four */
+#define GAP(four, i, bits) ((four) >> 8 * (i) & 255)
+
+KERNEL gaps load_gaps(const unsigned char *table)
+{
+    gaps four;
+    memcpy(&four, table, 4);
+    return four;
+}
 """
 C_TOGETHER = r"""#define GAP_BYTES 2 /* distance and value share 16 bits */
 #define ENTRY_BYTES 2
-typedef uint64_t gaps;
-#define GAP(four, i, bits) ((four) >> 16 * (i) & ((1u << (bits)) - 1))
 #define gap(table, i, bits) (count(table, i) & ((1 << (bits)) - 1))
 #define entry(table, i, bits) (float)((int16_t)count(table, i) >> (bits))
-"""
-C_LOAD = r"""
-KERNEL gaps load_gaps(const unsigned char *table, int i) /* four in one load */
-{
-    gaps four;
-    memcpy(&four, table + i * GAP_BYTES, sizeof four);
-    return four;
-}
-#if LANES == 1
-#define values value
-#endif
+typedef const unsigned char *gaps; /* here four loads are faster */
+#define GAP gap
+#define load_gaps(table) (table)
 """
 C_VALUES = {
     "fp32": r"""#define VALUE_BYTES 4
 #define value number
 
 #if LANES > 1
-#define values(table, i) load(table + 4 * (i))
+#define values(table, i) load((table) + 4 * (i))
 
 KERNEL quad quads(const unsigned char *table, int i)
 {
@@ -758,8 +759,7 @@ KERNEL quad quads(const unsigned char *table, int i)
 }
 #endif
 """
-    + C_APART
-    + C_LOAD,
+    + C_APART,
     "fp16": r"""#define VALUE_BYTES 2
 
 KERNEL float value(const unsigned char *table, int i)
@@ -790,8 +790,7 @@ VALUES(values, vec, LANES)
 VALUES(quads, quad, 4)
 #endif
 """
-    + C_APART
-    + C_LOAD,
+    + C_APART,
     "int8": r"""#define VALUE_BYTES 1
 
 KERNEL float value(const unsigned char *table, int i)
@@ -823,8 +822,7 @@ KERNEL quad four(const unsigned char *table, int i, int bits)
 }
 #endif
 """
-    + C_TOGETHER
-    + C_LOAD,
+    + C_TOGETHER,
 }
 C_POOL = r"""
 /* The largest of 3 x 3 pixels, at every second one, of an image of n x n pixels, n at most 84.
