@@ -94,11 +94,6 @@ class Layer:
     bytes: int = 0
 
     @property
-    def id(self) -> str:
-        """Return the name as C accepts it."""
-        return self.name.replace(".", "_")
-
-    @property
     def density(self) -> float:
         """Return the share of the weights that is not zero."""
         return float((self.weight != 0).mean())
@@ -206,39 +201,37 @@ def network_of(flags: dict[str, Any], weights: dict[str, Tensor]) -> Network:
     if "actor.output.weight" in found:
         names = [f"dense{i}" for i in range(1, 99) if f"actor.dense{i}.weight" in found]
         layers = [*(layer(n, prefix="actor.") for n in names), layer("output", False, "actor.")]
-        actions = len(layers[-1].bias) // 2
+        actions, obs = len(layers[-1].bias) // 2, (layers[0].weight.shape[1], 1)
         layers[-1].weight, layers[-1].bias = layers[-1].weight[:actions], layers[-1].bias[:actions]
-        obs = (layers[0].weight.shape[1], 1)
         return Network(ACTOR, TANH, layers, actions, obs, flags["env_id"])
+    head, actions, layers, obs = Q, len(found["output.bias"]), list[Layer](), (4, 84)
     if "conv.weight" in found:
-        layers = [layer("conv", side=8), layer("dense"), layer("output", False)]
-        obs, actions = (layers[0].weight.shape[1], 10), len(layers[-1].bias)
-        return Network(MINATAR, Q, layers, actions, obs, flags["env_id"])
-    family = CNN if "conv1.weight" in found else IMPALA
-    layers, side = [], 84
-    if family == CNN:
-        layers += [
+        family, obs = MINATAR, (found["conv.weight"].shape[1], 10)
+        layers = [layer("conv", side=8)]
+    elif "conv1.weight" in found:
+        family = CNN
+        layers = [
             layer("conv1", stride=4, pad=2, side=21),
             layer("conv2", stride=2, pad=1, side=11),
         ]
         layers += [layer("conv3", pad=1, side=11)]
     else:
+        family = IMPALA
         for i, side in ((1, 84), (2, 42), (3, 21)):
             layers += [layer(f"stack{i}.entry", False, pad=1, side=side)]
             for j in range(4):
                 name = f"stack{i}.blocks.{j}"
                 layers += [layer(name, j % 2 == 0, pad=1, side=(side + 1) // 2)]
-    layers += [layer("dense"), layer("output", False)]
-    dense, side = layers[-2], layers[-3].side
-    units = len(dense.bias)  # columns in the order channel, y, x, as all planes are stored
-    dense.weight = dense.weight.reshape(units, side, side, -1).transpose(0, 3, 1, 2)
-    dense.weight = dense.weight.reshape(units, -1)
-    head, actions = Q, len(layers[-1].bias)
+    dense, side = layer("dense"), layers[-1].side
+    if family != MINATAR:  # columns in the order channel, y, x, as all planes are stored
+        columns = dense.weight.reshape(-1, side, side, len(layers[-1].bias))
+        dense.weight = columns.transpose(0, 3, 1, 2).reshape(len(columns), -1)
     if flags["script"] == "rainbow_resnet_gmp.py" or dueling:
         head, actions = DISTRIBUTION, actions // 51
     if flags.get("regulariser") == "l2-features":
         head = NORMALISED_Q
-    return Network(family, head, layers, actions, (4, 84), flags["env_id"])
+    layers += [dense, layer("output", False)]
+    return Network(family, head, layers, actions, obs, flags["env_id"])
 
 
 def largest_outputs(layer: Layer, low: float, high: np.ndarray) -> np.ndarray:
@@ -269,16 +262,14 @@ def drop_units(network: Network) -> int:
             if this.name == "dense" and this.weight.shape[1] != len(high):
                 high = np.repeat(high, this.weight.shape[1] // len(high))
             most = largest_outputs(this, low, high)
-            units = len(this.bias)
-            read = (after.weight.reshape(len(after.bias), units, -1) != 0).any((0, 2))
+            reader = after.weight.reshape(len(after.bias), len(this.bias), -1)
+            read = (reader != 0).any((0, 2))
             if after.name == "output" and network.head == NORMALISED_Q:
                 read[:] = True  # by the norm
             keep = read & (most > 0)
             keep[0] |= not keep.any()
             dropped += int((~keep).sum())
-            shape = (len(after.bias), units, -1)
-            kept = after.weight.reshape(shape)[:, keep]
-            after.weight = kept.reshape(len(kept), -1, *after.weight.shape[2:])
+            after.weight = reader[:, keep].reshape(len(reader), -1, *after.weight.shape[2:])
             this.weight, this.bias = this.weight[keep], this.bias[keep]
             low, high = 0.0, most[keep]
     return dropped
@@ -800,25 +791,20 @@ KERNEL float value(const unsigned char *table, int i)
 
 #if LANES > 1
 #define VECTOR(type, n) __attribute__((vector_size(sizeof(type) * (n)))) type
-typedef VECTOR(signed char, LANES) bytes;
-typedef VECTOR(int16_t, LANES) shorts;
-typedef VECTOR(int32_t, LANES) ints;
-typedef VECTOR(int16_t, 4) four_shorts;
-typedef VECTOR(int32_t, 4) four_ints;
+#define AS(type, n, v) __builtin_convertvector(v, VECTOR(type, n))
 
 KERNEL vec values(const unsigned char *table, int i) /* in steps, which compilers do well */
 {
-    bytes v;
+    VECTOR(signed char, LANES) v;
     memcpy(&v, table + i, sizeof v);
-    return __builtin_convertvector(
-        __builtin_convertvector(__builtin_convertvector(v, shorts), ints), vec);
+    return AS(float, LANES, AS(int32_t, LANES, AS(int16_t, LANES, v)));
 }
 
 KERNEL quad four(const unsigned char *table, int i, int bits)
 {
-    four_shorts v;
+    VECTOR(int16_t, 4) v;
     memcpy(&v, table + 2 * i, sizeof v);
-    return __builtin_convertvector(__builtin_convertvector(v, four_ints) >> bits, quad);
+    return AS(float, 4, AS(int32_t, 4, v) >> bits);
 }
 #endif
 """
@@ -979,6 +965,7 @@ class Program:
 
     def buffer(self, name: str, size: int, of: str = "float") -> str:
         """Note a buffer of the state; return the C expression for it."""
+        name = name.replace(".", "_")
         known = self.buffers.get(name, (of, 0))[1]
         self.buffers[name] = (of, max(size, known))
         return f"s->{name}"
@@ -994,7 +981,7 @@ class Program:
     def matrix(self, layer: Layer, source: str) -> str:
         """Write a matrix's product; return where the outputs are."""
         parts, (outputs, inputs) = layer.parts, layer.weight.shape
-        to = self.buffer(layer.id, outputs)
+        to = self.buffer(layer.name, outputs)
         if layer.kernel == COLUMNS:
             order = self.buffer("list", inputs, "uint16_t")
             call = f"sparse_columns({self.table(layer)},\n                   {layer.groups}, "
@@ -1019,7 +1006,7 @@ class Program:
         parts, (channels, inputs, size, _) = layer.parts, layer.weight.shape
         taps, source = inputs * size**2, self.phases(layer)[0]
         length = (layer.side - 1) * layer.pitch + layer.side
-        offsets = self.buffer(f"{layer.id}_taps", taps, "int")
+        offsets = self.buffer(f"{layer.name}_taps", taps, "int")
         shape = f"{inputs}, {size}, {layer.stride}, {layer.pitch}"
         self.taps.append(f"    tap_offsets({offsets}, {shape});\n")
         rest = f"{source}, {offsets}, {length}, &s->scratch"
@@ -1045,7 +1032,7 @@ class Program:
     def phases(self, layer: Layer) -> tuple[str, str]:
         """Return the buffer that a convolution reads, and split()'s last arguments."""
         channels, area = layer.weight.shape[1], (layer.pitch * layer.stride) ** 2
-        name = self.buffer(f"{layer.id}_in", channels * area + SLACK)
+        name = self.buffer(f"{layer.name}_in", channels * area + SLACK)
         return name, f"{name} + c * {area}, {layer.stride}, {layer.pad}, {layer.pitch}"
 
     def spread(self, split: str, image: str, side: int, layer: Layer) -> None:
@@ -1201,16 +1188,10 @@ const unsigned char *agent_push_frame(agent_state *s, const unsigned char *frame
 def weights_table(blob: bytes) -> str:
     """Return C that has these bytes as string literals, which compile far faster than numbers."""
     plain = [32 <= i < 127 and i not in b'"\\?' for i in range(256)]  # ?: trigraphs
-    short = [chr(i) if plain[i] else f"\\{i:o}" for i in range(256)]
-    long = [chr(i) if plain[i] else f"\\{i:03o}" for i in range(256)]
-    rows = []
-    for start in range(0, len(blob), 4032):
-        row = blob[start : start + 4032]
-        digits = [48 <= byte < 56 for byte in row[1:]] + [False]  # would continue an octal number
-        text = [(long if digit else short)[byte] for byte, digit in zip(row, digits)]
-        lines = ["".join(text[i : i + 64]) for i in range(0, len(row), 64)]
-        rows.append("\n     ".join(f'"{line}"' for line in lines))
-    return C_TABLE.replace("@COUNT@", str(len(rows))).replace("@ROWS@", ",\n    ".join(rows))
+    text = [chr(i) if plain[i] else f"\\{i:03o}" for i in range(256)]
+    lines = ["".join(text[i] for i in blob[at : at + 64]) for at in range(0, len(blob), 64)]
+    rows = ['"\n     "'.join(lines[i : i + 63]) for i in range(0, len(lines), 63)]
+    return fill(C_TABLE, count=len(rows), rows=",\n    ".join(f'"{row}"' for row in rows))
 
 
 C_TABLE = r"""/* The content of agent.bin. */
@@ -1565,18 +1546,14 @@ def write_onnx(flags: dict[str, Any], weights: dict[str, Tensor], path: Path) ->
             own = {name.replace("/", "."): buffer for name, buffer in self.named_buffers()}
             return mean_actions(own, obs) if actor else q_values(own, flags, obs / unit)
 
-    actor = "actor.output.weight" in weights
-    firsts = ("actor.dense1", "conv", "conv1", "stack1.entry", "actor.output")
-    first = next(weights[f"{n}.weight"] for n in firsts if f"{n}.weight" in weights)
-    size: tuple[int, ...] = (10, 10) if "conv.weight" in weights else () if actor else (84, 84)
-    unit = 255 if 84 in size else 1
-    obs = torch.zeros(1, first.shape[1], *size)
+    network = network_of(flags, weights)
+    channels, side = network.obs
+    actor, unit = network.family == ACTOR, 255 if side == 84 else 1
+    obs = torch.zeros(1, channels) if actor else torch.zeros(1, channels, side, side)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        names: Any = {
-            "input_names": ["observation"],
-            "output_names": ["action" if actor else "q_values"],
-        }
+        outputs = ["action" if actor else "q_values"]
+        names: Any = {"input_names": ["observation"], "output_names": outputs}
         torch.onnx.export(Whole(), (obs,), path, dynamo=False, opset_version=17, **names)
 
 
@@ -1632,9 +1609,8 @@ def main(args: Args) -> None:
             text = " ".join(str(error).split())
             hint = f"{out} is written; --observations 0 does without the comparison"
             require(False, f"{network.env_id} cannot be played: {text} ({hint})")
-        expected = np.concatenate(
-            [outputs(part) for part in np.array_split(obs, -(-len(obs) // 50))]
-        )
+        parts = np.array_split(obs, -(-len(obs) // 50))
+        expected = np.concatenate([outputs(part) for part in parts])
         for use_c in (True, False):
             agent = load_agent(out, use_c)
             agree, largest = compare(agent, obs, expected)
