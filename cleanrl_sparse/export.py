@@ -1205,13 +1205,10 @@ C_TABLE = r"""/* The content of agent.bin. */
 #endif
 
 /* Rows, because C99 promises no string longer than 4,095; without closing zeros. */
-static const union {
-    char rows[@COUNT@][4032] BYTES;
-    uint32_t aligned;
-} table = {{
-    @ROWS@}};
+static const char table[@COUNT@][4032] BYTES = {
+    @ROWS@};
 
-const unsigned char *const agent_weights = (const unsigned char *)table.rows;
+const unsigned char *const agent_weights = (const unsigned char *)table;
 """
 
 PY_AGENT = r'''"""An exported agent without torch: by agent.c where there is a compiler, else NumPy.
@@ -1277,40 +1274,37 @@ class Agent:
             self._arguments += [ctypes.c_void_p(array.ctypes.data) for array in arrays]
             if self._library.agent_init(self._state, table, ctypes.c_size_t(size)):
                 raise ValueError(f"{self.folder / 'agent.c'}: made for another agent.bin")
-            if self.family:  # where they are in the state
-                place = self._library.agent_q_values(*self._arguments)
+            self._compute = self._library.agent_act
+            if self.family:
+                self._compute = self._library.agent_q_values
+                place = self._compute(*self._arguments)  # in the state, always the same
                 self._values = np.ctypeslib.as_array(place, (self.actions,))
 
     def act(self, observation):
         """Return the greedy action, or the action vector [actions] of an actor, in [-1, 1]."""
-        if self.family == ACTOR:
-            return self.q_values(observation)
-        if not self._library:
-            return int(self.q_values(observation).argmax())
-        return self._compute(self._library.agent_act, observation)[0]
-
-    def q_values(self, observation):
-        """Return the Q-values [actions] (an actor: its action vector)."""
-        if self._library:
-            library = self._library
-            function = library.agent_q_values if self.family else library.agent_act
-            return self._compute(function, observation)[1]
-        self._check(observation)
-        return self._forward(np.asarray(observation, np.float32))
-
-    def _compute(self, function, observation):
-        """Return what a function of agent.c returns, and a copy of the values."""
+        if self.family == ACTOR or not self._library:
+            values = self.q_values(observation)
+            return values if self.family == ACTOR else int(values.argmax())
         self._check(observation)
         with self._lock:
             self._observation[...] = observation
-            return function(*self._arguments), self._values.copy()
+            return self._library.agent_act(*self._arguments)
+
+    def q_values(self, observation):
+        """Return the Q-values [actions] (an actor: its action vector)."""
+        self._check(observation)
+        if not self._library:
+            return self._forward(np.asarray(observation, np.float32))
+        with self._lock:
+            self._observation[...] = observation
+            self._compute(*self._arguments)
+            return self._values.copy()
 
     def _check(self, observation):
         """Refuse what NumPy would stretch to the right shape, and scaled pixels."""
         if np.shape(observation) != self.shape:
             raise ValueError(f"observation {np.shape(observation)}: must be {self.shape}")
-        kind = np.asarray(observation).dtype
-        if self.shape[1:] == (84, 84) and kind != np.uint8:
+        if self.unit != 1 and (kind := np.asarray(observation).dtype) != np.uint8:
             raise ValueError(f"observation of {kind}: must be uint8, grays from 0 to 255")
 
     def layers(self):
@@ -1521,15 +1515,6 @@ def export(
     return network, dropped, blob
 
 
-def compare(agent: Any, obs: np.ndarray, expected: np.ndarray) -> tuple[int, float]:
-    """Return how many actions agree, and the largest difference of Q-values or actions."""
-    found = np.array([agent.q_values(x) for x in obs])
-    largest = float(np.abs(found - expected).max())
-    if agent.family == ACTOR:
-        return int((np.abs(found - expected).max(1) <= 0.01).sum()), largest
-    return int((found.argmax(1) == expected.argmax(1)).sum()), largest
-
-
 def write_onnx(flags: dict[str, Any], weights: dict[str, Tensor], path: Path) -> None:
     """Write the dense network as ONNX: `observation` [1, ...] float32, pixels from 0 to 255."""
 
@@ -1569,8 +1554,8 @@ def main(args: Args) -> None:
     """Export, compare and print."""
     out = args.out or args.run_dir / "export"
     kind = "int8" if args.int8 else "fp16" if args.fp16 else "fp32"
-    found = not args.onnx or importlib.util.find_spec("onnx")
-    require(bool(found), "--onnx: it needs the package onnx (pip install onnx)")
+    installed = not args.onnx or importlib.util.find_spec("onnx")
+    require(bool(installed), "--onnx: it needs the package onnx (pip install onnx)")
     try:
         flags, weights = load_model(args.run_dir)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -1613,7 +1598,11 @@ def main(args: Args) -> None:
         expected = np.concatenate([outputs(part) for part in parts])
         for use_c in (True, False):
             agent = load_agent(out, use_c)
-            agree, largest = compare(agent, obs, expected)
+            found = np.array([agent.q_values(x) for x in obs])
+            largest = float(np.abs(found - expected).max())
+            agree = np.sum(found.argmax(1) == expected.argmax(1))
+            if network.family == ACTOR:
+                agree = np.sum(np.abs(found - expected).max(1) <= 0.01)
             start = time.perf_counter()
             for x in obs:
                 agent.act(x)
