@@ -61,7 +61,7 @@ class Args:
 
     run_dir: Annotated[Path, tyro.conf.Positional]  # folder of a finished run
     out: Path | None = None  # folder to write into; default: RUN_DIR/export
-    int8: bool = False  # weights of one byte, with a scale per row
+    int8: bool = False  # the smallest file: weights of 8 to 13 bits, with a scale per row
     fp16: bool = False  # weights of two bytes
     onnx: bool = False  # write agent.onnx too, dense fp32 (needs the package onnx)
     observations: int = 1000  # observations on which it is compared with torch; 0: none
@@ -275,15 +275,15 @@ def drop_units(network: Network) -> int:
     return dropped
 
 
-def choose_kernel(layer: Layer, first: bool, kind: str = "fp32", answers: bool = False) -> int:
+def choose_kernel(layer: Layer, first: bool, last: bool, fine: bool) -> int:
     """Return the fastest kernel, by cycles per action as fitted to measurements (docs/export.md).
 
-    A dense one needs the room of all weights: it must be much faster. Of int8, what gives
-    Q-values is fp32, and small layers are not dense if that takes at most 15 % more bytes: their
-    entries have more than eight bits then.
+    A dense one needs the room of all weights: it must be much faster. `fine`: int8 would change
+    greedy actions. So the last layer is fp32, and small ones are sparse if that takes at most 15 %
+    more bytes: entries have more than eight bits then.
     """
     size, entries = layer.weight.size, np.count_nonzero(layer.weight)
-    if kind == "int8" and answers and size <= 16384:
+    if fine and last and size <= 16384:
         return FLOAT_ROWS
     if layer.weight.ndim == 4:
         kernel = DENSE_ROWS if layer.density > 0.6 else ROWS
@@ -297,8 +297,8 @@ def choose_kernel(layer: Layer, first: bool, kind: str = "fp32", answers: bool =
             DENSE_COLUMNS: inputs * (3 + active * (outputs / 8 + 5)) / 0.6,
         }
         kernel = min(cycles, key=lambda kernel: cycles[kernel])
-    fine = size <= 1024 or (size <= 32768 and 2 * entries <= 1.15 * size)
-    return ROWS if kind == "int8" and kernel >= DENSE_ROWS and fine else kernel
+    small = size <= 1024 or (size <= 32768 and 2 * entries <= 1.15 * size)
+    return ROWS if fine and small and kernel >= DENSE_ROWS else kernel
 
 
 def gaps_of(lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -367,8 +367,8 @@ def write_weights(network: Network, kind: str) -> bytes:
     for i, layer in enumerate(network.layers):
         most = max(len(layer.bias), layer.weight[0].size)
         require(most < 65536, f"{layer.name}: {most:,} inputs or outputs; at most 65,535 go")
-        answers = layer is network.layers[-1] and network.head != TANH
-        layer.kernel = choose_kernel(layer, i == 0, kind, answers)
+        fine = kind == "int8" and network.head != TANH
+        layer.kernel = choose_kernel(layer, i == 0, layer is network.layers[-1], fine)
         layer.at, layer.parts = place + len(data), {}
         for name, part in encode(layer, kind):
             data += bytes(-len(data) % part.itemsize)  # aligned, for machines that want it
@@ -518,15 +518,15 @@ KERNEL void sparse_columns(lines t, int groups, const unsigned char *order, cons
             active += x[count(order, i)] != 0;
         }
         for (i = 0; i < active; i++) {
-            lines line = t;
+            const unsigned char *step = t.gaps + list[i] * t.length * GAP_BYTES;
+            const unsigned char *weight = t.entries + list[i] * t.length * ENTRY_BYTES;
             const float input = x[count(order, list[i])];
             float *at = y;
-            skip(&line, list[i]);
             k = 0;
 #if LANES > 1
             for (; k + 4 <= t.length; k += 4) {
-                const gaps four_gaps = load_gaps(line.gaps + k * GAP_BYTES);
-                const quad product = input * four(line.entries, k, t.bits);
+                const gaps four_gaps = load_gaps(step + k * GAP_BYTES);
+                const quad product = input * four(weight, k, t.bits);
                 int j;
                 UNROLL
                 for (j = 0; j < 4; j++) {
@@ -536,8 +536,8 @@ KERNEL void sparse_columns(lines t, int groups, const unsigned char *order, cons
             }
 #endif
             for (; k < t.length; k++) {
-                at += gap(line.gaps, k, t.bits);
-                *at += input * entry(line.entries, k, t.bits);
+                at += gap(step, k, t.bits);
+                *at += input * entry(weight, k, t.bits);
             }
         }
         order += 2 * t.left;

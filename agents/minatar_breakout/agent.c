@@ -174,15 +174,15 @@ KERNEL void sparse_columns(lines t, int groups, const unsigned char *order, cons
             active += x[count(order, i)] != 0;
         }
         for (i = 0; i < active; i++) {
-            lines line = t;
+            const unsigned char *step = t.gaps + list[i] * t.length * GAP_BYTES;
+            const unsigned char *weight = t.entries + list[i] * t.length * ENTRY_BYTES;
             const float input = x[count(order, list[i])];
             float *at = y;
-            skip(&line, list[i]);
             k = 0;
 #if LANES > 1
             for (; k + 4 <= t.length; k += 4) {
-                const gaps four_gaps = load_gaps(line.gaps + k * GAP_BYTES);
-                const quad product = input * four(line.entries, k, t.bits);
+                const gaps four_gaps = load_gaps(step + k * GAP_BYTES);
+                const quad product = input * four(weight, k, t.bits);
                 int j;
                 UNROLL
                 for (j = 0; j < 4; j++) {
@@ -192,8 +192,8 @@ KERNEL void sparse_columns(lines t, int groups, const unsigned char *order, cons
             }
 #endif
             for (; k < t.length; k++) {
-                at += gap(line.gaps, k, t.bits);
-                *at += input * entry(line.entries, k, t.bits);
+                at += gap(step, k, t.bits);
+                *at += input * entry(weight, k, t.bits);
             }
         }
         order += 2 * t.left;
