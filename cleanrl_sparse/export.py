@@ -1048,16 +1048,15 @@ class Program:
         network, convs, source = self.network, self.convs, "observation"
         if convs:
             self.spread("split_bytes", source, network.obs[1], convs[0])
-        if network.family == IMPALA:
-            source = self.impala()
-        for layer, after in pairwise(network.layers[: len(convs) + 1]):
-            if network.family == IMPALA:
-                break
+        plain = [] if network.family == IMPALA else network.layers[: len(convs) + 1]
+        for layer, after in pairwise(plain):
             to = self.phases(after)[1] if after in convs else ""
             if after not in convs:
                 source = self.buffer("features", len(layer.bias) * layer.side**2)
                 to = f"{source} + c * {layer.side**2}, 1, 0, {layer.side}"
             self.conv(layer, f"split(plane, {layer.pitch}, {layer.side}, {to});")
+        if network.family == IMPALA:
+            source = self.impala()
         for layer in network.layers[len(convs) :]:
             if layer is network.layers[-1] and network.head == NORMALISED_Q:
                 self.body.append(fill(C_NORM, units=layer.weight.shape[1]))
