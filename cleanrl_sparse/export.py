@@ -408,8 +408,10 @@ C_KERNELS = r"""
 #endif
 #endif
 #if LANES > 1
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float quad __attribute__((vector_size(16)));
+#define VECTOR(type, n) __attribute__((vector_size(sizeof(type) * (n)))) type
+#define AS(type, n, v) __builtin_convertvector(v, VECTOR(type, n))
+typedef VECTOR(float, LANES) vec;
+typedef VECTOR(float, 4) quad;
 #else
 typedef float vec;
 #endif
@@ -764,15 +766,13 @@ KERNEL float value(const unsigned char *table, int i)
 
 #if LANES > 1
 #define VALUES(name, type, n) \
-    typedef uint16_t name##_halves __attribute__((vector_size(2 * n))); \
-    typedef uint32_t name##_words __attribute__((vector_size(4 * n))); \
     KERNEL type name(const unsigned char *table, int i) \
     { \
-        name##_halves half; \
-        name##_words bits; \
+        VECTOR(uint16_t, n) half; \
+        VECTOR(uint32_t, n) bits; \
         type v; \
         memcpy(&half, table + 2 * i, sizeof half); \
-        bits = __builtin_convertvector(half, name##_words); \
+        bits = AS(uint32_t, n, half); \
         bits = (bits & 0x8000u) << 16 | (bits & 0x7fffu) << 13; \
         memcpy(&v, &bits, sizeof v); \
         return v * 0x1p112f; \
@@ -790,9 +790,6 @@ KERNEL float value(const unsigned char *table, int i)
 }
 
 #if LANES > 1
-#define VECTOR(type, n) __attribute__((vector_size(sizeof(type) * (n)))) type
-#define AS(type, n, v) __builtin_convertvector(v, VECTOR(type, n))
-
 KERNEL vec values(const unsigned char *table, int i) /* in steps, which compilers do well */
 {
     VECTOR(signed char, LANES) v;
@@ -972,11 +969,9 @@ class Program:
 
     def table(self, layer: Layer) -> str:
         """Return the C expression for a sparse layer's lines."""
-        values = layer.parts["values"]
+        groups, values = layer.parts["groups"], layer.parts["values"]
         gaps = layer.parts.get("gaps", values)
-        return (
-            f"(lines){{w + {layer.parts['groups']}, w + {gaps}, w + {values}, {layer.bits}, 0, 0}}"
-        )
+        return f"(lines){{w + {groups}, w + {gaps}, w + {values}, {layer.bits}, 0, 0}}"
 
     def matrix(self, layer: Layer, source: str) -> str:
         """Write a matrix's product; return where the outputs are."""
@@ -1010,22 +1005,21 @@ class Program:
         shape = f"{inputs}, {size}, {layer.stride}, {layer.pitch}"
         self.taps.append(f"    tap_offsets({offsets}, {shape});\n")
         rest = f"{source}, {offsets}, {length}, &s->scratch"
-        if layer.kernel == ROWS:
-            start, call = [f"        lines t = {self.table(layer)};"], f"sparse_conv(&t, {rest})"
-        else:
-            start, call = [], f"w + {parts['values']}, c, {channels}, {taps},\n"
-            call = f"dense_conv({call}                               {rest})"
-        scale = f"number(w + {parts['scale']}, c), number(w + {parts['bias']}, c)"
         title = f"{channels} channels of {size}x{size}x{inputs} taps"
+        self.body.append(f"\n    /* {layer.name}: {title}, {layer.density:.1%} dense */")
+        if layer.kernel == ROWS:
+            name = layer.name.replace(".", "_")
+            self.body.append(f"    lines {name} = {self.table(layer)};")
+            call = f"sparse_conv(&{name}, {rest})"
+        else:
+            call = f"dense_conv(w + {parts['values']}, c, {channels}, {taps},\n"
+            call += f"                           {rest})"
+        scale = f"number(w + {parts['scale']}, c), number(w + {parts['bias']}, c)"
         self.body += [
-            f"\n    /* {layer.name}: {title}, {layer.density:.1%} dense */",
-            "    {",
-            *start,
-            f"        for (c = 0; c < {channels}; c++) {{",
-            f"            plane = {call};",
-            f"            finish_channel(plane, {length}, {scale}, {int(layer.relu)});",
-            f"            {sink}",
-            "        }",
+            f"    for (c = 0; c < {channels}; c++) {{",
+            f"        plane = {call};",
+            f"        finish_channel(plane, {length}, {scale}, {int(layer.relu)});",
+            f"        {sink}",
             "    }",
         ]
 
@@ -1608,10 +1602,8 @@ def main(args: Args) -> None:
             took = (time.perf_counter() - start) / len(obs)
             how = "C" if agent._library else "NumPy"
             what = "actions within 0.01" if network.family == ACTOR else "actions as torch's"
-            print(
-                f"{how}: {agree} of {len(obs)} {what}, largest difference {largest:.1e}, ", end=""
-            )
-            print(f"{took * 1e6:.1f} us per action, through Python")
+            text = f"{how}: {agree} of {len(obs)} {what}, largest difference {largest:.1e}"
+            print(f"{text}, {took * 1e6:.1f} us per action, through Python")
             close = largest <= 1e-4 * max(1, float(np.abs(expected).max()))
             text = f"{out}: {how} computes something else than torch; this is a fault of export.py"
             require(kind != "fp32" or close, text, 1)

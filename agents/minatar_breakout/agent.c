@@ -21,8 +21,10 @@
 #endif
 #endif
 #if LANES > 1
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float quad __attribute__((vector_size(16)));
+#define VECTOR(type, n) __attribute__((vector_size(sizeof(type) * (n)))) type
+#define AS(type, n, v) __builtin_convertvector(v, VECTOR(type, n))
+typedef VECTOR(float, LANES) vec;
+typedef VECTOR(float, 4) quad;
 #else
 typedef float vec;
 #endif
@@ -80,15 +82,13 @@ KERNEL float value(const unsigned char *table, int i)
 
 #if LANES > 1
 #define VALUES(name, type, n) \
-    typedef uint16_t name##_halves __attribute__((vector_size(2 * n))); \
-    typedef uint32_t name##_words __attribute__((vector_size(4 * n))); \
     KERNEL type name(const unsigned char *table, int i) \
     { \
-        name##_halves half; \
-        name##_words bits; \
+        VECTOR(uint16_t, n) half; \
+        VECTOR(uint32_t, n) bits; \
         type v; \
         memcpy(&half, table + 2 * i, sizeof half); \
-        bits = __builtin_convertvector(half, name##_words); \
+        bits = AS(uint32_t, n, half); \
         bits = (bits & 0x8000u) << 16 | (bits & 0x7fffu) << 13; \
         memcpy(&v, &bits, sizeof v); \
         return v * 0x1p112f; \
@@ -402,13 +402,11 @@ const float *agent_q_values(agent_state *s, const unsigned char *observation)
         split_bytes(observation + c * 100, 10, 10, s->conv_in + c * 100, 1, 0, 10);
 
     /* conv: 16 channels of 3x3x4 taps, 79.0% dense */
-    {
-        for (c = 0; c < 16; c++) {
-            plane = dense_conv(w + 324, c, 16, 36,
-                               s->conv_in, s->conv_taps, 78, &s->scratch);
-            finish_channel(plane, 78, number(w + 260, c), number(w + 196, c), 1);
-            split(plane, 10, 8, s->features + c * 64, 1, 0, 8);
-        }
+    for (c = 0; c < 16; c++) {
+        plane = dense_conv(w + 324, c, 16, 36,
+                           s->conv_in, s->conv_taps, 78, &s->scratch);
+        finish_channel(plane, 78, number(w + 260, c), number(w + 196, c), 1);
+        split(plane, 10, 8, s->features + c * 64, 1, 0, 8);
     }
 
     /* dense: 1024 to 32, 56.4% dense */
