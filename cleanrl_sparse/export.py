@@ -31,7 +31,7 @@ import sys
 import time
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,6 +52,7 @@ TANH, Q, DISTRIBUTION, NORMALISED_Q = range(4)  # what is made of the last layer
 ROWS, COLUMNS, DENSE_ROWS, DENSE_COLUMNS, FLOAT_ROWS = range(5)  # convolutions have forms of rows
 KERNELS = ("sparse rows", "sparse columns", "dense rows", "dense columns", "float rows")
 TYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
+SLACK = 10 * 16  # floats that a convolution may touch past a plane: ten vectors of 16, at most
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Args:
 
     run_dir: Annotated[Path, tyro.conf.Positional]  # folder of a finished run
     out: Path | None = None  # folder to write into; default: RUN_DIR/export
-    int8: bool = False  # weights of one byte, with a scale per row
+    int8: bool = False  # the smallest file: weights of 8 to 13 bits, with a scale per row
     fp16: bool = False  # weights of two bytes
     onnx: bool = False  # write agent.onnx too, dense fp32 (needs the package onnx)
     observations: int = 1000  # observations on which it is compared with torch; 0: none
@@ -87,14 +88,10 @@ class Layer:
     kernel: int = ROWS
     entries: int = 0  # values that are stored
     groups: int = 0  # runs of lines of one length
+    bits: int = 8  # of the distance between two entries of a sparse matrix
     at: int = 0  # where its data begin in agent.bin
-    parts: dict[str, int] | None = None  # where each part of its data begins
+    parts: dict[str, int] = field(default_factory=dict)  # where each part of its data begins
     bytes: int = 0
-
-    @property
-    def id(self) -> str:
-        """Return the name as C accepts it."""
-        return self.name.replace(".", "_")
 
     @property
     def density(self) -> float:
@@ -204,39 +201,37 @@ def network_of(flags: dict[str, Any], weights: dict[str, Tensor]) -> Network:
     if "actor.output.weight" in found:
         names = [f"dense{i}" for i in range(1, 99) if f"actor.dense{i}.weight" in found]
         layers = [*(layer(n, prefix="actor.") for n in names), layer("output", False, "actor.")]
-        actions = len(layers[-1].bias) // 2
+        actions, obs = len(layers[-1].bias) // 2, (layers[0].weight.shape[1], 1)
         layers[-1].weight, layers[-1].bias = layers[-1].weight[:actions], layers[-1].bias[:actions]
-        obs = (layers[0].weight.shape[1], 1)
         return Network(ACTOR, TANH, layers, actions, obs, flags["env_id"])
+    head, actions, layers, obs = Q, len(found["output.bias"]), list[Layer](), (4, 84)
     if "conv.weight" in found:
-        layers = [layer("conv", side=8), layer("dense"), layer("output", False)]
-        obs, actions = (layers[0].weight.shape[1], 10), len(layers[-1].bias)
-        return Network(MINATAR, Q, layers, actions, obs, flags["env_id"])
-    family = CNN if "conv1.weight" in found else IMPALA
-    layers, side = [], 84
-    if family == CNN:
-        layers += [
+        family, obs = MINATAR, (found["conv.weight"].shape[1], 10)
+        layers = [layer("conv", side=8)]
+    elif "conv1.weight" in found:
+        family = CNN
+        layers = [
             layer("conv1", stride=4, pad=2, side=21),
             layer("conv2", stride=2, pad=1, side=11),
         ]
         layers += [layer("conv3", pad=1, side=11)]
     else:
+        family = IMPALA
         for i, side in ((1, 84), (2, 42), (3, 21)):
             layers += [layer(f"stack{i}.entry", False, pad=1, side=side)]
             for j in range(4):
                 name = f"stack{i}.blocks.{j}"
                 layers += [layer(name, j % 2 == 0, pad=1, side=(side + 1) // 2)]
-    layers += [layer("dense"), layer("output", False)]
-    dense, side = layers[-2], layers[-3].side
-    units = len(dense.bias)  # columns in the order channel, y, x, as all planes are stored
-    dense.weight = dense.weight.reshape(units, side, side, -1).transpose(0, 3, 1, 2)
-    dense.weight = dense.weight.reshape(units, -1)
-    head, actions = Q, len(layers[-1].bias)
+    dense, side = layer("dense"), layers[-1].side
+    if family != MINATAR:  # columns in the order channel, y, x, as all planes are stored
+        columns = dense.weight.reshape(-1, side, side, len(layers[-1].bias))
+        dense.weight = columns.transpose(0, 3, 1, 2).reshape(len(columns), -1)
     if flags["script"] == "rainbow_resnet_gmp.py" or dueling:
         head, actions = DISTRIBUTION, actions // 51
     if flags.get("regulariser") == "l2-features":
         head = NORMALISED_Q
-    return Network(family, head, layers, actions, (4, 84), flags["env_id"])
+    layers += [dense, layer("output", False)]
+    return Network(family, head, layers, actions, obs, flags["env_id"])
 
 
 def largest_outputs(layer: Layer, low: float, high: np.ndarray) -> np.ndarray:
@@ -267,80 +262,98 @@ def drop_units(network: Network) -> int:
             if this.name == "dense" and this.weight.shape[1] != len(high):
                 high = np.repeat(high, this.weight.shape[1] // len(high))
             most = largest_outputs(this, low, high)
-            units = len(this.bias)
-            read = (after.weight.reshape(len(after.bias), units, -1) != 0).any((0, 2))
+            reader = after.weight.reshape(len(after.bias), len(this.bias), -1)
+            read = (reader != 0).any((0, 2))
             if after.name == "output" and network.head == NORMALISED_Q:
                 read[:] = True  # by the norm
             keep = read & (most > 0)
             keep[0] |= not keep.any()
             dropped += int((~keep).sum())
-            shape = (len(after.bias), units, -1)
-            kept = after.weight.reshape(shape)[:, keep]
-            after.weight = kept.reshape(len(kept), -1, *after.weight.shape[2:])
+            after.weight = reader[:, keep].reshape(len(reader), -1, *after.weight.shape[2:])
             this.weight, this.bias = this.weight[keep], this.bias[keep]
             low, high = 0.0, most[keep]
     return dropped
 
 
-def choose_kernel(layer: Layer, first: bool) -> int:
+def choose_kernel(layer: Layer, first: bool, last: bool, fine: bool) -> int:
     """Return the fastest kernel, by cycles per action as fitted to measurements (docs/export.md).
 
-    A dense one needs the room of all weights: it must be much faster.
+    A dense one needs the room of all weights: it must be much faster. `fine`: int8 would change
+    greedy actions. So the last layer is fp32, and small ones are sparse if that takes at most 15 %
+    more bytes: entries have more than eight bits then.
     """
+    size, entries = layer.weight.size, np.count_nonzero(layer.weight)
+    if fine and last and size <= 16384:
+        return FLOAT_ROWS
     if layer.weight.ndim == 4:
-        return DENSE_ROWS if layer.density > 0.6 else ROWS
-    (outputs, inputs), entries = layer.weight.shape, np.count_nonzero(layer.weight)
-    active = 1.0 if first else 0.5  # about half of the units fire
-    cycles = {
-        ROWS: 1.25 * entries + 10 * outputs,
-        COLUMNS: 3 * inputs + active * (6 * inputs + 1.25 * entries),
-        DENSE_ROWS: outputs * (inputs / 8 + 8) / 0.6,
-        DENSE_COLUMNS: inputs * (3 + active * (outputs / 8 + 5)) / 0.6,
-    }
-    return min(cycles, key=lambda kernel: cycles[kernel])
+        kernel = DENSE_ROWS if layer.density > 0.6 else ROWS
+    else:
+        outputs, inputs = layer.weight.shape
+        active = 1.0 if first else 0.5  # about half of the units fire
+        cycles = {
+            ROWS: 1.25 * entries + 10 * outputs,
+            COLUMNS: 3 * inputs + active * (6 * inputs + 1.25 * entries),
+            DENSE_ROWS: outputs * (inputs / 8 + 8) / 0.6,
+            DENSE_COLUMNS: inputs * (3 + active * (outputs / 8 + 5)) / 0.6,
+        }
+        kernel = min(cycles, key=lambda kernel: cycles[kernel])
+    small = size <= 1024 or (size <= 32768 and 2 * entries <= 1.15 * size)
+    return ROWS if fine and small and kernel >= DENSE_ROWS else kernel
+
+
+def gaps_of(lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return line, index and distance from the entry before (or from 0) of all that is not 0."""
+    line, index = np.nonzero(lines)
+    gaps = np.where(np.diff(line, prepend=-1) > 0, index, np.diff(index, prepend=0))
+    return line, index, gaps
 
 
 def encode(layer: Layer, kind: str) -> list[tuple[str, np.ndarray]]:
     """Return the parts of a layer's data by name; sets its kernel's counts. See docs/export.md."""
     matrix = layer.weight.reshape(len(layer.bias), -1)
+    dense = layer.kernel in (DENSE_ROWS, DENSE_COLUMNS, FLOAT_ROWS)
+    columns = layer.kernel in (COLUMNS, DENSE_COLUMNS)
     scale = np.ones(len(matrix), np.float32)
     kind = "fp32" if layer.kernel == FLOAT_ROWS else kind
+    most = 127
+    if kind == "int8" and not dense:  # the value has what the distance leaves of 16 bits
+        gaps = gaps_of(matrix.T if columns else matrix)[2]
+        counts = [np.sum((np.maximum(gaps, 1) - 1) // (2**n - 1) + 1) for n in range(3, 9)]
+        layer.bits = 3 + int(np.argmax(np.array(counts) <= 1.01 * counts[-1]))
+        most = 2 ** (15 - layer.bits) - 1
     if kind == "int8":
-        scale = np.abs(matrix).max(1) / np.float32(127)
+        scale = np.abs(matrix).max(1) / np.float32(most)
         scale[scale == 0] = 1
         matrix = np.rint(matrix / scale[:, None])
     parts = [("bias", layer.bias.astype(np.float32)), ("scale", scale)]
-    matrix = matrix.astype(TYPES[kind])
-    if layer.kernel in (COLUMNS, DENSE_COLUMNS):
-        matrix = matrix.T
-    if layer.kernel in (DENSE_ROWS, DENSE_COLUMNS, FLOAT_ROWS):
+    matrix = matrix.astype(np.int16 if kind == "int8" and not dense else TYPES[kind])
+    matrix = matrix.T if columns else matrix
+    if dense:
         layer.entries, layer.groups = matrix.size, 0
         return [*parts, ("values", matrix)]
-    deltas, values, none = [], [], np.zeros(0, np.uint8)
-    for line in matrix:
-        (index,) = np.nonzero(line)
-        gaps = np.diff(index, prepend=0)
-        ends = np.cumsum(np.maximum(gaps - 1, 0) // 255 + 1)  # gaps over 255: zeros between
-        steps = np.full(ends[-1] if len(ends) else 0, 255, np.uint8)
-        steps[ends - 1] = gaps - np.maximum(gaps - 1, 0) // 255 * 255
-        stored = np.zeros(len(steps), line.dtype)
-        stored[ends - 1] = line[index]
-        deltas.append(steps)
-        values.append(stored)
+    line, index, gaps = gaps_of(matrix)
+    bridges = (np.maximum(gaps, 1) - 1) // (2**layer.bits - 1)  # zeros that a wide gap needs
+    ends = np.cumsum(bridges + 1) - 1
+    line = np.repeat(line, bridges + 1)
+    steps = np.full(len(line), 2**layer.bits - 1)
+    steps[ends] = gaps - bridges * (2**layer.bits - 1)
+    values = np.zeros(len(line), matrix.dtype)
+    values[ends] = matrix[line[ends], index]
+    lengths = np.bincount(line, minlength=len(matrix))
     order = np.arange(len(matrix))
-    lengths = np.array([len(steps) for steps in deltas])
     if layer.kernel == COLUMNS:  # by length, without the empty ones
         order = np.argsort(lengths, kind="stable")[np.count_nonzero(lengths == 0) :]
-    ordered = lengths[order]
-    starts = np.flatnonzero(np.diff(ordered, prepend=-1))
-    counts = np.diff(starts, append=len(ordered))
-    layer.entries, layer.groups = int(ordered.sum()), len(starts)
-    parts.append(("groups", np.stack([ordered[starts], counts], 1).astype(np.uint16)))
+        place = np.lexsort((line, lengths[line]))
+        steps, values = steps[place], values[place]
+    starts = np.flatnonzero(np.diff(lengths[order], prepend=-1))
+    layer.entries, layer.groups = len(values), len(starts)
+    groups = np.stack([lengths[order][starts], np.diff(starts, append=len(order))], 1)
+    parts.append(("groups", groups.astype(np.uint16)))
     if layer.kernel == COLUMNS:
         parts.append(("order", order.astype(np.uint16)))
-    parts.append(("deltas", np.concatenate([*(deltas[i] for i in order), none])))
-    parts.append(("values", np.concatenate([*(values[i] for i in order), matrix[:0, 0]])))
-    return parts
+    if kind == "int8":
+        return [*parts, ("values", (values << layer.bits | steps).astype(np.uint16))]
+    return [*parts, ("gaps", steps.astype(np.uint8)), ("values", values)]
 
 
 HEADER = struct.Struct("<4sHBBIIHHHHBB6x32s")  # 64 bytes
@@ -354,10 +367,8 @@ def write_weights(network: Network, kind: str) -> bytes:
     for i, layer in enumerate(network.layers):
         most = max(len(layer.bias), layer.weight[0].size)
         require(most < 65536, f"{layer.name}: {most:,} inputs or outputs; at most 65,535 go")
-        layer.kernel = choose_kernel(layer, i == 0)
-        answers = layer is network.layers[-1] and network.head != TANH
-        if kind == "int8" and answers and layer.weight.size <= 16384:
-            layer.kernel = FLOAT_ROWS  # bytes here would cost most of the actions that change
+        fine = kind == "int8" and network.head != TANH
+        layer.kernel = choose_kernel(layer, i == 0, layer is network.layers[-1], fine)
         layer.at, layer.parts = place + len(data), {}
         for name, part in encode(layer, kind):
             data += bytes(-len(data) % part.itemsize)  # aligned, for machines that want it
@@ -367,7 +378,8 @@ def write_weights(network: Network, kind: str) -> bytes:
         layer.bytes = place + len(data) - layer.at
         outputs, inputs = layer.weight.shape[:2]
         size = layer.weight.shape[2] if layer.weight.ndim == 4 else 0
-        form = (size, layer.kernel, layer.relu, layer.stride, layer.pad, layer.side)
+        kernel = layer.kernel | (layer.bits << 4 if layer.bits != 8 else 0)
+        form = (size, kernel, layer.relu, layer.stride, layer.pad, layer.side)
         counts = (outputs, inputs, layer.entries, layer.groups, layer.at)
         heads += LAYER.pack(layer.name.encode(), *form, *counts)
     env_id, size = network.env_id.encode()[:32], HEADER.size + len(heads) + len(data) + 64
@@ -384,19 +396,23 @@ C_KERNELS = r"""
 #error "the tables are little-endian"
 #endif
 
-/* vec: as many floats as the machine takes at once; one where there are no vectors. */
-#if defined(__GNUC__) && (defined(__SSE2__) || defined(__ARM_NEON))
-#if defined(__AVX512F__)
+#ifndef LANES /* floats that a vector has: as many as the machine takes at once */
+#if !defined(__GNUC__) || !(defined(__SSE2__) || defined(__ARM_NEON))
+#define LANES 1
+#elif defined(__AVX512F__)
 #define LANES 16
 #elif defined(__AVX__)
 #define LANES 8
 #else
 #define LANES 4
 #endif
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float quad __attribute__((vector_size(16)));
+#endif
+#if LANES > 1
+#define VECTOR(type, n) __attribute__((vector_size(sizeof(type) * (n)))) type
+#define AS(type, n, v) __builtin_convertvector(v, VECTOR(type, n))
+typedef VECTOR(float, LANES) vec;
+typedef VECTOR(float, 4) quad;
 #else
-#define LANES 1
 typedef float vec;
 #endif
 
@@ -413,7 +429,7 @@ typedef float vec;
 #define UNROLL
 #endif
 
-KERNEL vec load(const float *from)
+KERNEL vec load(const void *from)
 {
     vec v;
     memcpy(&v, from, sizeof v);
@@ -437,26 +453,18 @@ KERNEL int count(const unsigned char *table, int i) /* the table's i-th 16-bit i
     return table[2 * i] | table[2 * i + 1] << 8;
 }
 
-/* value(): the i-th weight of a table; values(), four(): LANES or 4 of them from the i-th on. */
+/* value(): a dense table's i-th weight; values(): LANES of them. entry(): a sparse one's, four():
+   4 of them. gap(): its distance from the entry before; GAP(): of one of four that lie in `gaps`.
+   Distances have so many bits. */
 @VALUE@
 #if LANES == 1
-KERNEL float values(const unsigned char *table, int i)
-{
-    return value(table, i);
-}
+#define values value
 #endif
-
-KERNEL uint32_t word(const unsigned char *from) /* four bytes in one load */
-{
-    uint32_t bytes;
-    memcpy(&bytes, from, 4);
-    return bytes;
-}
 
 /* Lines (rows or columns) of a sparse matrix, in groups of one length. */
 typedef struct {
-    const unsigned char *groups, *deltas, *values;
-    int length, left; /* entries of the next line; lines like it that are left */
+    const unsigned char *groups, *gaps, *entries;
+    int bits, length, left; /* entries of the next line; lines like it that are left */
 } lines;
 
 KERNEL void next_group(lines *t)
@@ -466,34 +474,36 @@ KERNEL void next_group(lines *t)
     t->groups += 4;
 }
 
+KERNEL void skip(lines *t, int n) /* n lines of this group */
+{
+    t->left -= n;
+    t->gaps += n * t->length * GAP_BYTES;
+    t->entries += n * t->length * ENTRY_BYTES;
+}
+
 /* y += A x, A in sparse rows. */
 KERNEL void sparse_rows(lines t, const float *x, float *y, int outputs)
 {
-    int i, k;
+    int i, j, k;
     for (i = 0; i < outputs; i++) {
         const float *at = x;
         float sum[4] = {0};
         if (t.left == 0)
             next_group(&t);
         for (k = 0; k + 4 <= t.length; k += 4) { /* four sums, of which none waits for another */
-            const uint32_t step = word(t.deltas + k);
-            at += step & 255;
-            sum[0] += *at * value(t.values, k);
-            at += step >> 8 & 255;
-            sum[1] += *at * value(t.values, k + 1);
-            at += step >> 16 & 255;
-            sum[2] += *at * value(t.values, k + 2);
-            at += step >> 24;
-            sum[3] += *at * value(t.values, k + 3);
+            const gaps four_gaps = load_gaps(t.gaps + k * GAP_BYTES);
+            UNROLL
+            for (j = 0; j < 4; j++) {
+                at += GAP(four_gaps, j, t.bits);
+                sum[j] += *at * entry(t.entries, k + j, t.bits);
+            }
         }
         for (; k < t.length; k++) {
-            at += t.deltas[k];
-            sum[0] += *at * value(t.values, k);
+            at += gap(t.gaps, k, t.bits);
+            sum[0] += *at * entry(t.entries, k, t.bits);
         }
         y[i] += sum[0] + sum[1] + (sum[2] + sum[3]);
-        t.left--;
-        t.deltas += t.length;
-        t.values += t.length * VALUE_BYTES;
+        skip(&t, 1);
     }
 }
 
@@ -510,49 +520,46 @@ KERNEL void sparse_columns(lines t, int groups, const unsigned char *order, cons
             active += x[count(order, i)] != 0;
         }
         for (i = 0; i < active; i++) {
-            const unsigned char *delta = t.deltas + list[i] * t.length;
-            const unsigned char *weight = t.values + list[i] * t.length * VALUE_BYTES;
+            const unsigned char *step = t.gaps + list[i] * t.length * GAP_BYTES;
+            const unsigned char *weight = t.entries + list[i] * t.length * ENTRY_BYTES;
             const float input = x[count(order, list[i])];
             float *at = y;
             k = 0;
 #if LANES > 1
             for (; k + 4 <= t.length; k += 4) {
-                const uint32_t step = word(delta + k);
-                const quad product = input * four(weight, k);
-                at += step & 255;
-                *at += product[0];
-                at += step >> 8 & 255;
-                *at += product[1];
-                at += step >> 16 & 255;
-                *at += product[2];
-                at += step >> 24;
-                *at += product[3];
+                const gaps four_gaps = load_gaps(step + k * GAP_BYTES);
+                const quad product = input * four(weight, k, t.bits);
+                int j;
+                UNROLL
+                for (j = 0; j < 4; j++) {
+                    at += GAP(four_gaps, j, t.bits);
+                    *at += product[j];
+                }
             }
 #endif
             for (; k < t.length; k++) {
-                at += delta[k];
-                *at += input * value(weight, k);
+                at += gap(step, k, t.bits);
+                *at += input * entry(weight, k, t.bits);
             }
         }
         order += 2 * t.left;
-        t.deltas += t.left * t.length;
-        t.values += t.left * t.length * VALUE_BYTES;
+        skip(&t, t.left);
     }
 }
 
-/* y += A x, A dense in rows. */
+/* y += A x, A dense in rows; of `floats`, 32-bit ones whatever type the other layers have. */
 KERNEL void dense_rows(const unsigned char *table, const float *x, float *y, int outputs,
-                       int inputs)
+                       int inputs, int floats)
 {
     int i, k;
-    for (i = 0; i < outputs; i++, table += inputs * VALUE_BYTES) {
+    for (i = 0; i < outputs; i++, table += inputs * (floats ? 4 : VALUE_BYTES)) {
         vec sum = {0};
         float part[LANES];
         for (k = 0; k + LANES <= inputs; k += LANES)
-            sum += load(x + k) * values(table, k);
+            sum += load(x + k) * (floats ? load(table + 4 * k) : values(table, k));
         memcpy(part, &sum, sizeof part);
         for (; k < inputs; k++)
-            part[0] += x[k] * value(table, k);
+            part[0] += x[k] * (floats ? number(table, k) : value(table, k));
         for (k = 0; k < LANES; k++)
             y[i] += part[k];
     }
@@ -574,32 +581,7 @@ KERNEL void dense_columns(const unsigned char *table, const float *x, float *y, 
     }
 }
 
-/* y += A x, A dense in rows of 32-bit floats, whatever type the other layers have. */
-KERNEL void float_rows(const unsigned char *table, const float *x, float *y, int outputs,
-                       int inputs)
-{
-    int i, k;
-    for (i = 0; i < outputs; i++, table += 4 * inputs)
-        for (k = 0; k < inputs; k++)
-            y[i] += x[k] * number(table, k);
-}
-
-/* Scale, add the bias, and cut at 0 if that is wanted. */
-KERNEL void finish(float *y, int n, const unsigned char *scale, const unsigned char *bias, int relu)
-{
-    int i;
-    for (i = 0; i < n; i++) {
-        const float sum = y[i] * number(scale, i) + number(bias, i);
-        y[i] = relu && sum < 0 ? 0 : sum;
-    }
-}
-"""
-
-C_CONV = r"""
-/* A convolution reads planes. An image is padded and split into stride x stride phases, of which
-   phase (y, x) has the pixels (y + i stride, x + j stride): so each tap reads pixels that lie
-   side by side. Its output has the pitch of these planes. */
-
+/* Scale, add the bias, and cut at 0 if that is wanted: a channel, or outputs one by one. */
 KERNEL void finish_channel(float *y, int n, float scale, float bias, int relu)
 {
     int i;
@@ -608,6 +590,19 @@ KERNEL void finish_channel(float *y, int n, float scale, float bias, int relu)
         y[i] = relu && sum < 0 ? 0 : sum;
     }
 }
+
+KERNEL void finish(float *y, int n, const unsigned char *scale, const unsigned char *bias, int relu)
+{
+    int i;
+    for (i = 0; i < n; i++)
+        finish_channel(y + i, 1, number(scale, i), number(bias, i), relu);
+}
+"""
+
+C_CONV = r"""
+/* A convolution reads planes. An image is padded and split into stride x stride phases, of which
+   phase (y, x) has the pixels (y + i stride, x + j stride): so each tap reads pixels that lie
+   side by side. Its output has the pitch of these planes. */
 
 /* Put the offsets of all taps, in the order channel, y, x, into a table. */
 static void tap_offsets(int *table, int channels, int size, int stride, int pitch)
@@ -621,21 +616,28 @@ static void tap_offsets(int *table, int channels, int size, int stride, int pitc
 }
 
 /* Copy an image of n x n pixels to its padded phases. */
-KERNEL void split(const float *image, int pitch, int n, float *phases, int stride, int pad,
-                  int side)
-{
-    int y, x, i;
-    for (y = 0; y < n; y++) {
-        UNROLL
-        for (x = 0; x < stride; x++) {
-            const int phase = (y + pad) % stride * stride + (x + pad) % stride;
-            float *to = phases + (phase * side + (y + pad) / stride) * side + (x + pad) / stride;
-            const float *from = image + y * pitch + x;
-            for (i = 0; i < (n - x + stride - 1) / stride; i++)
-                to[i] = from[i * stride];
-        }
+#define SPLIT(name, type, PIXEL) \
+    KERNEL void name(const type *image, int pitch, int n, float *phases, int stride, int pad, \
+                     int side) \
+    { \
+        int y, x, i; \
+        for (y = 0; y < n; y++) { \
+            UNROLL \
+            for (x = 0; x < stride; x++) { \
+                const int top = y + pad, left = x + pad; \
+                const int phase = top % stride * stride + left % stride; \
+                float *to = phases + (phase * side + top / stride) * side + left / stride; \
+                const type *from = image + y * pitch + x; \
+                for (i = 0; i < (n - x + stride - 1) / stride; i++) { \
+                    const type pixel = from[i * stride]; \
+                    to[i] = PIXEL; \
+                } \
+            } \
+        } \
     }
-}
+SPLIT(split, float, pixel)
+SPLIT(split_relu, float, pixel < 0 ? 0 : pixel)
+SPLIT(split_bytes, unsigned char, (float)pixel * @UNIT@)
 
 /* One channel's sums over its taps, for `length` pixels. TILE vectors stay in registers. */
 #define VECTORS(length) (((length) + LANES - 1) / LANES)
@@ -643,15 +645,15 @@ KERNEL void split(const float *image, int pitch, int n, float *phases, int strid
 #define TILE(length) ((VECTORS(length) + TILES(length) - 1) / TILES(length))
 
 KERNEL float *sparse_conv(lines *t, const float *in, const int *offsets, int length,
-                                agent_scratch *s)
+                          agent_scratch *s)
 {
     int v, i, k, tap = 0;
     if (t->left == 0)
         next_group(t);
     for (k = 0; k < t->length; k++) {
-        tap += t->deltas[k];
+        tap += gap(t->gaps, k, t->bits);
         s->offset[k] = offsets[tap];
-        s->weight[k] = value(t->values, k);
+        s->weight[k] = entry(t->entries, k, t->bits);
     }
     for (v = 0; v < VECTORS(length); v += TILE(length)) {
         const vec zero = {0};
@@ -670,15 +672,13 @@ KERNEL float *sparse_conv(lines *t, const float *in, const int *offsets, int len
         for (i = 0; i < TILE(length); i++)
             store(s->plane + (v + i) * LANES, sum[i]);
     }
-    t->left--;
-    t->deltas += t->length;
-    t->values += t->length * VALUE_BYTES;
+    skip(t, 1);
     return s->plane;
 }
 
 /* The same where most weights are there: four channels share what they load. */
 KERNEL float *dense_conv(const unsigned char *table, int channel, int channels, int taps,
-                               const float *in, const int *offsets, int length, agent_scratch *s)
+                         const float *in, const int *offsets, int length, agent_scratch *s)
 {
     int v, i, j, k;
     if (channel % 4 != 0)
@@ -714,27 +714,46 @@ KERNEL float *dense_conv(const unsigned char *table, int channel, int channels, 
 }
 """
 
-C_VALUES = {
-    "fp32": """#define VALUE_BYTES 4
+C_APART = r"""#define GAP_BYTES 1
+#define ENTRY_BYTES VALUE_BYTES
+#define gap(table, i, bits) (table)[i]
+#define entry(table, i, bits) value(table, i)
+#define four(table, i, bits) quads(table, i)
+typedef uint32_t gaps; /* four */
+#define GAP(four, i, bits) ((four) >> 8 * (i) & 255)
 
-KERNEL float value(const unsigned char *table, int i)
+KERNEL gaps load_gaps(const unsigned char *table)
 {
-    return number(table, i);
+    gaps four;
+    memcpy(&four, table, 4);
+    return four;
 }
+"""
+C_TOGETHER = r"""#define GAP_BYTES 2 /* distance and value share 16 bits */
+#define ENTRY_BYTES 2
+#define gap(table, i, bits) (count(table, i) & ((1 << (bits)) - 1))
+#define entry(table, i, bits) (float)((int16_t)count(table, i) >> (bits))
+typedef const unsigned char *gaps; /* here four loads are faster */
+#define GAP gap
+#define load_gaps(table) (table)
+"""
+C_VALUES = {
+    "fp32": r"""#define VALUE_BYTES 4
+#define value number
 
 #if LANES > 1
-#define VALUES(name, type, n) \\
-    KERNEL type name(const unsigned char *table, int i) \\
-    { \\
-        type v; \\
-        memcpy(&v, table + 4 * i, sizeof v); \\
-        return v; \\
-    }
-VALUES(values, vec, LANES)
-VALUES(four, quad, 4)
+#define values(table, i) load((table) + 4 * (i))
+
+KERNEL quad quads(const unsigned char *table, int i)
+{
+    quad v;
+    memcpy(&v, table + 4 * i, sizeof v);
+    return v;
+}
 #endif
-""",
-    "fp16": """#define VALUE_BYTES 2
+"""
+    + C_APART,
+    "fp16": r"""#define VALUE_BYTES 2
 
 KERNEL float value(const unsigned char *table, int i)
 {
@@ -746,25 +765,24 @@ KERNEL float value(const unsigned char *table, int i)
 }
 
 #if LANES > 1
-#define VALUES(name, type, n) \\
-    typedef uint16_t name##_halves __attribute__((vector_size(2 * n))); \\
-    typedef uint32_t name##_words __attribute__((vector_size(4 * n))); \\
-    KERNEL type name(const unsigned char *table, int i) \\
-    { \\
-        name##_halves half; \\
-        name##_words bits; \\
-        type v; \\
-        memcpy(&half, table + 2 * i, sizeof half); \\
-        bits = __builtin_convertvector(half, name##_words); \\
-        bits = (bits & 0x8000u) << 16 | (bits & 0x7fffu) << 13; \\
-        memcpy(&v, &bits, sizeof v); \\
-        return v * 0x1p112f; \\
+#define VALUES(name, type, n) \
+    KERNEL type name(const unsigned char *table, int i) \
+    { \
+        VECTOR(uint16_t, n) half; \
+        VECTOR(uint32_t, n) bits; \
+        type v; \
+        memcpy(&half, table + 2 * i, sizeof half); \
+        bits = AS(uint32_t, n, half); \
+        bits = (bits & 0x8000u) << 16 | (bits & 0x7fffu) << 13; \
+        memcpy(&v, &bits, sizeof v); \
+        return v * 0x1p112f; \
     }
 VALUES(values, vec, LANES)
-VALUES(four, quad, 4)
+VALUES(quads, quad, 4)
 #endif
-""",
-    "int8": """#define VALUE_BYTES 1
+"""
+    + C_APART,
+    "int8": r"""#define VALUE_BYTES 1
 
 KERNEL float value(const unsigned char *table, int i)
 {
@@ -772,28 +790,22 @@ KERNEL float value(const unsigned char *table, int i)
 }
 
 #if LANES > 1
-typedef signed char bytes __attribute__((vector_size(LANES)));
-typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef int32_t four_ints __attribute__((vector_size(16)));
-
 KERNEL vec values(const unsigned char *table, int i) /* in steps, which compilers do well */
 {
-    bytes v;
+    VECTOR(signed char, LANES) v;
     memcpy(&v, table + i, sizeof v);
-    return __builtin_convertvector(
-        __builtin_convertvector(__builtin_convertvector(v, shorts), ints), vec);
+    return AS(float, LANES, AS(int32_t, LANES, AS(int16_t, LANES, v)));
 }
 
-KERNEL quad four(const unsigned char *table, int i)
+KERNEL quad four(const unsigned char *table, int i, int bits)
 {
-    int32_t w;
-    memcpy(&w, table + i, 4);
-    return __builtin_convertvector(
-        (four_ints){w, w, w, w} << (four_ints){24, 16, 8, 0} >> (four_ints){24, 24, 24, 24}, quad);
+    VECTOR(int16_t, 4) v;
+    memcpy(&v, table + 2 * i, sizeof v);
+    return AS(float, 4, AS(int32_t, 4, v) >> bits);
 }
 #endif
-""",
+"""
+    + C_TOGETHER,
 }
 C_POOL = r"""
 /* The largest of 3 x 3 pixels, at every second one, of an image of n x n pixels, n at most 84.
@@ -820,14 +832,6 @@ KERNEL void pool(const float *image, int pitch, int n, float *to, int side, int 
     }
 }
 
-/* to = max(from, 0), n numbers. */
-KERNEL void relu(const float *from, float *to, int n)
-{
-    int i;
-    for (i = 0; i < n; i++)
-        to[i] = from[i] < 0 ? 0 : from[i];
-}
-
 /* to += an image of n x n pixels. */
 KERNEL void add(const float *image, int pitch, int n, float *to)
 {
@@ -838,36 +842,14 @@ KERNEL void add(const float *image, int pitch, int n, float *to)
 }
 """
 
-C_PIXELS = r"""
-/* The same for a frame of n x n bytes, times a unit. */
-KERNEL void split_frame(const unsigned char *frame, int n, float unit, float *phases, int stride,
-                        int pad, int side)
-{
-    int y, x, i;
-    for (y = 0; y < n; y++) {
-        UNROLL
-        for (x = 0; x < stride; x++) {
-            const int phase = (y + pad) % stride * stride + (x + pad) % stride;
-            float *to = phases + (phase * side + (y + pad) / stride) * side + (x + pad) / stride;
-            const unsigned char *from = frame + y * n + x;
-            for (i = 0; i < (n - x + stride - 1) / stride; i++)
-                to[i] = (float)from[i * stride] * unit;
-        }
-    }
-}
-"""
-
 C_INIT = r"""
 static uint32_t crc32(uint32_t crc, const unsigned char *bytes, size_t size)
 {
-    static const uint32_t table[16] = {
-        0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4,
-        0x4db26158, 0x5005713c, 0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c,
-        0x9b64c2b0, 0x86d3d2d4, 0xa00ae278, 0xbdbdf21c};
-    crc = ~crc;
-    for (; size > 0; size--, bytes++) {
-        crc = table[(crc ^ *bytes) & 15] ^ crc >> 4;
-        crc = table[(crc ^ (uint32_t)*bytes >> 4) & 15] ^ crc >> 4;
+    int bit;
+    for (crc = ~crc; size > 0; size--, bytes++) {
+        crc ^= *bytes;
+        for (bit = 0; bit < 8; bit++)
+            crc = (crc & 1 ? 0xedb88320u : 0) ^ crc >> 1;
     }
     return ~crc;
 }
@@ -903,7 +885,27 @@ const unsigned char *agent_push_frame(agent_state *s, const unsigned char *frame
 }
 """
 
-C_GREEDY = r"""
+C_ACTOR = r"""
+void agent_act(agent_state *s, const float *observation, float *action)
+{
+    const unsigned char *w = s->weights;
+    int a;
+@BODY@
+    for (a = 0; a < AGENT_ACTIONS; a++)
+        action[a] = tanhf(s->output[a]);
+}
+"""
+
+C_Q = r"""
+const float *agent_q_values(agent_state *s, const unsigned char *observation)
+{
+    const unsigned char *w = s->weights;
+    float *plane;
+    int c;
+@BODY@
+    return s->@Q@;
+}
+
 int agent_act(agent_state *s, const unsigned char *observation)
 {
     const float *q = agent_q_values(s, observation);
@@ -917,9 +919,10 @@ int agent_act(agent_state *s, const unsigned char *observation)
 
 C_DISTRIBUTION = r"""
     /* The mean of a distribution of 51 returns from -10 to 10, for each action. */
-    for (a = 0; a < AGENT_ACTIONS; a++) {
-        const float *logits = s->output + 51 * a;
+    for (c = 0; c < AGENT_ACTIONS; c++) {
+        const float *logits = s->output + 51 * c;
         float most = logits[0], total = 0, mean = 0;
+        int i;
         for (i = 1; i < 51; i++)
             if (logits[i] > most)
                 most = logits[i];
@@ -928,20 +931,24 @@ C_DISTRIBUTION = r"""
             total += share;
             mean += share * (0.4f * (float)i - 10);
         }
-        s->q[a] = mean / total;
-    }
-    return s->q;
-"""
+        s->q[c] = mean / total;
+    }"""
 
 C_NORM = r"""
     /* Features of length 1. */
-    norm = 0;
-    for (i = 0; i < @UNITS@; i++)
-        norm += s->dense[i] * s->dense[i];
-    norm = 1 / (sqrtf(norm) > 1e-12f ? sqrtf(norm) : 1e-12f);
-    for (i = 0; i < @UNITS@; i++)
-        s->dense[i] *= norm;
-"""
+    {
+        float norm = 0;
+        for (c = 0; c < @UNITS@; c++)
+            norm += s->dense[c] * s->dense[c];
+        norm = 1 / (sqrtf(norm) > 1e-12f ? sqrtf(norm) : 1e-12f);
+        for (c = 0; c < @UNITS@; c++)
+            s->dense[c] *= norm;
+    }"""
+
+
+def fill(template: str, **texts: object) -> str:
+    """Return a template with a text in the place of each @NAME@."""
+    return re.sub("@([A-Z]+)@", lambda match: str(texts[match[1].lower()]), template)
 
 
 class Program:
@@ -949,207 +956,164 @@ class Program:
 
     def __init__(self, network: Network, kind: str, blob: bytes) -> None:
         self.network, self.kind, self.blob = network, kind, blob
+        self.convs = [layer for layer in network.layers if layer.weight.ndim == 4]
         self.buffers: dict[str, tuple[str, int]] = {}
-        self.taps, self.lines = list[str](), list[str]()
+        self.taps, self.body = list[str](), list[str]()
 
     def buffer(self, name: str, size: int, of: str = "float") -> str:
         """Note a buffer of the state; return the C expression for it."""
+        name = name.replace(".", "_")
         known = self.buffers.get(name, (of, 0))[1]
         self.buffers[name] = (of, max(size, known))
         return f"s->{name}"
 
     def table(self, layer: Layer) -> str:
         """Return the C expression for a sparse layer's lines."""
-        parts = layer.parts or {}
-        return (
-            "(lines){"
-            + ", ".join(f"w + {parts[k]}" for k in ("groups", "deltas", "values"))
-            + ", 0, 0}"
-        )
+        groups, values = layer.parts["groups"], layer.parts["values"]
+        gaps = layer.parts.get("gaps", values)
+        return f"(lines){{w + {groups}, w + {gaps}, w + {values}, {layer.bits}, 0, 0}}"
 
     def matrix(self, layer: Layer, source: str) -> str:
         """Write a matrix's product; return where the outputs are."""
-        parts, (outputs, inputs) = layer.parts or {}, layer.weight.shape
-        to = self.buffer(layer.id, outputs)
-        name = KERNELS[layer.kernel].replace(" ", "_")
+        parts, (outputs, inputs) = layer.parts, layer.weight.shape
+        to = self.buffer(layer.name, outputs)
         if layer.kernel == COLUMNS:
-            table = f"{self.table(layer)},\n                   {layer.groups}, w + {parts['order']}"
-            rest = self.buffer("list", inputs, "uint16_t")
+            order = self.buffer("list", inputs, "uint16_t")
+            call = f"sparse_columns({self.table(layer)},\n                   {layer.groups}, "
+            call += f"w + {parts['order']}, {source}, {to}, {order})"
         elif layer.kernel == ROWS:
-            table, rest = self.table(layer), str(outputs)
+            call = f"sparse_rows({self.table(layer)}, {source}, {to}, {outputs})"
         else:
-            table, rest = f"w + {parts['values']}", f"{outputs}, {inputs}"
-        text = f"{name}({table}, {source}, {to}, {rest})"
-        self.lines += [
+            name = "dense_columns" if layer.kernel == DENSE_COLUMNS else "dense_rows"
+            call = f"{name}(w + {parts['values']}, {source}, {to}, {outputs}, {inputs}"
+            call += f", {int(layer.kernel == FLOAT_ROWS)})" if name == "dense_rows" else ")"
+        ends = f"w + {parts['scale']}, w + {parts['bias']}, {int(layer.relu)}"
+        self.body += [
             f"\n    /* {layer.name}: {inputs} to {outputs}, {layer.density:.1%} dense */",
             f"    memset({to}, 0, sizeof {to});",
-            f"    {text};",
-            f"    finish({to}, {outputs}, w + {parts['scale']}, w + {parts['bias']}, "
-            f"{int(layer.relu)});",
+            f"    {call};",
+            f"    finish({to}, {outputs}, {ends});",
         ]
         return to
 
-    def conv(self, layer: Layer, source: str, sink: list[str]) -> None:
-        """Write a convolution; `sink` are the statements that take each channel c's plane."""
-        parts, shape = layer.parts or {}, layer.weight.shape
-        channels, taps, pitch = shape[0], shape[1] * shape[2] ** 2, layer.pitch
-        length = (layer.side - 1) * pitch + layer.side
-        offsets = self.buffer(f"{layer.id}_taps", taps, "int")
-        self.taps.append(
-            f"    tap_offsets({offsets}, {shape[1]}, {shape[2]}, {layer.stride}, {pitch});\n"
-        )
-        title = f"{channels} channels of {shape[2]}x{shape[2]}x{shape[1]} taps"
-        self.lines.append(f"\n    /* {layer.name}: {title}, {layer.density:.1%} dense */")
+    def conv(self, layer: Layer, sink: str) -> None:
+        """Write a convolution; `sink` is the statement that takes each channel c's plane."""
+        parts, (channels, inputs, size, _) = layer.parts, layer.weight.shape
+        taps, source = inputs * size**2, self.phases(layer)[0]
+        length = (layer.side - 1) * layer.pitch + layer.side
+        offsets = self.buffer(f"{layer.name}_taps", taps, "int")
+        shape = f"{inputs}, {size}, {layer.stride}, {layer.pitch}"
+        self.taps.append(f"    tap_offsets({offsets}, {shape});\n")
+        rest = f"{source}, {offsets}, {length}, &s->scratch"
+        title = f"{channels} channels of {size}x{size}x{inputs} taps"
+        self.body.append(f"\n    /* {layer.name}: {title}, {layer.density:.1%} dense */")
         if layer.kernel == ROWS:
-            self.lines.append(f"    t = {self.table(layer)};")
-            call = f"sparse_conv(&t, {source}, {offsets}, {length}, &s->scratch)"
+            name = layer.name.replace(".", "_")
+            self.body.append(f"    lines {name} = {self.table(layer)};")
+            call = f"sparse_conv(&{name}, {rest})"
         else:
-            call = f"dense_conv(w + {parts['values']}, c, {channels}, {taps}, {source},\n"
-            call += f"                           {offsets}, {length}, &s->scratch)"
+            call = f"dense_conv(w + {parts['values']}, c, {channels}, {taps},\n"
+            call += f"                           {rest})"
         scale = f"number(w + {parts['scale']}, c), number(w + {parts['bias']}, c)"
-        self.lines += [
+        self.body += [
             f"    for (c = 0; c < {channels}; c++) {{",
             f"        plane = {call};",
             f"        finish_channel(plane, {length}, {scale}, {int(layer.relu)});",
-            *(f"        {line}" for line in sink),
+            f"        {sink}",
             "    }",
         ]
 
     def phases(self, layer: Layer) -> tuple[str, str]:
         """Return the buffer that a convolution reads, and split()'s last arguments."""
         channels, area = layer.weight.shape[1], (layer.pitch * layer.stride) ** 2
-        name = self.buffer(f"{layer.id}_in", channels * area + 256)
+        name = self.buffer(f"{layer.name}_in", channels * area + SLACK)
         return name, f"{name} + c * {area}, {layer.stride}, {layer.pad}, {layer.pitch}"
+
+    def spread(self, split: str, image: str, side: int, layer: Layer) -> None:
+        """Write the copy of an image to what a convolution reads."""
+        channels, phases = layer.weight.shape[1], self.phases(layer)[1]
+        self.body += [
+            f"\n    for (c = 0; c < {channels}; c++)",
+            f"        {split}({image} + c * {side**2}, {side}, {side}, {phases});",
+        ]
 
     def forward(self) -> None:
         """Write the whole network, from `observation` on."""
-        network, layers = self.network, self.network.layers
-        channels, side = network.obs
-        convs = [layer for layer in layers if layer.weight.ndim == 4]
-        if not convs:
-            source = "observation"
-        else:
-            unit = "1 / 255.0f" if side == 84 else "1"
-            _, to = self.phases(layers[0])
-            self.lines += [
-                f"    for (c = 0; c < {channels}; c++)",
-                f"        split_frame(observation + c * {side * side}, {side}, {unit},\n"
-                f"                    {to});",
-            ]
+        network, convs, source = self.network, self.convs, "observation"
+        if convs:
+            self.spread("split_bytes", source, network.obs[1], convs[0])
+        plain = [] if network.family == IMPALA else network.layers[: len(convs) + 1]
+        for layer, after in pairwise(plain):
+            to = self.phases(after)[1] if after in convs else ""
+            if after not in convs:
+                source = self.buffer("features", len(layer.bias) * layer.side**2)
+                to = f"{source} + c * {layer.side**2}, 1, 0, {layer.side}"
+            self.conv(layer, f"split(plane, {layer.pitch}, {layer.side}, {to});")
         if network.family == IMPALA:
-            source = self.impala(convs)
-        else:
-            for layer, after in pairwise(layers):
-                if layer in convs:
-                    plane = f"split(plane, {layer.pitch}, {layer.side}, "
-                    if after in convs:
-                        sink = plane + self.phases(after)[1] + ");"
-                    else:
-                        area, count = layer.side**2, len(layer.bias)
-                        source = self.buffer("features", count * area)
-                        sink = plane + f"{source} + c * {area}, 1, 0, {layer.side});"
-                    self.conv(layer, self.phases(layer)[0], [sink])
-        for layer in layers[len(convs) :]:
-            if layer is layers[-1] and network.head == NORMALISED_Q:
-                units = str(layer.weight.shape[1])
-                self.lines.append(C_NORM.replace("@UNITS@", units).rstrip())
+            source = self.impala()
+        for layer in network.layers[len(convs) :]:
+            if layer is network.layers[-1] and network.head == NORMALISED_Q:
+                self.body.append(fill(C_NORM, units=layer.weight.shape[1]))
             source = self.matrix(layer, source)
+        if network.head == DISTRIBUTION:
+            self.body.append(C_DISTRIBUTION)
+            self.buffer("q", network.actions)
 
-    def impala(self, convs: list[Layer]) -> str:
+    def impala(self) -> str:
         """Write the three stacks; return where the features are."""
         for i in range(3):
-            entry, *blocks = convs[5 * i : 5 * i + 5]
-            channels, side = len(entry.bias), blocks[0].side
-            area, pad = side * side, int(i == 2)
-            trunk = self.buffer(f"trunk{i + 1}", channels * area)
-            pooled = (
-                f"pool(plane, {entry.pitch}, {entry.side}, {trunk} + c * {area}, {side}, {pad});"
-            )
-            self.conv(entry, self.phases(entry)[0], [pooled])
-            after = [blocks[0], blocks[2], convs[5 * i + 5] if i < 2 else None]
-            for turn in range(2):
-                self.spread(trunk, channels, side, blocks[2 * turn], True)
-                second = blocks[2 * turn + 1]
-                inner = f"split(plane, {second.pitch}, {side}, {self.phases(second)[1]});"
-                self.conv(blocks[2 * turn], self.phases(blocks[2 * turn])[0], [inner])
-                added = f"add(plane, {second.pitch}, {side}, {trunk} + c * {area});"
-                self.conv(second, self.phases(second)[0], [added])
-            if (following := after[2]) is not None:
-                self.spread(trunk, channels, side, following, False)
-        self.lines.append(f"    relu({trunk}, {trunk}, {channels * area});")
+            entry, *blocks = self.convs[5 * i : 5 * i + 5]
+            side = blocks[0].side
+            trunk = self.buffer(f"trunk{i + 1}", len(entry.bias) * side**2)
+            here = f"{trunk} + c * {side**2}"
+            pad = int(i == 2)
+            self.conv(entry, f"pool(plane, {entry.pitch}, {entry.side}, {here}, {side}, {pad});")
+            for first, second in (blocks[:2], blocks[2:]):
+                self.spread("split_relu", trunk, side, first)
+                self.conv(first, f"split(plane, {side + 2}, {side}, {self.phases(second)[1]});")
+                self.conv(second, f"add(plane, {second.pitch}, {side}, {here});")
+            if i < 2:
+                self.spread("split", trunk, side, self.convs[5 * i + 5])
+        self.body.append(f"    finish_channel({trunk}, {len(entry.bias) * side**2}, 1, 0, 1);")
         return trunk
-
-    def spread(self, trunk: str, channels: int, side: int, to: Layer, relu: bool) -> None:
-        """Write the copy of an image to what a convolution reads."""
-        image, area = f"{trunk} + c * {side * side}", side * side
-        self.lines.append(f"\n    for (c = 0; c < {channels}; c++) {{")
-        if relu:
-            self.lines.append(f"        relu({image}, s->scratch.plane, {area});")
-            image = "s->scratch.plane"
-        self.lines += [f"        split({image}, {side}, {side}, {self.phases(to)[1]});", "    }"]
 
     def write(self, out: Path) -> None:
         """Write agent.h, agent.c and agent_weights.c."""
-        network, actor = self.network, self.network.head == TANH
+        network, convs, (channels, side) = self.network, self.convs, self.network.obs
+        actor, atari = network.head == TANH, side == 84
         self.forward()
-        convs = [layer for layer in network.layers if layer.weight.ndim == 4]
-        plane = max([(c.side - 1) * c.pitch + c.side + 192 for c in convs], default=0)
-        most = max([layer.weight[0].size for layer in convs], default=0)
-        scratch = f"""/* Room for one convolution at a time. */
-typedef struct {{
-    int offset[{most}];
-    float weight[4 * {most}], plane[4 * AGENT_PLANE];
-}} agent_scratch;
-
-"""
-        buffers = "".join(
-            f"    {of} {name}[{size}];\n" for name, (of, size) in self.buffers.items()
-        )
-        channels, side = network.obs
-        size = channels * side * side
-        state = f"    const unsigned char *weights;\n{buffers}"
-        if not actor:
-            state += "    float q[AGENT_ACTIONS];\n"
-            state += f"    unsigned char frames[{size}];\n" if side == 84 else ""
+        buffers = [f"    {of} {name}[{size}];\n" for name, (of, size) in self.buffers.items()]
+        defines: dict[str, object] = {
+            "ACTIONS": network.actions,
+            "OBSERVATION": channels * side * side,
+        }
+        defines |= {"FRAMES": channels} if atari else {}
+        scratch = ""
         if convs:
-            state += "    agent_scratch scratch;\n"
+            planes = [(c.side - 1) * c.pitch + c.side + SLACK for c in convs]
+            defines |= {"PLANE": max(planes)}
+            scratch = fill(C_SCRATCH, taps=max(layer.weight[0].size for layer in convs))
+            buffers.append("    agent_scratch scratch;\n")
+        if atari:
+            buffers.append(f"    unsigned char frames[{channels * side * side}];\n")
         crc = struct.unpack_from("<I", self.blob, 12)[0]
+        defines |= {"WEIGHTS_BYTES": len(self.blob), "CRC": f"0x{crc:08x}u"}
         title = f"{network.env_id or 'agent'}, {self.kind}"
-        frames = f"#define AGENT_FRAMES {channels}\n" if side == 84 else ""
-        header = C_HEADER.replace("@TITLE@", title).replace("@STATE@", state)
-        header = header.replace("@SCRATCH@", scratch if convs else "")
-        header = header.replace("@ACT@", C_ACTOR_API if actor else C_Q_API)
-        header = header.replace("@FRAMES@", C_FRAMES_API if side == 84 else "")
-        defines = (
-            f"#define AGENT_ACTIONS {network.actions}\n#define AGENT_OBSERVATION {size}\n{frames}"
-        )
-        defines += f"#define AGENT_PLANE {plane}\n" if convs else ""
-        defines += f"#define AGENT_WEIGHTS_BYTES {len(self.blob)}\n#define AGENT_CRC 0x{crc:08x}u\n"
-        (out / "agent.h").write_text(header.replace("@DEFINES@", defines))
-        code = (
-            f'/* {title}. Generated by export.py. */\n\n#include "agent.h"\n\n#include <math.h>\n'
-        )
-        code += "#include <string.h>\n" + C_KERNELS.replace("@VALUE@", C_VALUES[self.kind])
-        code += C_CONV + C_PIXELS if convs else ""
+        texts: dict[str, str] = {
+            "defines": "".join(f"#define AGENT_{k} {v}\n" for k, v in defines.items()),
+            "act": C_ACTOR_API if actor else C_Q_API,
+            "frames": C_FRAMES_API if atari else "",
+        }
+        header = fill(C_HEADER, title=title, scratch=scratch, state="".join(buffers), **texts)
+        code = f'/* {title}. Generated by export.py. */\n\n#include "agent.h"\n\n'
+        code += "#include <math.h>\n#include <string.h>\n"
+        code += fill(C_KERNELS, value=C_VALUES[self.kind])
+        code += fill(C_CONV, unit="(1 / 255.0f)" if atari else "1") if convs else ""
         code += C_POOL if network.family == IMPALA else ""
-        code += C_INIT.replace("@TAPS@", "".join(self.taps))
-        code += C_FRAMES if side == 84 else ""
-        body = "\n".join(self.lines)
-        declare = "    const unsigned char *w = s->weights;\n"
-        declare += "    float *plane;\n    int c;\n" if convs else ""
-        declare += "    lines t;\n" if any(c.kernel == ROWS for c in convs) else ""
-        if actor:
-            code += "\nvoid agent_act(agent_state *s, const float *observation, float *action)\n{\n"
-            code += f"{declare}    int a;\n{body}\n    for (a = 0; a < AGENT_ACTIONS; a++)\n"
-            code += "        action[a] = tanhf(s->output[a]);\n}\n"
-        else:
-            head = network.head
-            extra = {DISTRIBUTION: "    int a, i;\n", NORMALISED_Q: "    float norm;\n    int i;\n"}
-            end = "    memcpy(s->q, s->output, sizeof s->q);\n    return s->q;\n"
-            end = C_DISTRIBUTION if head == DISTRIBUTION else end
-            code += "\nconst float *agent_q_values(agent_state *s, "
-            code += "const unsigned char *observation)\n{\n"
-            code += f"{declare}{extra.get(head, '')}{body}\n{end}}}\n{C_GREEDY}"
+        code += fill(C_INIT, taps="".join(self.taps)) + (C_FRAMES if atari else "")
+        q = "q" if network.head == DISTRIBUTION else "output"
+        code += fill(C_ACTOR if actor else C_Q, body="\n".join(self.body), q=q)
+        (out / "agent.h").write_text(header)
         (out / "agent.c").write_text(code)
         (out / "agent_weights.c").write_text(weights_table(self.blob))
 
@@ -1170,8 +1134,9 @@ C_HEADER = r"""/* @TITLE@: generated by export.py.
 extern "C" {
 #endif
 
-@DEFINES@
-@SCRATCH@typedef struct {
+@DEFINES@@SCRATCH@
+typedef struct {
+    const unsigned char *weights;
 @STATE@} agent_state;
 
 /* The content of agent.bin, in agent_weights.c; or read the file. */
@@ -1186,6 +1151,13 @@ size_t agent_state_size(void);
 #endif
 
 #endif
+"""
+C_SCRATCH = r"""
+/* Room for one convolution at a time. */
+typedef struct {
+    int offset[@TAPS@];
+    float weight[4 * @TAPS@], plane[4 * AGENT_PLANE];
+} agent_scratch;
 """
 C_Q_API = r"""
 /* Return the Q-values of AGENT_OBSERVATION bytes; they are valid until the next call. */
@@ -1209,16 +1181,10 @@ const unsigned char *agent_push_frame(agent_state *s, const unsigned char *frame
 def weights_table(blob: bytes) -> str:
     """Return C that has these bytes as string literals, which compile far faster than numbers."""
     plain = [32 <= i < 127 and i not in b'"\\?' for i in range(256)]  # ?: trigraphs
-    short = [chr(i) if plain[i] else f"\\{i:o}" for i in range(256)]
-    long = [chr(i) if plain[i] else f"\\{i:03o}" for i in range(256)]
-    rows = []
-    for start in range(0, len(blob), 4032):
-        row = blob[start : start + 4032]
-        digits = [48 <= byte < 56 for byte in row[1:]] + [False]  # would continue an octal number
-        text = [(long if digit else short)[byte] for byte, digit in zip(row, digits)]
-        lines = ["".join(text[i : i + 64]) for i in range(0, len(row), 64)]
-        rows.append("\n     ".join(f'"{line}"' for line in lines))
-    return C_TABLE.replace("@COUNT@", str(len(rows))).replace("@ROWS@", ",\n    ".join(rows))
+    text = [chr(i) if plain[i] else f"\\{i:03o}" for i in range(256)]
+    lines = ["".join(text[i] for i in blob[at : at + 64]) for at in range(0, len(blob), 64)]
+    rows = ['"\n     "'.join(lines[i : i + 63]) for i in range(0, len(lines), 63)]
+    return fill(C_TABLE, count=len(rows), rows=",\n    ".join(f'"{row}"' for row in rows))
 
 
 C_TABLE = r"""/* The content of agent.bin. */
@@ -1232,21 +1198,19 @@ C_TABLE = r"""/* The content of agent.bin. */
 #endif
 
 /* Rows, because C99 promises no string longer than 4,095; without closing zeros. */
-static const union {
-    char rows[@COUNT@][4032] BYTES;
-    uint32_t aligned;
-} table = {{
-    @ROWS@}};
+static const char table[@COUNT@][4032] BYTES = {
+    @ROWS@};
 
-const unsigned char *const agent_weights = (const unsigned char *)table.rows;
+const unsigned char *const agent_weights = (const unsigned char *)table;
 """
 
 PY_AGENT = r'''"""An exported agent without torch: by agent.c where there is a compiler, else NumPy.
 
     agent = Agent()                   # of the folder that this file is in
-    action = agent.act(observation)   # [4, 84, 84] uint8, or [O] float32 for an actor
+    action = agent.act(observation)   # [4, 84, 84] uint8; MinAtar [C, 10, 10]; an actor: [O] floats
 
-Generated by export.py; docs/export.md describes agent.bin, which it reads.
+An agent may be shared by threads; they compute in turn. Generated by export.py; docs/export.md
+describes agent.bin, which it reads.
 """
 
 import ctypes
@@ -1257,7 +1221,9 @@ import shlex
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
+import threading
 import zlib
 from pathlib import Path
 
@@ -1286,44 +1252,53 @@ class Agent:
         self.env_id, self.type = env_id.rstrip(b"\0").decode(), TYPES[kind]
         self.shape = (channels, side, side) if self.family != ACTOR else (channels,)
         self.unit = np.float32(1 / 255 if side == 84 else 1)
-        self._layers = None
-        self._library = compiled(self.folder) if use_c else None
+        self._layers, self._library, self._lock = None, None, threading.Lock()
+        try:
+            self._library = compiled(self.folder) if use_c else None
+        except OSError as error:
+            print(f"agent.py: NumPy computes, which is slower: {error}", file=sys.stderr)
         if self._library:
             self._state = ctypes.create_string_buffer(self._library.agent_state_size())
             table = ctypes.c_void_p(self.data.ctypes.data)
             self._observation = np.zeros(self.shape, np.uint8 if self.family else np.float32)
-            self._action = np.zeros(self.actions, np.float32)
-            arrays = [self._observation] if self.family else [self._observation, self._action]
+            self._values = np.zeros(self.actions, np.float32)
+            arrays = [self._observation] if self.family else [self._observation, self._values]
             self._arguments = [ctypes.byref(self._state)]
             self._arguments += [ctypes.c_void_p(array.ctypes.data) for array in arrays]
             if self._library.agent_init(self._state, table, ctypes.c_size_t(size)):
                 raise ValueError(f"{self.folder / 'agent.c'}: made for another agent.bin")
+            self._compute = self._library.agent_act
+            if self.family:
+                self._compute = self._library.agent_q_values
+                place = self._compute(*self._arguments)  # in the state, always the same
+                self._values = np.ctypeslib.as_array(place, (self.actions,))
 
     def act(self, observation):
-        """Return the greedy action, or the action vector of an actor."""
-        self._check(observation)
-        if not self._library:
+        """Return the greedy action, or the action vector [actions] of an actor, in [-1, 1]."""
+        if self.family == ACTOR or not self._library:
             values = self.q_values(observation)
             return values if self.family == ACTOR else int(values.argmax())
-        self._observation[...] = observation
-        action = self._library.agent_act(*self._arguments)
-        return action if self.family else self._action.copy()
+        self._check(observation)
+        with self._lock:
+            self._observation[...] = observation
+            return self._library.agent_act(*self._arguments)
 
     def q_values(self, observation):
         """Return the Q-values [actions] (an actor: its action vector)."""
         self._check(observation)
         if not self._library:
             return self._forward(np.asarray(observation, np.float32))
-        if self.family == ACTOR:
-            return self.act(observation)
-        self._observation[...] = observation
-        values = self._library.agent_q_values(*self._arguments)
-        return np.ctypeslib.as_array(values, (self.actions,)).copy()
+        with self._lock:
+            self._observation[...] = observation
+            self._compute(*self._arguments)
+            return self._values.copy()
 
     def _check(self, observation):
-        """Refuse what NumPy would stretch to the right shape: a single frame, a number."""
+        """Refuse what NumPy would stretch to the right shape, and scaled pixels."""
         if np.shape(observation) != self.shape:
             raise ValueError(f"observation {np.shape(observation)}: must be {self.shape}")
+        if self.unit != 1 and (kind := np.asarray(observation).dtype) != np.uint8:
+            raise ValueError(f"observation of {kind}: must be uint8, grays from 0 to 255")
 
     def layers(self):
         """Return the layers as dictionaries, with dense `weight` and `bias`."""
@@ -1349,6 +1324,7 @@ class Agent:
             start, place = place, place + count * np.dtype(kind).itemsize
             return self.data[start:place].view(kind)
 
+        bits, layer["kernel"] = divmod(layer["kernel"], 16)
         layer["name"], columns = layer["name"].rstrip(b"\0").decode(), layer["kernel"] in (1, 3)
         layer["bias"] = take(out, np.float32)
         scale = take(out, np.float32)
@@ -1361,10 +1337,14 @@ class Agent:
             length, count = take(2 * layer["groups"], np.uint16).astype(int).reshape(-1, 2).T
             lengths = np.repeat(length, count)
             lines = take(count.sum(), np.uint16) if columns else np.arange(out)
-            index = np.cumsum(take(layer["entries"], np.uint8), dtype=int)
+            if self.type is np.int8:  # distance and value share 16 bits
+                values = take(layer["entries"], np.int16)
+                gaps, values = values & ((1 << (bits or 8)) - 1), values >> (bits or 8)
+            else:
+                gaps, values = take(layer["entries"], np.uint8), take(layer["entries"], self.type)
+            index = np.cumsum(gaps, dtype=int)
             base = np.concatenate([[0], index])[np.cumsum(lengths) - lengths]
             weight = np.zeros(shape, np.float32)
-            values = take(layer["entries"], self.type)
             np.add.at(weight, (np.repeat(lines, lengths), index - np.repeat(base, lengths)), values)
         weight = (weight.T if columns else weight) * scale[:, None]
         layer["weight"] = weight.reshape(out, -1, size, size) if size else weight
@@ -1417,11 +1397,11 @@ def pooled(x):
 
 
 def compiled(folder):
-    """Return agent.c as a library, compiled once into the user's cache; None without a compiler."""
+    """Return agent.c as a library, compiled once into the user's cache; OSError says why not."""
     found = [os.environ.get("CC"), *map(shutil.which, ("cc", "gcc", "clang"))]
     compiler = next(filter(None, found), None)
-    if not compiler or not (folder / "agent.c").exists():
-        return None
+    if not compiler:
+        raise OSError("no C compiler")
     processor = Path("/proc/cpuinfo")
     lines = processor.read_text().splitlines() if processor.exists() else [platform.processor()]
     features = [x for x in lines if x.startswith(("flags", "Feat"))]
@@ -1430,24 +1410,21 @@ def compiled(folder):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleanrl-sparse"
     library = cache / f"agent-{hashlib.sha256(text).hexdigest()[:32]}.so"
     if not library.exists():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as place:
-                for extra in (["-march=native"], []):
-                    command = [*shlex.split(compiler), *FLAGS, *extra, str(folder / "agent.c")]
-                    command += ["-o", f"{place}/agent.so", "-lm"]
-                    if subprocess.run(command, capture_output=True).returncode == 0:
-                        os.replace(f"{place}/agent.so", library)
-                        break
-        except OSError:
-            return None
-        if not library.exists():
-            return None
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as place:  # another process may do the same
+            for extra in (["-march=native"], []):
+                command = [*shlex.split(compiler), *FLAGS, *extra, str(folder / "agent.c")]
+                command += ["-o", f"{place}/agent.so", "-lm"]
+                if subprocess.run(command, capture_output=True).returncode == 0:
+                    break
+            else:
+                raise OSError(f"{compiler} cannot compile {folder / 'agent.c'}")
+            os.replace(f"{place}/agent.so", library)
     try:
         found = ctypes.CDLL(str(library))
     except OSError:  # damaged: the next time it is compiled anew
         library.unlink(missing_ok=True)
-        return None
+        raise
     found.agent_state_size.restype = ctypes.c_size_t
     if hasattr(found, "agent_q_values"):
         found.agent_q_values.restype = ctypes.POINTER(ctypes.c_float)
@@ -1531,15 +1508,6 @@ def export(
     return network, dropped, blob
 
 
-def compare(agent: Any, obs: np.ndarray, expected: np.ndarray) -> tuple[int, float]:
-    """Return how many actions agree, and the largest difference of Q-values or actions."""
-    found = np.array([agent.q_values(x) for x in obs])
-    largest = float(np.abs(found - expected).max())
-    if agent.family == ACTOR:
-        return int((np.abs(found - expected).max(1) <= 0.01).sum()), largest
-    return int((found.argmax(1) == expected.argmax(1)).sum()), largest
-
-
 def write_onnx(flags: dict[str, Any], weights: dict[str, Tensor], path: Path) -> None:
     """Write the dense network as ONNX: `observation` [1, ...] float32, pixels from 0 to 255."""
 
@@ -1556,18 +1524,14 @@ def write_onnx(flags: dict[str, Any], weights: dict[str, Tensor], path: Path) ->
             own = {name.replace("/", "."): buffer for name, buffer in self.named_buffers()}
             return mean_actions(own, obs) if actor else q_values(own, flags, obs / unit)
 
-    actor = "actor.output.weight" in weights
-    firsts = ("actor.dense1", "conv", "conv1", "stack1.entry", "actor.output")
-    first = next(weights[f"{n}.weight"] for n in firsts if f"{n}.weight" in weights)
-    size: tuple[int, ...] = (10, 10) if "conv.weight" in weights else () if actor else (84, 84)
-    unit = 255 if 84 in size else 1
-    obs = torch.zeros(1, first.shape[1], *size)
+    network = network_of(flags, weights)
+    channels, side = network.obs
+    actor, unit = network.family == ACTOR, 255 if side == 84 else 1
+    obs = torch.zeros(1, channels) if actor else torch.zeros(1, channels, side, side)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        names: Any = {
-            "input_names": ["observation"],
-            "output_names": ["action" if actor else "q_values"],
-        }
+        outputs = ["action" if actor else "q_values"]
+        names: Any = {"input_names": ["observation"], "output_names": outputs}
         torch.onnx.export(Whole(), (obs,), path, dynamo=False, opset_version=17, **names)
 
 
@@ -1583,8 +1547,8 @@ def main(args: Args) -> None:
     """Export, compare and print."""
     out = args.out or args.run_dir / "export"
     kind = "int8" if args.int8 else "fp16" if args.fp16 else "fp32"
-    found = not args.onnx or importlib.util.find_spec("onnx")
-    require(bool(found), "--onnx: it needs the package onnx (pip install onnx)")
+    installed = not args.onnx or importlib.util.find_spec("onnx")
+    require(bool(installed), "--onnx: it needs the package onnx (pip install onnx)")
     try:
         flags, weights = load_model(args.run_dir)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -1623,22 +1587,23 @@ def main(args: Args) -> None:
             text = " ".join(str(error).split())
             hint = f"{out} is written; --observations 0 does without the comparison"
             require(False, f"{network.env_id} cannot be played: {text} ({hint})")
-        expected = np.concatenate(
-            [outputs(part) for part in np.array_split(obs, -(-len(obs) // 50))]
-        )
+        parts = np.array_split(obs, -(-len(obs) // 50))
+        expected = np.concatenate([outputs(part) for part in parts])
         for use_c in (True, False):
             agent = load_agent(out, use_c)
-            agree, largest = compare(agent, obs, expected)
+            found = np.array([agent.q_values(x) for x in obs])
+            largest = float(np.abs(found - expected).max())
+            agree = np.sum(found.argmax(1) == expected.argmax(1))
+            if network.family == ACTOR:
+                agree = np.sum(np.abs(found - expected).max(1) <= 0.01)
             start = time.perf_counter()
             for x in obs:
                 agent.act(x)
             took = (time.perf_counter() - start) / len(obs)
             how = "C" if agent._library else "NumPy"
             what = "actions within 0.01" if network.family == ACTOR else "actions as torch's"
-            print(
-                f"{how}: {agree} of {len(obs)} {what}, largest difference {largest:.1e}, ", end=""
-            )
-            print(f"{took * 1e6:.1f} us per action, through Python")
+            text = f"{how}: {agree} of {len(obs)} {what}, largest difference {largest:.1e}"
+            print(f"{text}, {took * 1e6:.1f} us per action, through Python")
             close = largest <= 1e-4 * max(1, float(np.abs(expected).max()))
             text = f"{out}: {how} computes something else than torch; this is a fault of export.py"
             require(kind != "fp32" or close, text, 1)

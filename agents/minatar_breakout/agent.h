@@ -16,7 +16,7 @@ extern "C" {
 
 #define AGENT_ACTIONS 3
 #define AGENT_OBSERVATION 400
-#define AGENT_PLANE 270
+#define AGENT_PLANE 238
 #define AGENT_WEIGHTS_BYTES 67548
 #define AGENT_CRC 0xcdad1b6du
 
@@ -28,12 +28,11 @@ typedef struct {
 
 typedef struct {
     const unsigned char *weights;
-    float conv_in[656];
+    float conv_in[560];
     float features[1024];
     int conv_taps[36];
     float dense[32];
     float output[3];
-    float q[AGENT_ACTIONS];
     agent_scratch scratch;
 } agent_state;
 

@@ -9,19 +9,23 @@
 #error "the tables are little-endian"
 #endif
 
-/* vec: as many floats as the machine takes at once; one where there are no vectors. */
-#if defined(__GNUC__) && (defined(__SSE2__) || defined(__ARM_NEON))
-#if defined(__AVX512F__)
+#ifndef LANES /* floats that a vector has: as many as the machine takes at once */
+#if !defined(__GNUC__) || !(defined(__SSE2__) || defined(__ARM_NEON))
+#define LANES 1
+#elif defined(__AVX512F__)
 #define LANES 16
 #elif defined(__AVX__)
 #define LANES 8
 #else
 #define LANES 4
 #endif
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float quad __attribute__((vector_size(16)));
+#endif
+#if LANES > 1
+#define VECTOR(type, n) __attribute__((vector_size(sizeof(type) * (n)))) type
+#define AS(type, n, v) __builtin_convertvector(v, VECTOR(type, n))
+typedef VECTOR(float, LANES) vec;
+typedef VECTOR(float, 4) quad;
 #else
-#define LANES 1
 typedef float vec;
 #endif
 
@@ -38,7 +42,7 @@ typedef float vec;
 #define UNROLL
 #endif
 
-KERNEL vec load(const float *from)
+KERNEL vec load(const void *from)
 {
     vec v;
     memcpy(&v, from, sizeof v);
@@ -62,7 +66,9 @@ KERNEL int count(const unsigned char *table, int i) /* the table's i-th 16-bit i
     return table[2 * i] | table[2 * i + 1] << 8;
 }
 
-/* value(): the i-th weight of a table; values(), four(): LANES or 4 of them from the i-th on. */
+/* value(): a dense table's i-th weight; values(): LANES of them. entry(): a sparse one's, four():
+   4 of them. gap(): its distance from the entry before; GAP(): of one of four that lie in `gaps`.
+   Distances have so many bits. */
 #define VALUE_BYTES 2
 
 KERNEL float value(const unsigned char *table, int i)
@@ -76,41 +82,43 @@ KERNEL float value(const unsigned char *table, int i)
 
 #if LANES > 1
 #define VALUES(name, type, n) \
-    typedef uint16_t name##_halves __attribute__((vector_size(2 * n))); \
-    typedef uint32_t name##_words __attribute__((vector_size(4 * n))); \
     KERNEL type name(const unsigned char *table, int i) \
     { \
-        name##_halves half; \
-        name##_words bits; \
+        VECTOR(uint16_t, n) half; \
+        VECTOR(uint32_t, n) bits; \
         type v; \
         memcpy(&half, table + 2 * i, sizeof half); \
-        bits = __builtin_convertvector(half, name##_words); \
+        bits = AS(uint32_t, n, half); \
         bits = (bits & 0x8000u) << 16 | (bits & 0x7fffu) << 13; \
         memcpy(&v, &bits, sizeof v); \
         return v * 0x1p112f; \
     }
 VALUES(values, vec, LANES)
-VALUES(four, quad, 4)
+VALUES(quads, quad, 4)
 #endif
+#define GAP_BYTES 1
+#define ENTRY_BYTES VALUE_BYTES
+#define gap(table, i, bits) (table)[i]
+#define entry(table, i, bits) value(table, i)
+#define four(table, i, bits) quads(table, i)
+typedef uint32_t gaps; /* four */
+#define GAP(four, i, bits) ((four) >> 8 * (i) & 255)
+
+KERNEL gaps load_gaps(const unsigned char *table)
+{
+    gaps four;
+    memcpy(&four, table, 4);
+    return four;
+}
 
 #if LANES == 1
-KERNEL float values(const unsigned char *table, int i)
-{
-    return value(table, i);
-}
+#define values value
 #endif
-
-KERNEL uint32_t word(const unsigned char *from) /* four bytes in one load */
-{
-    uint32_t bytes;
-    memcpy(&bytes, from, 4);
-    return bytes;
-}
 
 /* Lines (rows or columns) of a sparse matrix, in groups of one length. */
 typedef struct {
-    const unsigned char *groups, *deltas, *values;
-    int length, left; /* entries of the next line; lines like it that are left */
+    const unsigned char *groups, *gaps, *entries;
+    int bits, length, left; /* entries of the next line; lines like it that are left */
 } lines;
 
 KERNEL void next_group(lines *t)
@@ -120,34 +128,36 @@ KERNEL void next_group(lines *t)
     t->groups += 4;
 }
 
+KERNEL void skip(lines *t, int n) /* n lines of this group */
+{
+    t->left -= n;
+    t->gaps += n * t->length * GAP_BYTES;
+    t->entries += n * t->length * ENTRY_BYTES;
+}
+
 /* y += A x, A in sparse rows. */
 KERNEL void sparse_rows(lines t, const float *x, float *y, int outputs)
 {
-    int i, k;
+    int i, j, k;
     for (i = 0; i < outputs; i++) {
         const float *at = x;
         float sum[4] = {0};
         if (t.left == 0)
             next_group(&t);
         for (k = 0; k + 4 <= t.length; k += 4) { /* four sums, of which none waits for another */
-            const uint32_t step = word(t.deltas + k);
-            at += step & 255;
-            sum[0] += *at * value(t.values, k);
-            at += step >> 8 & 255;
-            sum[1] += *at * value(t.values, k + 1);
-            at += step >> 16 & 255;
-            sum[2] += *at * value(t.values, k + 2);
-            at += step >> 24;
-            sum[3] += *at * value(t.values, k + 3);
+            const gaps four_gaps = load_gaps(t.gaps + k * GAP_BYTES);
+            UNROLL
+            for (j = 0; j < 4; j++) {
+                at += GAP(four_gaps, j, t.bits);
+                sum[j] += *at * entry(t.entries, k + j, t.bits);
+            }
         }
         for (; k < t.length; k++) {
-            at += t.deltas[k];
-            sum[0] += *at * value(t.values, k);
+            at += gap(t.gaps, k, t.bits);
+            sum[0] += *at * entry(t.entries, k, t.bits);
         }
         y[i] += sum[0] + sum[1] + (sum[2] + sum[3]);
-        t.left--;
-        t.deltas += t.length;
-        t.values += t.length * VALUE_BYTES;
+        skip(&t, 1);
     }
 }
 
@@ -164,49 +174,46 @@ KERNEL void sparse_columns(lines t, int groups, const unsigned char *order, cons
             active += x[count(order, i)] != 0;
         }
         for (i = 0; i < active; i++) {
-            const unsigned char *delta = t.deltas + list[i] * t.length;
-            const unsigned char *weight = t.values + list[i] * t.length * VALUE_BYTES;
+            const unsigned char *step = t.gaps + list[i] * t.length * GAP_BYTES;
+            const unsigned char *weight = t.entries + list[i] * t.length * ENTRY_BYTES;
             const float input = x[count(order, list[i])];
             float *at = y;
             k = 0;
 #if LANES > 1
             for (; k + 4 <= t.length; k += 4) {
-                const uint32_t step = word(delta + k);
-                const quad product = input * four(weight, k);
-                at += step & 255;
-                *at += product[0];
-                at += step >> 8 & 255;
-                *at += product[1];
-                at += step >> 16 & 255;
-                *at += product[2];
-                at += step >> 24;
-                *at += product[3];
+                const gaps four_gaps = load_gaps(step + k * GAP_BYTES);
+                const quad product = input * four(weight, k, t.bits);
+                int j;
+                UNROLL
+                for (j = 0; j < 4; j++) {
+                    at += GAP(four_gaps, j, t.bits);
+                    *at += product[j];
+                }
             }
 #endif
             for (; k < t.length; k++) {
-                at += delta[k];
-                *at += input * value(weight, k);
+                at += gap(step, k, t.bits);
+                *at += input * entry(weight, k, t.bits);
             }
         }
         order += 2 * t.left;
-        t.deltas += t.left * t.length;
-        t.values += t.left * t.length * VALUE_BYTES;
+        skip(&t, t.left);
     }
 }
 
-/* y += A x, A dense in rows. */
+/* y += A x, A dense in rows; of `floats`, 32-bit ones whatever type the other layers have. */
 KERNEL void dense_rows(const unsigned char *table, const float *x, float *y, int outputs,
-                       int inputs)
+                       int inputs, int floats)
 {
     int i, k;
-    for (i = 0; i < outputs; i++, table += inputs * VALUE_BYTES) {
+    for (i = 0; i < outputs; i++, table += inputs * (floats ? 4 : VALUE_BYTES)) {
         vec sum = {0};
         float part[LANES];
         for (k = 0; k + LANES <= inputs; k += LANES)
-            sum += load(x + k) * values(table, k);
+            sum += load(x + k) * (floats ? load(table + 4 * k) : values(table, k));
         memcpy(part, &sum, sizeof part);
         for (; k < inputs; k++)
-            part[0] += x[k] * value(table, k);
+            part[0] += x[k] * (floats ? number(table, k) : value(table, k));
         for (k = 0; k < LANES; k++)
             y[i] += part[k];
     }
@@ -228,30 +235,7 @@ KERNEL void dense_columns(const unsigned char *table, const float *x, float *y, 
     }
 }
 
-/* y += A x, A dense in rows of 32-bit floats, whatever type the other layers have. */
-KERNEL void float_rows(const unsigned char *table, const float *x, float *y, int outputs,
-                       int inputs)
-{
-    int i, k;
-    for (i = 0; i < outputs; i++, table += 4 * inputs)
-        for (k = 0; k < inputs; k++)
-            y[i] += x[k] * number(table, k);
-}
-
-/* Scale, add the bias, and cut at 0 if that is wanted. */
-KERNEL void finish(float *y, int n, const unsigned char *scale, const unsigned char *bias, int relu)
-{
-    int i;
-    for (i = 0; i < n; i++) {
-        const float sum = y[i] * number(scale, i) + number(bias, i);
-        y[i] = relu && sum < 0 ? 0 : sum;
-    }
-}
-
-/* A convolution reads planes. An image is padded and split into stride x stride phases, of which
-   phase (y, x) has the pixels (y + i stride, x + j stride): so each tap reads pixels that lie
-   side by side. Its output has the pitch of these planes. */
-
+/* Scale, add the bias, and cut at 0 if that is wanted: a channel, or outputs one by one. */
 KERNEL void finish_channel(float *y, int n, float scale, float bias, int relu)
 {
     int i;
@@ -260,6 +244,17 @@ KERNEL void finish_channel(float *y, int n, float scale, float bias, int relu)
         y[i] = relu && sum < 0 ? 0 : sum;
     }
 }
+
+KERNEL void finish(float *y, int n, const unsigned char *scale, const unsigned char *bias, int relu)
+{
+    int i;
+    for (i = 0; i < n; i++)
+        finish_channel(y + i, 1, number(scale, i), number(bias, i), relu);
+}
+
+/* A convolution reads planes. An image is padded and split into stride x stride phases, of which
+   phase (y, x) has the pixels (y + i stride, x + j stride): so each tap reads pixels that lie
+   side by side. Its output has the pitch of these planes. */
 
 /* Put the offsets of all taps, in the order channel, y, x, into a table. */
 static void tap_offsets(int *table, int channels, int size, int stride, int pitch)
@@ -273,21 +268,28 @@ static void tap_offsets(int *table, int channels, int size, int stride, int pitc
 }
 
 /* Copy an image of n x n pixels to its padded phases. */
-KERNEL void split(const float *image, int pitch, int n, float *phases, int stride, int pad,
-                  int side)
-{
-    int y, x, i;
-    for (y = 0; y < n; y++) {
-        UNROLL
-        for (x = 0; x < stride; x++) {
-            const int phase = (y + pad) % stride * stride + (x + pad) % stride;
-            float *to = phases + (phase * side + (y + pad) / stride) * side + (x + pad) / stride;
-            const float *from = image + y * pitch + x;
-            for (i = 0; i < (n - x + stride - 1) / stride; i++)
-                to[i] = from[i * stride];
-        }
+#define SPLIT(name, type, PIXEL) \
+    KERNEL void name(const type *image, int pitch, int n, float *phases, int stride, int pad, \
+                     int side) \
+    { \
+        int y, x, i; \
+        for (y = 0; y < n; y++) { \
+            UNROLL \
+            for (x = 0; x < stride; x++) { \
+                const int top = y + pad, left = x + pad; \
+                const int phase = top % stride * stride + left % stride; \
+                float *to = phases + (phase * side + top / stride) * side + left / stride; \
+                const type *from = image + y * pitch + x; \
+                for (i = 0; i < (n - x + stride - 1) / stride; i++) { \
+                    const type pixel = from[i * stride]; \
+                    to[i] = PIXEL; \
+                } \
+            } \
+        } \
     }
-}
+SPLIT(split, float, pixel)
+SPLIT(split_relu, float, pixel < 0 ? 0 : pixel)
+SPLIT(split_bytes, unsigned char, (float)pixel * 1)
 
 /* One channel's sums over its taps, for `length` pixels. TILE vectors stay in registers. */
 #define VECTORS(length) (((length) + LANES - 1) / LANES)
@@ -295,15 +297,15 @@ KERNEL void split(const float *image, int pitch, int n, float *phases, int strid
 #define TILE(length) ((VECTORS(length) + TILES(length) - 1) / TILES(length))
 
 KERNEL float *sparse_conv(lines *t, const float *in, const int *offsets, int length,
-                                agent_scratch *s)
+                          agent_scratch *s)
 {
     int v, i, k, tap = 0;
     if (t->left == 0)
         next_group(t);
     for (k = 0; k < t->length; k++) {
-        tap += t->deltas[k];
+        tap += gap(t->gaps, k, t->bits);
         s->offset[k] = offsets[tap];
-        s->weight[k] = value(t->values, k);
+        s->weight[k] = entry(t->entries, k, t->bits);
     }
     for (v = 0; v < VECTORS(length); v += TILE(length)) {
         const vec zero = {0};
@@ -322,15 +324,13 @@ KERNEL float *sparse_conv(lines *t, const float *in, const int *offsets, int len
         for (i = 0; i < TILE(length); i++)
             store(s->plane + (v + i) * LANES, sum[i]);
     }
-    t->left--;
-    t->deltas += t->length;
-    t->values += t->length * VALUE_BYTES;
+    skip(t, 1);
     return s->plane;
 }
 
 /* The same where most weights are there: four channels share what they load. */
 KERNEL float *dense_conv(const unsigned char *table, int channel, int channels, int taps,
-                               const float *in, const int *offsets, int length, agent_scratch *s)
+                         const float *in, const int *offsets, int length, agent_scratch *s)
 {
     int v, i, j, k;
     if (channel % 4 != 0)
@@ -365,33 +365,13 @@ KERNEL float *dense_conv(const unsigned char *table, int channel, int channels, 
     return s->plane;
 }
 
-/* The same for a frame of n x n bytes, times a unit. */
-KERNEL void split_frame(const unsigned char *frame, int n, float unit, float *phases, int stride,
-                        int pad, int side)
-{
-    int y, x, i;
-    for (y = 0; y < n; y++) {
-        UNROLL
-        for (x = 0; x < stride; x++) {
-            const int phase = (y + pad) % stride * stride + (x + pad) % stride;
-            float *to = phases + (phase * side + (y + pad) / stride) * side + (x + pad) / stride;
-            const unsigned char *from = frame + y * n + x;
-            for (i = 0; i < (n - x + stride - 1) / stride; i++)
-                to[i] = (float)from[i * stride] * unit;
-        }
-    }
-}
-
 static uint32_t crc32(uint32_t crc, const unsigned char *bytes, size_t size)
 {
-    static const uint32_t table[16] = {
-        0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4,
-        0x4db26158, 0x5005713c, 0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c,
-        0x9b64c2b0, 0x86d3d2d4, 0xa00ae278, 0xbdbdf21c};
-    crc = ~crc;
-    for (; size > 0; size--, bytes++) {
-        crc = table[(crc ^ *bytes) & 15] ^ crc >> 4;
-        crc = table[(crc ^ (uint32_t)*bytes >> 4) & 15] ^ crc >> 4;
+    int bit;
+    for (crc = ~crc; size > 0; size--, bytes++) {
+        crc ^= *bytes;
+        for (bit = 0; bit < 8; bit++)
+            crc = (crc & 1 ? 0xedb88320u : 0) ^ crc >> 1;
     }
     return ~crc;
 }
@@ -417,30 +397,28 @@ const float *agent_q_values(agent_state *s, const unsigned char *observation)
     const unsigned char *w = s->weights;
     float *plane;
     int c;
-    lines t;
+
     for (c = 0; c < 10; c++)
-        split_frame(observation + c * 100, 10, 1,
-                    s->conv_in + c * 100, 1, 0, 10);
+        split_bytes(observation + c * 100, 10, 10, s->conv_in + c * 100, 1, 0, 10);
 
     /* conv: 16 channels of 3x3x10 taps, 42.4% dense */
-    t = (lines){w + 324, w + 388, w + 1000, 0, 0};
+    lines conv = (lines){w + 324, w + 388, w + 1000, 8, 0, 0};
     for (c = 0; c < 16; c++) {
-        plane = sparse_conv(&t, s->conv_in, s->conv_taps, 78, &s->scratch);
+        plane = sparse_conv(&conv, s->conv_in, s->conv_taps, 78, &s->scratch);
         finish_channel(plane, 78, number(w + 260, c), number(w + 196, c), 1);
         split(plane, 10, 8, s->features + c * 64, 1, 0, 8);
     }
 
     /* dense: 1024 to 32, 61.6% dense */
     memset(s->dense, 0, sizeof s->dense);
-    dense_rows(w + 2480, s->features, s->dense, 32, 1024);
+    dense_rows(w + 2480, s->features, s->dense, 32, 1024, 0);
     finish(s->dense, 32, w + 2352, w + 2224, 1);
 
     /* output: 32 to 6, 100.0% dense */
     memset(s->output, 0, sizeof s->output);
-    dense_rows(w + 68064, s->dense, s->output, 6, 32);
+    dense_rows(w + 68064, s->dense, s->output, 6, 32, 0);
     finish(s->output, 6, w + 68040, w + 68016, 0);
-    memcpy(s->q, s->output, sizeof s->q);
-    return s->q;
+    return s->output;
 }
 
 int agent_act(agent_state *s, const unsigned char *observation)

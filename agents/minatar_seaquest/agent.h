@@ -16,7 +16,7 @@ extern "C" {
 
 #define AGENT_ACTIONS 6
 #define AGENT_OBSERVATION 1000
-#define AGENT_PLANE 270
+#define AGENT_PLANE 238
 #define AGENT_WEIGHTS_BYTES 68512
 #define AGENT_CRC 0x1245d0f3u
 
@@ -28,12 +28,11 @@ typedef struct {
 
 typedef struct {
     const unsigned char *weights;
-    float conv_in[1256];
+    float conv_in[1160];
     float features[1024];
     int conv_taps[90];
     float dense[32];
     float output[6];
-    float q[AGENT_ACTIONS];
     agent_scratch scratch;
 } agent_state;
 

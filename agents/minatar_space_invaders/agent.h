@@ -16,7 +16,7 @@ extern "C" {
 
 #define AGENT_ACTIONS 4
 #define AGENT_OBSERVATION 600
-#define AGENT_PLANE 270
+#define AGENT_PLANE 238
 #define AGENT_WEIGHTS_BYTES 67828
 #define AGENT_CRC 0x47555690u
 
@@ -28,12 +28,11 @@ typedef struct {
 
 typedef struct {
     const unsigned char *weights;
-    float conv_in[856];
+    float conv_in[760];
     float features[1024];
     int conv_taps[54];
     float dense[32];
     float output[4];
-    float q[AGENT_ACTIONS];
     agent_scratch scratch;
 } agent_state;
 
