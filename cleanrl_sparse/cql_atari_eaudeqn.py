@@ -23,7 +23,7 @@ Differences from the paper, and guesses ([I] inferred, [D] our decision; it came
  2. [D] Sparsity is spread by the Erdos-Renyi-Kernel rule; [I] biases are never pruned.
  3. [I] The losses compared are TD and conservative term together (--selection-loss).
  4. [I] The TD loss is the squared error; a target update resets Adam, step counts included.
- 5. [D] All networks start as copies of one. The one with the smallest loss is evaluated and saved.
+ 5. [D] All networks start as copies of one. That of the smallest loss is evaluated and saved.
  6. [D] An evaluation is --eval-episodes whole episodes, not 125,000 steps.
  7. [D] With several runs of a game below --dataset, that of the number --seed is read.
 
@@ -73,11 +73,11 @@ from tyro.constructors import PrimitiveConstructorSpec
 class Training:
     """The data and the agent. A step is a gradient step."""
 
-    dataset: str = ""  # folder with Dopamine's checkpoints, or with GAME/RUN/replay_logs below it
+    dataset: str = ""  # folder of Dopamine's checkpoints, or of GAME/RUN/replay_logs
     env_id: str = ""  # game, like MsPacman; needed where the folder's path does not name it
     seed: Index = 1  # seed of everything random
     total_timesteps: Count = 3_125_000  # length of the run in gradient steps
-    checkpoints_per_epoch: Count = 5  # checkpoints drawn for each epoch, each with equal odds
+    checkpoints_per_epoch: Count = 5  # checkpoints drawn for each epoch
     transitions: Count = 50_000  # rows read from the start of each, 7.1 KB of memory each
     epoch_steps: Count = 62_500  # gradient steps per epoch; each ends with an evaluation
     batch_size: Count = 32  # transitions per gradient step
@@ -88,7 +88,7 @@ class Training:
     cql_alpha: Amount = 0.1  # weight of the conservative term
     target_every: Count = 2_000  # gradient steps between target updates
     feature_size: Count = 512  # units of the dense layer; the paper has two of 32, 512 and 2048
-    eval_episodes: Index = 10  # episodes of each evaluation, at epsilon 0.001; 0: no evaluations
+    eval_episodes: Index = 10  # episodes of each evaluation, at epsilon 0.001
     eval_steps: Count = 27_000  # steps after which an episode of the evaluation is cut off
 
 
@@ -99,7 +99,7 @@ class Method:
     num_networks: Count = 5  # K, the online networks
     max_exponent: Amount = 3.0  # U_max: exponents are drawn from U(0, U_max); 0 never prunes
     max_sparsity_step: Share = 0.01  # S_max: most sparsity added at one target update
-    selection_loss: Literal["total", "td"] = "total"  # loss compared: TD + conservative, or TD
+    selection_loss: Literal["total", "td"] = "total"  # the loss compared
     reset_optimizer: bool = True  # zero Adam's moments and step counts at each target update
 
 
@@ -119,7 +119,7 @@ class QNetwork(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
         x = torch.relu(self.conv1(obs))
-        x = nn.functional.pad(x, (1, 2, 1, 2))  # as XLA's SAME, with the odd pixel at the end
+        x = nn.functional.pad(x, (1, 2, 1, 2))  # as XLA's SAME
         x = torch.relu(self.conv2(x))
         x = torch.relu(self.conv3(x))
         x = x.permute(0, 2, 3, 1).flatten(1)  # channels-last order: needs no copy

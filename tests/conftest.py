@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,21 @@ FIFTEEN_GAMES = {
 }
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let one process have all tests of a script in a file: they share the runs of a session."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    scripts = re.compile("|".join(path.stem for path in SCRIPTS.glob("*_*.py")))
+
+    class ByScript(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            return f"{file} {scripts.findall(test)[:1]}"
+
+    return ByScript(config, log)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is quick, and what takes minutes.
@@ -38,10 +54,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     alone = "test_one_file_alone_trains[eaudeqn_atari]"
     for item in items:
-        # With pytest-xdist, what shares runs or files of a session stays with one process.
-        script = re.search("|".join(path.stem for path in SCRIPTS.glob("*_*.py")), item.name)
-        group = item.path.name + (script.group() if script else "")
-        item.add_marker(pytest.mark.xdist_group(group))
         if item.path.name in ("test_blocks.py", "test_sparsity.py") or item.name == alone:
             item.add_marker(pytest.mark.quick)
         runs = item.path.name == "test_runs.py"
