@@ -262,7 +262,7 @@ class EauDeCQL(nn.Module):
         return td_losses, self.args.cql_alpha * gaps, taken.mean(1)
 
     def update(self, *batch: Tensor) -> None:
-        """Take one gradient step with all networks on a batch. Nothing waits for the device."""
+        """Take one gradient step with all networks; nothing waits for the device."""
         td_losses, cql_losses, q_values = self.loss(*batch)
         losses = td_losses + cql_losses
         losses.sum().backward()

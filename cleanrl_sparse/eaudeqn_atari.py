@@ -268,7 +268,7 @@ class EauDeQN(nn.Module):
         return actions
 
     def update(self, obs: Any, next_obs: Any, actions: Any, rewards: Any, terminated: Any) -> None:
-        """Take one gradient step with all networks on a batch. Nothing waits for the device."""
+        """Take one gradient step with all networks; nothing waits for the device."""
         with torch.no_grad(), self.autocast:
             next_q = self.target(next_obs).max(1).values
             td_target = rewards + self.args.gamma * next_q * (1 - terminated)  # [B]
