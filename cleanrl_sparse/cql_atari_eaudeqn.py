@@ -89,7 +89,7 @@ class Training:
     target_every: Count = 2_000  # gradient steps between target updates
     feature_size: Count = 512  # units of the dense layer; the paper has two of 32, 512 and 2048
     eval_episodes: Index = 10  # episodes of each evaluation, at epsilon 0.001
-    eval_steps: Count = 27_000  # steps after which an episode of the evaluation is cut off
+    eval_steps: Count = 27_000  # steps after which an evaluation episode is cut off
 
 
 @dataclass

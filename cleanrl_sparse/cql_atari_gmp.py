@@ -101,7 +101,7 @@ class Training:
     width: Count = 1  # multiplies the channels of the convolutions; the paper: 1 and 3
     feature_size: Count = 512  # units of the dense layer
     eval_episodes: Index = 10  # episodes of each evaluation, at epsilon 0.001; 0: no evaluations
-    eval_steps: Count = 27_000  # steps after which an episode of the evaluation is cut off
+    eval_steps: Count = 27_000  # steps after which an evaluation episode is cut off
 
 
 @dataclass

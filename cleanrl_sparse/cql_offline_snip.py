@@ -97,7 +97,7 @@ class Training:
     layers: Count = 3  # hidden layers
     epoch_steps: Count = 5_000  # gradient steps per epoch; each ends with an evaluation
     eval_episodes: Index = 10  # episodes of each evaluation, without noise; 0: no evaluations
-    eval_steps: Count = 1_000  # steps after which an episode of the evaluation is cut off
+    eval_steps: Count = 1_000  # steps after which an evaluation episode is cut off
 
 
 @dataclass

@@ -87,7 +87,7 @@ class Training:
     num_envs: Count = 1  # environments; if several, they step while the agent learns
     feature_size: Count = 512  # units of the dense layer; the paper has 32, 512 and 2048
     eval_episodes: Index = 10  # episodes of the final evaluation, at epsilon 0.001
-    eval_steps: Count = 27_000  # steps after which an episode of the evaluation is cut off
+    eval_steps: Count = 27_000  # steps after which an evaluation episode is cut off
 
 
 @dataclass

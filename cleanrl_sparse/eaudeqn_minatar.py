@@ -85,7 +85,7 @@ class Training:
     width: Count = 1  # multiplies the 16 channels of the convolution
     feature_size: Count = 128  # units of the dense layer
     eval_episodes: Index = 10  # episodes of the final evaluation, at epsilon 0.001
-    eval_steps: Count = 10_000  # steps after which an episode of the evaluation is cut off
+    eval_steps: Count = 10_000  # steps after which an evaluation episode is cut off
 
 
 # <<< shared: minatar-flags

@@ -93,7 +93,7 @@ class Training:
     epoch_steps: Count = 10_000  # steps per epoch; each ends with an evaluation
     num_envs: Count = 1  # environments, stepped one after another; periods count all their steps
     eval_episodes: Index = 10  # episodes of each evaluation, without noise; 0: no evaluations
-    eval_steps: Count = 1_000  # steps after which an episode of the evaluation is cut off
+    eval_steps: Count = 1_000  # steps after which an evaluation episode is cut off
 
 
 @dataclass
