@@ -139,8 +139,6 @@ def load_agent(folder: Path, use_c: bool = True) -> Any:
 
 
 # <<< shared: forward
-
-
 class AtariGames:
     """N games under Dopamine's protocol; `obs` [N, 4, 84, 84] uint8, or [N, 1, 210, 160, 3]."""
 
@@ -167,7 +165,7 @@ class MinAtarGames:
     """N MinAtar games; `obs` [N, C, 10, 10] float32, 0 or 1."""
 
     def __init__(self, env_id: str, num_envs: int, seed: int) -> None:
-        logging.disable()  # it warns that without seaborn it cannot draw
+        logging.disable()  # else it warns that it cannot draw without seaborn
         from minatar import Environment
 
         logging.disable(logging.NOTSET)
@@ -256,7 +254,7 @@ def film_of(args: Args, envs: Games, env_id: str, seed: int) -> Any:
         else:
             film = Environments(env_id, 1, seed, render_mode="rgb_array")
             film.envs[0].render()
-    except Exception as error:  # of many kinds, as the drawing libraries see fit
+    except Exception as error:  # of any kind, depending on the drawing library
         hint = "without a screen MuJoCo draws with EGL, or with OSMesa if MUJOCO_GL=osmesa"
         text = " ".join(str(error).split())
         require(False, f"--video: {env_id} cannot be filmed here: {text} ({hint})")
@@ -399,7 +397,7 @@ def main(args: Args) -> None:
         kind: Any = MinAtarGames if "minatar" in flags["script"] else AtariGames
         kind = Environments if policy else kind
         envs = kind(env_id, args.episodes, seed)
-    except Exception as error:  # of many kinds: a missing package, an environment that is gone
+    except Exception as error:  # of any kind: a missing package, a removed environment
         require(False, f"{env_id} cannot be made: {' '.join(str(error).split())}")
 
     def act(obs: np.ndarray) -> np.ndarray:

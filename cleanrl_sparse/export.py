@@ -183,8 +183,6 @@ def load_agent(folder: Path, use_c: bool = True) -> Any:
 
 
 # <<< shared: forward
-
-
 def network_of(flags: dict[str, Any], weights: dict[str, Tensor]) -> Network:
     """Return the acting network of a run."""
     found = {name: tensor.float().numpy() for name, tensor in weights.items()}
@@ -1471,7 +1469,7 @@ def observations(network: Network, count: int, seed: int, act: Any) -> np.ndarra
 
 def minatar_observations(network: Network, count: int, seed: int, act: Any) -> np.ndarray:
     """Return the same of MinAtar, of one episode after another."""
-    logging.disable()  # it warns that without seaborn it cannot draw
+    logging.disable()  # else it warns that it cannot draw without seaborn
     from minatar import Environment
 
     logging.disable(logging.NOTSET)
@@ -1583,7 +1581,7 @@ def main(args: Args) -> None:
         act = outputs if network.family == ACTOR else lambda obs: outputs(obs).argmax(1)
         try:
             obs = observations(network, args.observations, args.seed, act)
-        except Exception as error:  # of many kinds: a missing package, an environment that is gone
+        except Exception as error:  # of any kind: a missing package, a removed environment
             text = " ".join(str(error).split())
             hint = f"{out} is written; --observations 0 does without the comparison"
             require(False, f"{network.env_id} cannot be played: {text} ({hint})")

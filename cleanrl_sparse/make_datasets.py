@@ -129,7 +129,7 @@ def make_env(env_id: str, **options: Any) -> gym.Env:
     """
     try:
         import mujoco  # not before require_pictures()
-    except Exception as error:  # of many kinds, as the drawing libraries see fit
+    except Exception as error:  # of any kind, depending on the drawing library
         text = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot be imported with it"
         raise Exit(2, f"{text} ({' '.join(str(error).split())})") from None
 
@@ -534,8 +534,6 @@ def load_agent(folder: Path, use_c: bool = True) -> Any:
 
 
 # <<< shared: forward
-
-
 def find_rom(env_id: str) -> str:
     """Return the ROM (ms_pacman) of MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4, or ""."""
     titles = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
@@ -634,7 +632,7 @@ def outlive_readers() -> None:
 
 
 def command_line(main: Callable[[Args], None]) -> None:
-    """Run main; a fault ends it with one line and an exit status."""
+    """Run main; a fault ends the program with one line and an exit status."""
     try:
         main(parse(sys.argv[1:]))
     except (Exit, OSError, MemoryError, RuntimeError) as error:

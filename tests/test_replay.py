@@ -501,7 +501,7 @@ def test_restoring_another_game_is_refused(
     with pytest.raises(SystemExit) as end:
         eaudeqn.play_again(again, replay, games, Unasked())
     assert end.value.code == 2
-    assert "--resume: the games went another way" in capsys.readouterr().err
+    assert "--resume: the games went differently" in capsys.readouterr().err
 
 
 def test_runs_repeat_with_the_seed(eaudeqn: ModuleType) -> None:

@@ -1097,7 +1097,7 @@ def test_with_all_checkpoints_damaged_nothing_is_changed(
         before = contents(folder)
         output = run(script, f"--resume {folder}", cwd=tmp_path)
         assert output.status == 1 and "Traceback" not in output.stderr, output
-        assert output.complaints()[-1].endswith("checkpoint: no checkpoint is whole")
+        assert output.complaints()[-1].endswith("checkpoint: no checkpoint is intact")
         assert contents(folder) == before
 
     for future in side_by_side(work, ["flipped", "cut", "emptied"]).values():
@@ -1847,7 +1847,7 @@ def test_a_folder_that_another_process_writes_to_is_refused(
         before = contents(tmp_path / "run")
         output = run(script, "--resume run", cwd=tmp_path)
         assert output.status == 2
-        assert output.complaints() == [f"{script}.py: run: another process is at work on this run"]
+        assert output.complaints() == [f"{script}.py: run: another process is working on this run"]
         assert contents(tmp_path / "run") == before
 
 
