@@ -620,9 +620,11 @@ class Run:
             require(not any(self.folder.iterdir()), f"{self.folder}: no checkpoint is intact", 1)
         self.start = time.time() - state.get("seconds", 0.0)
         self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
-        complete = self.metrics.tell() >= state.get("metrics", 0)
-        require(complete, f"{self.metrics.name} is shorter than when the checkpoint was written")
-        self.metrics.truncate(state.get("metrics", 0))
+        size = state.get("metrics", 0)
+        require(
+            self.metrics.tell() >= size, f"{self.metrics.name} is shorter than the checkpoint's"
+        )
+        self.metrics.truncate(size)
         self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
         self.board.add_text("flags", "\n".join(f"    {k}: {v}" for k, v in vars(self.args).items()))
         return state
@@ -700,8 +702,8 @@ def progress_bar(total: int, initial: int, unit: str, label: str = "") -> tqdm:
     """Return a progress bar; without a terminal it prints a plain line every 30 seconds."""
     options: Any = {"unit": unit, "desc": label, "unit_scale": True, "dynamic_ncols": True}
     if not sys.stderr.isatty():
-        line_format = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
-        options |= {"mininterval": 30, "bar_format": line_format}
+        options["bar_format"] = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
+        options["mininterval"] = 30
     return tqdm(total=total, initial=initial, **options)
 
 

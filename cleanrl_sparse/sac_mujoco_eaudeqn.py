@@ -318,13 +318,12 @@ class EauDeSAC(nn.Module):
         actions, _ = self.actor.sample(torch.from_numpy(obs).to(self.device), noise)
         return actions.cpu().numpy()
 
-    def update(
-        self, obs: Any, actions: Any, next_obs: Any, rewards: Any, terminated: Any, noise: Any
-    ) -> None:
+    def update(self, *batch: Tensor) -> None:
         """Take one gradient step on a batch; noise [2, B, A] is for actions at next_obs and obs.
 
         Gradients are dense, the updated weights are masked. Nothing waits for the device.
         """
+        obs, actions, next_obs, rewards, terminated, noise = batch
         args, alpha = self.args, self.log_alpha.detach().exp()
         autocast = torch.autocast(self.device.type, torch.bfloat16, args.precision == "bf16")
         with torch.no_grad(), autocast:
@@ -523,8 +522,8 @@ def make_env(env_id: str) -> gym.Env:
     try:
         import mujoco  # here, as MUJOCO_GL may be wrong
     except Exception as error:  # of any kind, depending on the drawing library
-        text = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot be imported with it"
-        require(False, f"{text} ({' '.join(str(error).split())})")
+        line = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot be imported with it"
+        require(False, f"{line} ({' '.join(str(error).split())})")
     mujoco.set_mju_user_warning(lambda x: "deprecated" in x or sys.stderr.write(f"{x}\n"))
     name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
     near = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.3)) or "none"
@@ -538,8 +537,10 @@ def make_env(env_id: str) -> gym.Env:
     fits = all(isinstance(space, gym.spaces.Box) for space in (obs, actions))
     fits = fits and all(len(x.shape) == 1 and x.shape[0] > 0 for x in (obs, actions))
     fits = fits and actions.dtype.kind == "f" and actions.is_bounded()
-    text = "needs a vector of observations and one of bounded continuous actions"
-    require(fits, f"--env-id {env_id}: {text}")
+    line = (
+        f"--env-id {env_id}: needs a vector of observations and one of bounded continuous actions"
+    )
+    require(fits, line)
     return env
 
 
@@ -789,9 +790,11 @@ class Run:
             require(not any(self.folder.iterdir()), f"{self.folder}: no checkpoint is intact", 1)
         self.start = time.time() - state.get("seconds", 0.0)
         self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
-        complete = self.metrics.tell() >= state.get("metrics", 0)
-        require(complete, f"{self.metrics.name} is shorter than when the checkpoint was written")
-        self.metrics.truncate(state.get("metrics", 0))
+        size = state.get("metrics", 0)
+        require(
+            self.metrics.tell() >= size, f"{self.metrics.name} is shorter than the checkpoint's"
+        )
+        self.metrics.truncate(size)
         self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
         self.board.add_text("flags", "\n".join(f"    {k}: {v}" for k, v in vars(self.args).items()))
         return state
@@ -869,8 +872,8 @@ def progress_bar(total: int, initial: int, unit: str, label: str = "") -> tqdm:
     """Return a progress bar; without a terminal it prints a plain line every 30 seconds."""
     options: Any = {"unit": unit, "desc": label, "unit_scale": True, "dynamic_ncols": True}
     if not sys.stderr.isatty():
-        line_format = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
-        options |= {"mininterval": 30, "bar_format": line_format}
+        options["bar_format"] = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
+        options["mininterval"] = 30
     return tqdm(total=total, initial=initial, **options)
 
 
