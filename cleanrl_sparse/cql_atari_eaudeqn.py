@@ -3,7 +3,7 @@
 # dependencies = ["torch>=2.13", "numpy>=1.26", "ale-py>=0.12.1", "gymnasium>=1.2", "tyro>=0.9",
 #                 "safetensors>=0.5", "tensorboard>=2.18", "tqdm>=4.66", "wandb>=0.18"]
 # ///
-"""Eau De Q-Network on Atari offline: a CQL that prunes itself at the pace at which it learns.
+"""Eau De Q-Network on Atari offline: a CQL that prunes itself as it learns.
 
 Paper: Vincent, Faust, Tripathi, Peters, D'Eramo, "Eau De Q-Network: Adaptive Distillation of
 Neural Networks in Deep Reinforcement Learning", 2025, arXiv 2503.01437 (EauDeCQL).
@@ -99,7 +99,7 @@ class Method:
     num_networks: Count = 5  # K, the online networks
     max_exponent: Amount = 3.0  # U_max: exponents are drawn from U(0, U_max); 0 never prunes
     max_sparsity_step: Share = 0.01  # S_max: most sparsity added at one target update
-    selection_loss: Literal["total", "td"] = "total"  # the loss that networks are compared by
+    selection_loss: Literal["total", "td"] = "total"  # loss to compare networks by
     reset_optimizer: bool = True  # zero Adam's moments and step counts at each target update
 
 
@@ -119,7 +119,7 @@ class QNetwork(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
         x = torch.relu(self.conv1(obs))
-        x = nn.functional.pad(x, (1, 2, 1, 2))  # as XLA's SAME padding: the odd pixel at the end
+        x = nn.functional.pad(x, (1, 2, 1, 2))  # as XLA's SAME: odd pixel at the end
         x = torch.relu(self.conv2(x))
         x = torch.relu(self.conv3(x))
         x = x.permute(0, 2, 3, 1).flatten(1)  # channels-last order needs no copy
@@ -130,7 +130,7 @@ class QNetwork(nn.Module):
 
 # >>> shared: sparsity
 def prunable(network: nn.Module) -> dict[str, Tensor]:
-    """Return the weights that may be pruned, by layer: tensors of two or more dimensions."""
+    """Return the weights that may be pruned, by layer: matrices and kernels."""
     return {k.removesuffix(".weight"): p for k, p in network.named_parameters() if p.ndim >= 2}
 
 
@@ -141,7 +141,7 @@ def add_masks(network: nn.Module) -> None:
 
 
 def sparsity_report(network: nn.Module) -> dict[str, float]:
-    """Return the sparsity of the network and of each layer, and how many parameters are left."""
+    """Return the sparsity of network and layers, and how many parameters are left."""
     weights, total = prunable(network), sum(p.numel() for p in network.parameters())
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     pruned, size = sum(zeros.values()), sum(weight.numel() for weight in weights.values())
@@ -205,7 +205,7 @@ def next_sparsity(sparsity: float, exponent: float, step: int, args: Args) -> fl
 
 
 class EauDeCQL(nn.Module):
-    """K online networks with their accumulated losses, and the target network they share."""
+    """K online networks with accumulated losses, and the target network they share."""
 
     def __init__(self, args: Args, num_actions: int, device: torch.device) -> None:
         super().__init__()
@@ -220,12 +220,12 @@ class EauDeCQL(nn.Module):
         self.masks = list(self.online.buffers())
         adam: Any = {"lr": args.learning_rate, "eps": args.adam_eps, "capturable": args.compile}
         self.optimizer = torch.optim.Adam(self.online.parameters(), fused=True, **adam)
-        self.accumulated_loss = nn.Buffer(torch.zeros(k, device=device))  # since the target changed
+        self.accumulated_loss = nn.Buffer(torch.zeros(k, device=device))  # since target update
         self.latest = nn.Buffer(torch.zeros(3, k, device=device))  # both losses, mean Q-values
         self.losses = np.zeros(k)  # copy of accumulated_loss on the host
         self.sparsity = [0.0] * k  # nominal; the masks' counts are rounded
         self.gradient_step, self.selected = 0, 0
-        uses = ("exponent", "score")  # each use of randomness has its own generator
+        uses = ("exponent", "score")  # a generator for each use
         self.rng = {use: np.random.default_rng((args.seed, i)) for i, use in enumerate(uses)}
         self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -245,7 +245,7 @@ class EauDeCQL(nn.Module):
             rng.bit_generator.state = state["rng"][use]
 
     def best(self) -> int:
-        """Return the index of the smallest loss; NaN never wins, ties go to the first."""
+        """Return the index of the smallest loss; never NaN, of equal ones the first."""
         return int(np.where(np.isfinite(self.losses), self.losses, math.inf).argmin())
 
     def loss(self, obs: Any, next_obs: Any, actions: Any, rewards: Any, discounts: Any) -> Any:
@@ -287,7 +287,7 @@ class EauDeCQL(nn.Module):
 
     # <<< shared: captured-update
     def learn(self, dataset: Dataset, steps: int) -> None:
-        """Take that many gradient steps."""
+        """Take `steps` gradient steps."""
         for _ in range(steps):
             self.captured_update(dataset)
         self.gradient_step += steps
@@ -295,7 +295,7 @@ class EauDeCQL(nn.Module):
 
     @torch.no_grad()
     def update_target(self, step: int) -> None:
-        """Make the best network the target, network 1 its copy, the others its pruned copies."""
+        """Make the best network target and network 1; the others are its pruned copies."""
         args, best = self.args, self.best()
         sparsity = self.sparsity[best]
         self.target.load_state_dict(self.online[best].state_dict())
@@ -459,7 +459,7 @@ def find_transitions(
 
 
 class Dataset:
-    """An epoch's part of the replay, on the device: the first rows of some of its checkpoints.
+    """An epoch's part of the replay, on the device: the first rows of some checkpoints.
 
     Frames are stored once; a state is its row's frame and those of the three rows before it.
     Before each episode Dopamine writes three black rows, which its network also saw.
@@ -478,13 +478,13 @@ class Dataset:
             for part in self.kinds:
                 self.read(number, part, peek=True)
                 with open(self.path(number, part), "rb") as file:
-                    size = file.seek(-8, os.SEEK_END)  # where gzip's checksum and length begin
+                    size = file.seek(-8, os.SEEK_END)  # gzip's checksum and length
                     digest.update(f"{part} {number} {size} {file.read().hex()}".encode())
         self.digest, size = digest.hexdigest(), count * n
         self.frames = torch.zeros(size + args.n_step, 84, 84, dtype=torch.uint8, device=device)
         self.outcomes = torch.zeros(size, 2, device=device)  # return, discount
         self.actions = torch.zeros(size, dtype=torch.long, device=device)
-        self.rows = torch.zeros(size, dtype=torch.long, device=device)  # the rows that can be drawn
+        self.rows = torch.zeros(size, dtype=torch.long, device=device)  # rows that can be drawn
         self.count = torch.zeros(1, dtype=torch.long, device=device)  # how many of them
         self.stack = torch.arange(-3, 1, device=device)
         self.nbytes = sum(x.nbytes for x in (self.frames, self.outcomes, self.actions, self.rows))
@@ -524,7 +524,7 @@ class Dataset:
     def checked(
         self, number: int, frames: np.ndarray, actions: Any, rewards: Any, terminal: Any
     ) -> tuple[np.ndarray, ...]:
-        """Return which rows of a checkpoint can be drawn, and actions, returns, discounts."""
+        """Return which of its rows can be drawn, and actions, returns, discounts."""
         tops = {"$store$_action": self.num_actions, "$store$_terminal": 2}
         for (part, top), values in zip(tops.items(), (actions, terminal)):
             fits = values.min() >= 0 and values.max() < top
@@ -622,7 +622,7 @@ def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
 
 
-# Types of flags: smallest and largest value, then how messages and --help describe the range.
+# Types of flags: smallest and largest value, and the range in messages and in --help.
 ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
 Count = Annotated[int, (1, math.inf, "at least 1"), integer("INT >= 1")]
 Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), integer("INT >= 0")]
@@ -637,9 +637,9 @@ class Running:
 
     device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
-    compile: bool = False  # sampling and update as a CUDA graph (not yet tested on a GPU)
+    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
     run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
-    resume: str = ""  # continue the run in this folder, with its flags; no others may be given
+    resume: str = ""  # continue the run in this folder, with its flags; give no others
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
     keep_checkpoint: bool = False  # keep the last checkpoints of a finished run
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
@@ -660,7 +660,7 @@ class Args(Running, Training, Method):
 
 # >>> shared: run
 class Run:
-    """A run's folder: records (metrics.jsonl is the source of truth), checkpoints, the model."""
+    """A run's folder: records (metrics.jsonl is the truth), checkpoints, the model."""
 
     def __init__(self, args: Args, title: str) -> None:
         script, at = Path(__file__), time.time_ns() // 1000
@@ -689,7 +689,7 @@ class Run:
             device = torch.cuda.get_device_name() if args.device != "cpu" else platform.platform()
             versions = {"commit": head.strip() or None, "device": device, "python": sys.version}
             packages = {d.name: d.version for d in reversed([*distributions()])}
-            self.write("args.json", self.script | vars(args))  # first: all that --resume needs
+            self.write("args.json", self.script | vars(args))  # first: --resume needs it
             self.write("versions.json", versions | {"packages": packages})
         self.folder.mkdir(exist_ok=True)
         self.stops: list[int] = []  # signals received; SIGHUP stays ignored under nohup
@@ -721,9 +721,7 @@ class Run:
         self.start = time.time() - state.get("seconds", 0.0)
         self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
         size = state.get("metrics", 0)
-        require(
-            self.metrics.tell() >= size, f"{self.metrics.name} is shorter than the checkpoint's"
-        )
+        require(self.metrics.tell() >= size, f"{self.metrics.name} is too short for the checkpoint")
         self.metrics.truncate(size)
         self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
         self.board.add_text("flags", "\n".join(f"    {k}: {v}" for k, v in vars(self.args).items()))
@@ -737,7 +735,7 @@ class Run:
             self.board.add_scalar(key, value, step)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, named by step and SHA-256, and stop if a signal was received."""
+        """Write a checkpoint, named by step and SHA-256; after a signal, stop."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
         size = os.fstat(self.metrics.fileno()).st_size
@@ -752,7 +750,7 @@ class Run:
         require(not self.stops, f"stopped at step {step}; continue with --resume {self.path}", 75)
 
     def finish(self, step: int, network: nn.Module, scores: dict[str, float], **extra: Any) -> None:
-        """Save the network, its zeros unsigned, with its flags; write and print final.json."""
+        """Save the network (-0.0 as 0.0) with its flags; write and print final.json."""
         flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
         weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
         self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))
@@ -769,7 +767,7 @@ class Run:
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 stopped, resumable."""
+    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 resumable."""
     if not accepted:
         for bar in [*getattr(tqdm, "_instances", ())]:
             bar.close()  # so that the line comes last
@@ -799,7 +797,7 @@ def find_device(args: Args) -> torch.device:
 
 
 def progress_bar(total: int, initial: int, unit: str, label: str = "") -> tqdm:
-    """Return a progress bar; without a terminal it prints a plain line every 30 seconds."""
+    """Return a progress bar; without a terminal, a plain line every 30 seconds."""
     options: Any = {"unit": unit, "desc": label, "unit_scale": True, "dynamic_ncols": True}
     if not sys.stderr.isatty():
         options["bar_format"] = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
@@ -829,7 +827,7 @@ def parse() -> Args:
 
 
 class Output(io.FileIO):
-    """Standard output or error; when nobody reads it any more, it is dropped, not an error."""
+    """Standard output or error; what nobody reads any more is dropped."""
 
     def write(self, data: Any) -> int:
         """Write, or drop what cannot be written."""
@@ -840,19 +838,19 @@ class Output(io.FileIO):
 
 def command_line() -> None:
     """Run main; a fault ends the program with one line and an exit status."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)  # where it is missing, max does nothing
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # make glibc keep freed memory:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)  # max: do nothing
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # keep freed memory:
         mallopt(option, value)  # else every update page-faults on its gradients
     try:
         main(parse())
     except Exception as error:
         cause = f"{type(error).__name__}: "
         if "allocate" in str(error):
-            cause = "these flags need more memory than there is: "
+            cause = "these flags need more memory than is available: "
         elif type(error).__module__.startswith("wandb"):
             cause = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
         elif not isinstance(error, OSError):
-            traceback.print_exc()  # a fault of ours
+            traceback.print_exc()  # a bug of this script
         require(False, cause + str(error).partition("\n")[0], 1)
 
 

@@ -3,7 +3,7 @@
 # dependencies = ["torch>=2.13", "numpy>=1.26", "minatar>=1.0.15", "tyro>=0.9",
 #                 "safetensors>=0.5", "tensorboard>=2.18", "tqdm>=4.66", "wandb>=0.18"]
 # ///
-"""Eau De Q-Network on MinAtar: a DQN that prunes itself at the pace at which it learns.
+"""Eau De Q-Network on MinAtar: a DQN that prunes itself as it learns.
 
 Paper: Vincent, Faust, Tripathi, Peters, D'Eramo, "Eau De Q-Network: Adaptive Distillation of
 Neural Networks in Deep Reinforcement Learning", 2025, arXiv 2503.01437. The games: Young and Tian,
@@ -18,7 +18,7 @@ set when pruning starts, how fast it goes or where it ends.
     python eaudeqn_minatar.py --num-networks 1 --no-reset-optimizer # plain DQN
     python eaudeqn_minatar.py --resume RUN_DIR
 
-The method is that of eaudeqn_atari.py, with its guesses. What differs ([D] our decision):
+The method and its guesses are as in eaudeqn_atari.py. Differences ([D] our decision):
  1. [D] The agent's settings are those with which a dense DQN learns best on two of the games.
  2. [D] One environment without a step limit, as in MinAtar's own DQN; rewards are not clipped.
  3. [D] The K networks are computed as one batched product and share Adam's step count.
@@ -149,7 +149,7 @@ def greedy(network: QNetwork, obs: np.ndarray) -> int:
 # <<< shared: minatar-network
 # >>> shared: sparsity
 def prunable(network: nn.Module) -> dict[str, Tensor]:
-    """Return the weights that may be pruned, by layer: tensors of two or more dimensions."""
+    """Return the weights that may be pruned, by layer: matrices and kernels."""
     return {k.removesuffix(".weight"): p for k, p in network.named_parameters() if p.ndim >= 2}
 
 
@@ -160,7 +160,7 @@ def add_masks(network: nn.Module) -> None:
 
 
 def sparsity_report(network: nn.Module) -> dict[str, float]:
-    """Return the sparsity of the network and of each layer, and how many parameters are left."""
+    """Return the sparsity of network and layers, and how many parameters are left."""
     weights, total = prunable(network), sum(p.numel() for p in network.parameters())
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     pruned, size = sum(zeros.values()), sum(weight.numel() for weight in weights.values())
@@ -224,7 +224,7 @@ def next_sparsity(sparsity: float, exponent: float, step: int, args: Args) -> fl
 
 
 class EauDeQN(nn.Module):
-    """K online networks with their accumulated losses, and the target network they share."""
+    """K online networks with accumulated losses, and the target network they share."""
 
     def __init__(self, args: Args, channels: int, num_actions: int, device: torch.device) -> None:
         super().__init__()
@@ -241,11 +241,11 @@ class EauDeQN(nn.Module):
         self.weights = [p.requires_grad_() for p in self.stacked][::2]
         adam: Any = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True}
         self.optimizer = torch.optim.Adam(self.stacked, **adam)
-        self.accumulated_loss = nn.Buffer(torch.zeros(k, device=device))  # since the target changed
+        self.accumulated_loss = nn.Buffer(torch.zeros(k, device=device))  # since target update
         self.latest = nn.Buffer(torch.zeros(2, k, device=device))  # losses and mean Q-values
         self.sparsity = [0.0] * k  # nominal; the masks' counts are rounded
         self.gradient_step, self.selected = 0, 0
-        # Each use of randomness has its own generator: with K = 1 the actions are plain DQN's.
+        # A generator for each use: with K = 1 the actions are plain DQN's.
         uses = ("act", "network", "exponent", "score", "selection")
         self.rng = {use: np.random.default_rng((args.seed, i)) for i, use in enumerate(uses)}
         self.read_losses()
@@ -265,7 +265,7 @@ class EauDeQN(nn.Module):
         self.read_losses()
 
     def best(self) -> int:
-        """Return the index of the smallest loss; NaN never wins, ties go to the first."""
+        """Return the index of the smallest loss; never NaN, of equal ones the first."""
         return int(np.where(np.isfinite(self.losses), self.losses, math.inf).argmin())
 
     def read_losses(self) -> None:
@@ -303,7 +303,7 @@ class EauDeQN(nn.Module):
             self.latest.copy_(torch.stack([losses, q_taken.mean(1)]))
 
     def learn(self, replay: PackedReplay, step: int) -> None:
-        """Sample and update as often as due by `step`."""
+        """Take the gradient steps due by `step`."""
         ratio = self.args.replay_ratio
         due = math.floor(step * ratio) - math.floor(self.args.learning_starts * ratio)
         if self.gradient_step >= due:
@@ -315,7 +315,7 @@ class EauDeQN(nn.Module):
 
     @torch.no_grad()
     def update_target(self, step: int) -> None:
-        """Make the best network the target, network 1 its copy, the others its pruned copies."""
+        """Make the best network target and network 1; the others are its pruned copies."""
         args, best = self.args, self.best()
         if args.selection == "random":
             best = int(self.rng["selection"].choice(np.flatnonzero(np.isfinite(self.losses))))
@@ -559,7 +559,7 @@ def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
 
 
-# Types of flags: smallest and largest value, then how messages and --help describe the range.
+# Types of flags: smallest and largest value, and the range in messages and in --help.
 ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
 Count = Annotated[int, (1, math.inf, "at least 1"), integer("INT >= 1")]
 Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), integer("INT >= 0")]
@@ -574,9 +574,9 @@ class Running:
 
     device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
-    compile: bool = False  # sampling and update as a CUDA graph (not yet tested on a GPU)
+    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
     run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
-    resume: str = ""  # continue the run in this folder, with its flags; no others may be given
+    resume: str = ""  # continue the run in this folder, with its flags; give no others
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
     keep_checkpoint: bool = False  # keep the last checkpoints of a finished run
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
@@ -601,7 +601,7 @@ class Args(Running, Training, Method):
 
 # >>> shared: run
 class Run:
-    """A run's folder: records (metrics.jsonl is the source of truth), checkpoints, the model."""
+    """A run's folder: records (metrics.jsonl is the truth), checkpoints, the model."""
 
     def __init__(self, args: Args, title: str) -> None:
         script, at = Path(__file__), time.time_ns() // 1000
@@ -630,7 +630,7 @@ class Run:
             device = torch.cuda.get_device_name() if args.device != "cpu" else platform.platform()
             versions = {"commit": head.strip() or None, "device": device, "python": sys.version}
             packages = {d.name: d.version for d in reversed([*distributions()])}
-            self.write("args.json", self.script | vars(args))  # first: all that --resume needs
+            self.write("args.json", self.script | vars(args))  # first: --resume needs it
             self.write("versions.json", versions | {"packages": packages})
         self.folder.mkdir(exist_ok=True)
         self.stops: list[int] = []  # signals received; SIGHUP stays ignored under nohup
@@ -662,9 +662,7 @@ class Run:
         self.start = time.time() - state.get("seconds", 0.0)
         self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
         size = state.get("metrics", 0)
-        require(
-            self.metrics.tell() >= size, f"{self.metrics.name} is shorter than the checkpoint's"
-        )
+        require(self.metrics.tell() >= size, f"{self.metrics.name} is too short for the checkpoint")
         self.metrics.truncate(size)
         self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
         self.board.add_text("flags", "\n".join(f"    {k}: {v}" for k, v in vars(self.args).items()))
@@ -678,7 +676,7 @@ class Run:
             self.board.add_scalar(key, value, step)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, named by step and SHA-256, and stop if a signal was received."""
+        """Write a checkpoint, named by step and SHA-256; after a signal, stop."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
         size = os.fstat(self.metrics.fileno()).st_size
@@ -693,7 +691,7 @@ class Run:
         require(not self.stops, f"stopped at step {step}; continue with --resume {self.path}", 75)
 
     def finish(self, step: int, network: nn.Module, scores: dict[str, float], **extra: Any) -> None:
-        """Save the network, its zeros unsigned, with its flags; write and print final.json."""
+        """Save the network (-0.0 as 0.0) with its flags; write and print final.json."""
         flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
         weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
         self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))
@@ -710,7 +708,7 @@ class Run:
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 stopped, resumable."""
+    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 resumable."""
     if not accepted:
         for bar in [*getattr(tqdm, "_instances", ())]:
             bar.close()  # so that the line comes last
@@ -740,7 +738,7 @@ def find_device(args: Args) -> torch.device:
 
 
 def progress_bar(total: int, initial: int, unit: str, label: str = "") -> tqdm:
-    """Return a progress bar; without a terminal it prints a plain line every 30 seconds."""
+    """Return a progress bar; without a terminal, a plain line every 30 seconds."""
     options: Any = {"unit": unit, "desc": label, "unit_scale": True, "dynamic_ncols": True}
     if not sys.stderr.isatty():
         options["bar_format"] = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
@@ -770,7 +768,7 @@ def parse() -> Args:
 
 
 class Output(io.FileIO):
-    """Standard output or error; when nobody reads it any more, it is dropped, not an error."""
+    """Standard output or error; what nobody reads any more is dropped."""
 
     def write(self, data: Any) -> int:
         """Write, or drop what cannot be written."""
@@ -781,19 +779,19 @@ class Output(io.FileIO):
 
 def command_line() -> None:
     """Run main; a fault ends the program with one line and an exit status."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)  # where it is missing, max does nothing
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # make glibc keep freed memory:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)  # max: do nothing
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # keep freed memory:
         mallopt(option, value)  # else every update page-faults on its gradients
     try:
         main(parse())
     except Exception as error:
         cause = f"{type(error).__name__}: "
         if "allocate" in str(error):
-            cause = "these flags need more memory than there is: "
+            cause = "these flags need more memory than is available: "
         elif type(error).__module__.startswith("wandb"):
             cause = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
         elif not isinstance(error, OSError):
-            traceback.print_exc()  # a fault of ours
+            traceback.print_exc()  # a bug of this script
         require(False, cause + str(error).partition("\n")[0], 1)
 
 

@@ -53,7 +53,7 @@ class Args:
     episodes: int = 10  # episodes to play, at least 1
     steps: int = 27_000  # steps after which an episode is cut off, at least 1
     epsilon: float = 0.001  # Atari, MinAtar: probability of a random action, in [0, 1]
-    seed: int = 0  # seed of the episodes, none of which training has seen; at least 0
+    seed: int = 0  # seed of the episodes, which training never sees; at least 0
     device: str = "cpu"  # cpu, cuda or cuda:INDEX
     video: Path | None = None  # film the first episode into this .mp4 file
     card: bool = False  # write RUN_DIR/README.md, a model card for the Hugging Face hub

@@ -239,7 +239,7 @@ class Actor(nn.Sequential):
         """Return actions [..., B, A] in [-1, 1] and their log-probabilities [..., B].
 
         obs is [B, O], noise [..., B, A] standard normal. With u = mean + std * noise,
-        log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), and the last logarithm is
+        log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), and the last term is
         2 * (log 2 - u - softplus(-2 * u)), which neither overflows nor loses digits at large |u|.
         """
         mean, log_std = self(obs)
@@ -578,7 +578,7 @@ def record_atari(args: Args, rom: str) -> None:
 
 
 class Output(io.FileIO):
-    """Standard output or error; when nobody reads it any more, it is dropped, not an error."""
+    """Standard output or error; what nobody reads any more is dropped."""
 
     def write(self, data: Any) -> int:
         """Write, or drop what cannot be written."""
@@ -604,7 +604,7 @@ def command_line(main: Callable[[Args], None]) -> None:
         main(parse(sys.argv[1:]))
     except (Exit, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise  # a fault of ours: show its traceback
+            raise  # a bug of this script: show its traceback
         hint = "" if isinstance(error, OSError) else "these flags need more memory than there is: "
         status, line = (
             error.args if isinstance(error, Exit) else (1, f"{hint}{str(error).splitlines()[0]}")

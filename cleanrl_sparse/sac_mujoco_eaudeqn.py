@@ -138,7 +138,7 @@ class Actor(nn.Sequential):
         """Return actions [..., B, A] in [-1, 1] and their log-probabilities [..., B].
 
         obs is [B, O], noise [..., B, A] standard normal. With u = mean + std * noise,
-        log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), and the last logarithm is
+        log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), and the last term is
         2 * (log 2 - u - softplus(-2 * u)), which neither overflows nor loses digits at large |u|.
         """
         mean, log_std = self(obs)
@@ -190,7 +190,7 @@ def critic_network(stacks: list[Tensor], n: int) -> nn.Sequential:
 # <<< shared: sac-networks
 # >>> shared: sparsity
 def prunable(network: nn.Module) -> dict[str, Tensor]:
-    """Return the weights that may be pruned, by layer: tensors of two or more dimensions."""
+    """Return the weights that may be pruned, by layer: matrices and kernels."""
     return {k.removesuffix(".weight"): p for k, p in network.named_parameters() if p.ndim >= 2}
 
 
@@ -201,7 +201,7 @@ def add_masks(network: nn.Module) -> None:
 
 
 def sparsity_report(network: nn.Module) -> dict[str, float]:
-    """Return the sparsity of the network and of each layer, and how many parameters are left."""
+    """Return the sparsity of network and layers, and how many parameters are left."""
     weights, total = prunable(network), sum(p.numel() for p in network.parameters())
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     pruned, size = sum(zeros.values()), sum(weight.numel() for weight in weights.values())
@@ -392,7 +392,7 @@ class EauDeSAC(nn.Module):
             rng.bit_generator.state = state["rng"][use]
 
     def learn(self, replay: Replay, step: int) -> None:
-        """Sample and update as often as due by `step`; choose every --prune-every updates."""
+        """Take the gradient steps due by `step`; choose after every --prune-every of them."""
         ema = self.args.loss_aggregation == "ema"
         while self.gradient_step < self.updates_by(step):
             self.captured_update(replay)
@@ -405,7 +405,7 @@ class EauDeSAC(nn.Module):
                 self.choose_and_prune()
 
     def best(self) -> int:
-        """Return the index of the smallest loss; NaN never wins, ties go to the first."""
+        """Return the index of the smallest loss; never NaN, of equal ones the first."""
         return int(self.accumulated_loss.nan_to_num(math.inf, math.inf).argmin())
 
     @torch.no_grad()
@@ -537,10 +537,8 @@ def make_env(env_id: str) -> gym.Env:
     fits = all(isinstance(space, gym.spaces.Box) for space in (obs, actions))
     fits = fits and all(len(x.shape) == 1 and x.shape[0] > 0 for x in (obs, actions))
     fits = fits and actions.dtype.kind == "f" and actions.is_bounded()
-    line = (
-        f"--env-id {env_id}: needs a vector of observations and one of bounded continuous actions"
-    )
-    require(fits, line)
+    needed = "needs a vector of observations and one of bounded continuous actions"
+    require(fits, f"--env-id {env_id}: {needed}")
     return env
 
 
@@ -686,7 +684,7 @@ def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
 
 
-# Types of flags: smallest and largest value, then how messages and --help describe the range.
+# Types of flags: smallest and largest value, and the range in messages and in --help.
 ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
 Count = Annotated[int, (1, math.inf, "at least 1"), integer("INT >= 1")]
 Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), integer("INT >= 0")]
@@ -701,9 +699,9 @@ class Running:
 
     device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
-    compile: bool = False  # sampling and update as a CUDA graph (not yet tested on a GPU)
+    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
     run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
-    resume: str = ""  # continue the run in this folder, with its flags; no others may be given
+    resume: str = ""  # continue the run in this folder, with its flags; give no others
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
     keep_checkpoint: bool = False  # keep the last checkpoints of a finished run
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
@@ -730,7 +728,7 @@ class Args(Running, Training, Method):
 
 # >>> shared: run
 class Run:
-    """A run's folder: records (metrics.jsonl is the source of truth), checkpoints, the model."""
+    """A run's folder: records (metrics.jsonl is the truth), checkpoints, the model."""
 
     def __init__(self, args: Args, title: str) -> None:
         script, at = Path(__file__), time.time_ns() // 1000
@@ -759,7 +757,7 @@ class Run:
             device = torch.cuda.get_device_name() if args.device != "cpu" else platform.platform()
             versions = {"commit": head.strip() or None, "device": device, "python": sys.version}
             packages = {d.name: d.version for d in reversed([*distributions()])}
-            self.write("args.json", self.script | vars(args))  # first: all that --resume needs
+            self.write("args.json", self.script | vars(args))  # first: --resume needs it
             self.write("versions.json", versions | {"packages": packages})
         self.folder.mkdir(exist_ok=True)
         self.stops: list[int] = []  # signals received; SIGHUP stays ignored under nohup
@@ -791,9 +789,7 @@ class Run:
         self.start = time.time() - state.get("seconds", 0.0)
         self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
         size = state.get("metrics", 0)
-        require(
-            self.metrics.tell() >= size, f"{self.metrics.name} is shorter than the checkpoint's"
-        )
+        require(self.metrics.tell() >= size, f"{self.metrics.name} is too short for the checkpoint")
         self.metrics.truncate(size)
         self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
         self.board.add_text("flags", "\n".join(f"    {k}: {v}" for k, v in vars(self.args).items()))
@@ -807,7 +803,7 @@ class Run:
             self.board.add_scalar(key, value, step)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, named by step and SHA-256, and stop if a signal was received."""
+        """Write a checkpoint, named by step and SHA-256; after a signal, stop."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
         size = os.fstat(self.metrics.fileno()).st_size
@@ -822,7 +818,7 @@ class Run:
         require(not self.stops, f"stopped at step {step}; continue with --resume {self.path}", 75)
 
     def finish(self, step: int, network: nn.Module, scores: dict[str, float], **extra: Any) -> None:
-        """Save the network, its zeros unsigned, with its flags; write and print final.json."""
+        """Save the network (-0.0 as 0.0) with its flags; write and print final.json."""
         flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
         weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
         self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))
@@ -839,7 +835,7 @@ class Run:
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 stopped, resumable."""
+    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 resumable."""
     if not accepted:
         for bar in [*getattr(tqdm, "_instances", ())]:
             bar.close()  # so that the line comes last
@@ -869,7 +865,7 @@ def find_device(args: Args) -> torch.device:
 
 
 def progress_bar(total: int, initial: int, unit: str, label: str = "") -> tqdm:
-    """Return a progress bar; without a terminal it prints a plain line every 30 seconds."""
+    """Return a progress bar; without a terminal, a plain line every 30 seconds."""
     options: Any = {"unit": unit, "desc": label, "unit_scale": True, "dynamic_ncols": True}
     if not sys.stderr.isatty():
         options["bar_format"] = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
@@ -899,7 +895,7 @@ def parse() -> Args:
 
 
 class Output(io.FileIO):
-    """Standard output or error; when nobody reads it any more, it is dropped, not an error."""
+    """Standard output or error; what nobody reads any more is dropped."""
 
     def write(self, data: Any) -> int:
         """Write, or drop what cannot be written."""
@@ -910,19 +906,19 @@ class Output(io.FileIO):
 
 def command_line() -> None:
     """Run main; a fault ends the program with one line and an exit status."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)  # where it is missing, max does nothing
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # make glibc keep freed memory:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)  # max: do nothing
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # keep freed memory:
         mallopt(option, value)  # else every update page-faults on its gradients
     try:
         main(parse())
     except Exception as error:
         cause = f"{type(error).__name__}: "
         if "allocate" in str(error):
-            cause = "these flags need more memory than there is: "
+            cause = "these flags need more memory than is available: "
         elif type(error).__module__.startswith("wandb"):
             cause = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
         elif not isinstance(error, OSError):
-            traceback.print_exc()  # a fault of ours
+            traceback.print_exc()  # a bug of this script
         require(False, cause + str(error).partition("\n")[0], 1)
 
 
