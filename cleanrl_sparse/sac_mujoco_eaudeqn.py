@@ -31,7 +31,7 @@ and little is known of this variant; the base is slimSAC, by the same group):
  6. [D] Adam's moments are copied with the weights, because the targets do not jump at a choice.
  7. [D] Glorot-uniform weights, as in sac_mujoco_gmp.py; slimSAC has Flax's LeCun-normal.
  8. [D] The actor and the pair of critics with the smallest loss are saved.
- 9. [D] A pair whose loss is not finite is replaced at the next choice; if pair 1, the run ends.
+ 9. [D] A pair whose loss is not finite is replaced at the next choice; for pair 1 the run ends.
 10. [D] An evaluation is 10 episodes, always the same ones; in slimSAC it is one episode.
 
 Figures: benchmark/eaudesac_mujoco.sh. More: docs/sac_mujoco_eaudeqn.md.
@@ -240,8 +240,8 @@ def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
 def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
     """Shrink the masks to these densities; the weights do not change.
 
-    Counts are exact, of equal scores the lower index is kept, and so is one weight per tensor at
-    least. Pruned weights score -inf, so they stay pruned.
+    Counts are exact, ties keep the lower index, and every tensor keeps at least one weight. Pruned
+    weights score -inf, so they stay pruned.
     """
     for score, mask, density in zip(pruning_scores(network, rng), network.buffers(), densities):
         flat = torch.where(mask > 0, score, -math.inf).flatten().cpu().numpy()
