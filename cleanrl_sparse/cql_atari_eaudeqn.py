@@ -3,7 +3,7 @@
 # dependencies = ["torch>=2.13", "numpy>=1.26", "ale-py>=0.12.1", "gymnasium>=1.2", "tyro>=0.9",
 #                 "safetensors>=0.5", "tensorboard>=2.18", "tqdm>=4.66", "wandb>=0.18"]
 # ///
-"""Eau De Q-Network on Atari offline: a CQL that prunes itself at the pace of its learning.
+"""Eau De Q-Network on Atari offline: a CQL that prunes itself as it learns.
 
 Paper: Vincent, Faust, Tripathi, Peters, D'Eramo, "Eau De Q-Network: Adaptive Distillation of
 Neural Networks in Deep Reinforcement Learning", 2025, arXiv 2503.01437 (EauDeCQL).
@@ -18,14 +18,14 @@ become copies pruned further, each by its own random amount. A step is a gradien
     python cql_atari_eaudeqn.py --dataset DIR --num-networks 1 --no-reset-optimizer   # CQL
     python cql_atari_eaudeqn.py --resume RUN_DIR
 
-Differences from the paper, and guesses ([I] inferred, [D] our decision; it came without code):
+Differences from the paper, and guesses ([I] inferred, [D] our decision; no code was published):
  1. [I] The formula of next_sparsity(), which fits every published name and value.
  2. [D] Sparsity is spread by the Erdos-Renyi-Kernel rule; [I] biases are never pruned.
- 3. [I] The losses compared are TD and conservative term together (--selection-loss).
+ 3. [I] Networks are compared by TD loss and conservative term together (--selection-loss).
  4. [I] The TD loss is the squared error; a target update resets Adam, step counts included.
- 5. [D] All networks start as copies of one. That of the smallest loss is evaluated and saved.
+ 5. [D] All networks start as copies of one. The one with the smallest loss is evaluated and saved.
  6. [D] An evaluation is --eval-episodes whole episodes, not 125,000 steps.
- 7. [D] With several runs of a game below --dataset, that of the number --seed is read.
+ 7. [D] With several runs of a game below --dataset, the one numbered --seed is read.
 
 Figure: benchmark/eaudecql.sh. More: docs/cql_atari.md.
 """
@@ -73,21 +73,21 @@ from tyro.constructors import PrimitiveConstructorSpec
 class Training:
     """The data and the agent. A step is a gradient step."""
 
-    dataset: str = ""  # folder of Dopamine's checkpoints, or of GAME/RUN/replay_logs
-    env_id: str = ""  # game, like MsPacman; needed where the folder's path does not name it
-    seed: Index = 1  # seed of everything random
-    total_timesteps: Count = 3_125_000  # length of the run in gradient steps
+    dataset: str = ""  # folder of Dopamine's checkpoints, or with GAME/RUN/replay_logs below it
+    env_id: str = ""  # game, e.g. MsPacman; needed if the folder's path does not name it
+    seed: Index = 1  # random seed
+    total_timesteps: Count = 3_125_000  # total gradient steps
     checkpoints_per_epoch: Count = 5  # checkpoints drawn for each epoch
-    transitions: Count = 50_000  # rows read from the start of each, 7.1 KB of memory each
+    transitions: Count = 50_000  # rows read from the start of each, each 7.1 KB of memory
     epoch_steps: Count = 62_500  # gradient steps per epoch; each ends with an evaluation
     batch_size: Count = 32  # transitions per gradient step
     learning_rate: Rate = 5e-5  # Adam's step size
     adam_eps: Rate = 3.125e-4  # Adam's epsilon
     gamma: Share = 0.99  # discount factor
-    n_step: Count = 1  # steps of the return before the bootstrap
+    n_step: Count = 1  # rewards summed before bootstrapping
     cql_alpha: Amount = 0.1  # weight of the conservative term
     target_every: Count = 2_000  # gradient steps between target updates
-    feature_size: Count = 512  # units of the dense layer; the paper has two of 32, 512 and 2048
+    feature_size: Count = 512  # units of the dense layer; the paper uses two of 32, 512 and 2048
     eval_episodes: Index = 10  # episodes of each evaluation, at epsilon 0.001
     eval_steps: Count = 27_000  # steps after which an evaluation episode is cut off
 
@@ -99,7 +99,7 @@ class Method:
     num_networks: Count = 5  # K, the online networks
     max_exponent: Amount = 3.0  # U_max: exponents are drawn from U(0, U_max); 0 never prunes
     max_sparsity_step: Share = 0.01  # S_max: most sparsity added at one target update
-    selection_loss: Literal["total", "td"] = "total"  # the loss compared
+    selection_loss: Literal["total", "td"] = "total"  # loss to compare networks by
     reset_optimizer: bool = True  # zero Adam's moments and step counts at each target update
 
 
@@ -119,29 +119,29 @@ class QNetwork(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
         x = torch.relu(self.conv1(obs))
-        x = nn.functional.pad(x, (1, 2, 1, 2))  # as XLA's SAME
+        x = nn.functional.pad(x, (1, 2, 1, 2))  # as XLA's SAME: odd pixel at the end
         x = torch.relu(self.conv2(x))
         x = torch.relu(self.conv3(x))
-        x = x.permute(0, 2, 3, 1).flatten(1)  # channels-last order: needs no copy
+        x = x.permute(0, 2, 3, 1).flatten(1)  # channels-last order needs no copy
         x = torch.relu(self.dense(x))
-        with torch.autocast(x.device.type, enabled=False):  # bf16 would blur how the actions differ
+        with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse to rank actions
             return self.output(x.to(self.output.weight.dtype))
 
 
 # >>> shared: sparsity
 def prunable(network: nn.Module) -> dict[str, Tensor]:
-    """Return what pruning may remove: every tensor of two or more dimensions, so no bias."""
+    """Return the weights that may be pruned, by layer: matrices and kernels."""
     return {k.removesuffix(".weight"): p for k, p in network.named_parameters() if p.ndim >= 2}
 
 
 def add_masks(network: nn.Module) -> None:
-    """Give each prunable weight a mask (1: kept) as a buffer: state_dict() has it too."""
+    """Give each prunable weight a mask (1: kept), a buffer and so part of state_dict()."""
     for i, weight in enumerate(prunable(network).values()):
         network.register_buffer(f"mask{i}", torch.ones_like(weight))
 
 
 def sparsity_report(network: nn.Module) -> dict[str, float]:
-    """Return the shares of zeros, of all prunable weights and of each layer, and what is left."""
+    """Return the sparsity of network and layers, and how many parameters are left."""
     weights, total = prunable(network), sum(p.numel() for p in network.parameters())
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     pruned, size = sum(zeros.values()), sum(weight.numel() for weight in weights.values())
@@ -153,9 +153,9 @@ def sparsity_report(network: nn.Module) -> dict[str, float]:
 # <<< shared: sparsity
 # >>> shared: pruning
 def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]:
-    """Return a score of any sign for each prunable weight; the lowest are pruned first.
+    """Return a score, of any sign, for each prunable weight; the lowest are pruned first.
 
-    Put another criterion here (docs/pruning_criterion.md); a random one draws from `rng`.
+    Put your own criterion here (docs/pruning_criterion.md); it may draw from `rng` only.
     """
     return [weight.abs() for weight in prunable(network).values()]
 
@@ -163,13 +163,13 @@ def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]
 def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
     """Return the share of each prunable tensor to keep, for a total sparsity in [0, 1].
 
-    The Erdos-Renyi-Kernel rule (Evci et al. 2020): eps * sum(shape) / prod(shape), with eps such
-    that the total holds; a tensor that would exceed 1 is dense, and eps is solved again.
+    The Erdos-Renyi-Kernel rule (Evci et al. 2020): eps * sum(shape) / prod(shape), with eps chosen
+    to meet the total; a tensor whose share would exceed 1 stays dense, and eps is solved for again.
     """
     sizes = np.array([weight.numel() for weight in prunable(network).values()])
     sums = np.array([sum(weight.shape) for weight in prunable(network).values()])
     dense = np.zeros(len(sizes), bool)
-    for _ in sizes:  # each turn but the last finds another one
+    for _ in sizes:  # each pass may make another tensor dense
         left = (1 - sparsity) * sizes.sum() - sizes[dense].sum()
         eps = left / max(1, sums[~dense].sum())
         dense |= eps * sums >= sizes
@@ -178,28 +178,26 @@ def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
 
 @torch.no_grad()
 def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
-    """Lower the masks to these densities; the weights are left alone.
+    """Shrink the masks to these densities; the weights do not change.
 
-    Counts are exact, ties go to the lower index, every tensor keeps at least one weight. What is
-    pruned stays pruned: it counts as -inf.
+    Counts are exact, ties keep the lower index, and every tensor keeps at least one weight. Pruned
+    weights score -inf, so they stay pruned.
     """
     for score, mask, density in zip(pruning_scores(network, rng), network.buffers(), densities):
         flat = torch.where(mask > 0, score, -math.inf).flatten().cpu().numpy()
-        kept = max(1, round(len(flat) * density))
-        threshold = np.partition(flat, -kept)[-kept]  # far faster than a sort
+        count = max(1, round(len(flat) * density))
+        threshold = np.partition(flat, -count)[-count]  # far faster than sorting
         keep = flat > threshold
-        keep[np.flatnonzero(flat == threshold)[: kept - keep.sum()]] = True
+        keep[np.flatnonzero(flat == threshold)[: count - keep.sum()]] = True
         mask.mul_(torch.from_numpy(keep).view(mask.shape).to(mask.device))
 
 
 # <<< shared: pruning
-
-
 def next_sparsity(sparsity: float, exponent: float, step: int, args: Args) -> float:
-    """Return a candidate's sparsity from `step` to the next target update.
+    """Return a candidate's sparsity from `step` until the next target update.
 
     min(1 - (1 - s) * ((H - t - T) / (H - t)) ** n, s + S_max), H: the run's length, T: the period.
-    A constant n would follow the polynomial schedule 1 - (1 - t / H) ** n; n = 0 prunes nothing.
+    A constant n gives the polynomial schedule 1 - (1 - t / H) ** n; n = 0 prunes nothing.
     """
     left = args.total_timesteps - step
     base = max(0.0, (left - args.target_every) / left)
@@ -207,7 +205,7 @@ def next_sparsity(sparsity: float, exponent: float, step: int, args: Args) -> fl
 
 
 class EauDeCQL(nn.Module):
-    """K online networks with their accumulated losses, and the target network that they share."""
+    """K online networks with accumulated losses, and the target network they share."""
 
     def __init__(self, args: Args, num_actions: int, device: torch.device) -> None:
         super().__init__()
@@ -222,24 +220,24 @@ class EauDeCQL(nn.Module):
         self.masks = list(self.online.buffers())
         adam: Any = {"lr": args.learning_rate, "eps": args.adam_eps, "capturable": args.compile}
         self.optimizer = torch.optim.Adam(self.online.parameters(), fused=True, **adam)
-        self.accumulated_loss = nn.Buffer(torch.zeros(k, device=device))  # since the last target
+        self.accumulated_loss = nn.Buffer(torch.zeros(k, device=device))  # since target update
         self.latest = nn.Buffer(torch.zeros(3, k, device=device))  # both losses, mean Q-values
-        self.losses = np.zeros(k)  # accumulated_loss, on the host
+        self.losses = np.zeros(k)  # copy of accumulated_loss on the host
         self.sparsity = [0.0] * k  # nominal; the masks' counts are rounded
         self.gradient_step, self.selected = 0, 0
-        uses = ("exponent", "score")  # each use of randomness has its own generator
+        uses = ("exponent", "score")  # a generator for each use
         self.rng = {use: np.random.default_rng((args.seed, i)) for i, use in enumerate(uses)}
         self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what state_dict() has besides networks, masks and accumulated losses."""
+        """Return what state_dict() holds besides networks, masks and accumulated losses."""
         rng = {use: rng.bit_generator.state for use, rng in self.rng.items()}
         counters = (self.gradient_step, self.selected, self.losses.tolist(), self.sparsity)
         return {"optimizer": self.optimizer.state_dict(), "rng": rng, "counters": counters}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take back what get_extra_state() gave."""
+        """Restore what get_extra_state() returned."""
         self.gradient_step, self.selected, losses, self.sparsity = state["counters"]
         self.losses = np.array(losses)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -247,7 +245,7 @@ class EauDeCQL(nn.Module):
             rng.bit_generator.state = state["rng"][use]
 
     def best(self) -> int:
-        """Return the index of the smallest loss; NaN never wins, ties go to the lower index."""
+        """Return the index of the smallest loss; never NaN, of equal ones the first."""
         return int(np.where(np.isfinite(self.losses), self.losses, math.inf).argmin())
 
     def loss(self, obs: Any, next_obs: Any, actions: Any, rewards: Any, discounts: Any) -> Any:
@@ -262,7 +260,7 @@ class EauDeCQL(nn.Module):
         return td_losses, self.args.cql_alpha * gaps, taken.mean(1)
 
     def update(self, *batch: Tensor) -> None:
-        """Take one gradient step with all networks; nothing waits for the device."""
+        """Take one gradient step with all networks, without waiting for the device."""
         td_losses, cql_losses, q_values = self.loss(*batch)
         losses = td_losses + cql_losses
         losses.sum().backward()
@@ -276,7 +274,7 @@ class EauDeCQL(nn.Module):
 
     # >>> shared: captured-update
     def captured_update(self, replay: Any) -> None:
-        """Sample and update once; --compile makes a CUDA graph of that."""
+        """Sample and update once; --compile captures a CUDA graph."""
         if self.graph:
             self.graph.replay()
         else:
@@ -289,7 +287,7 @@ class EauDeCQL(nn.Module):
 
     # <<< shared: captured-update
     def learn(self, dataset: Dataset, steps: int) -> None:
-        """Take so many gradient steps."""
+        """Take `steps` gradient steps."""
         for _ in range(steps):
             self.captured_update(dataset)
         self.gradient_step += steps
@@ -297,7 +295,7 @@ class EauDeCQL(nn.Module):
 
     @torch.no_grad()
     def update_target(self, step: int) -> None:
-        """Make the best network the target, network 1 its copy, the others its pruned copies."""
+        """Make the best network target and network 1; the others are its pruned copies."""
         args, best = self.args, self.best()
         sparsity = self.sparsity[best]
         self.target.load_state_dict(self.online[best].state_dict())
@@ -308,15 +306,14 @@ class EauDeCQL(nn.Module):
             if self.sparsity[k] > sparsity:
                 prune(network, erk_densities(network, self.sparsity[k]), self.rng["score"])
             if args.reset_optimizer or not math.isfinite(self.losses[k]):
-                states = [self.optimizer.state[p] for p in network.parameters()]
-                for tensor in (tensor for state in states for tensor in state.values()):
-                    tensor.zero_()
+                for p in network.parameters():
+                    torch._foreach_zero_(list(self.optimizer.state[p].values()))
         torch._foreach_mul_(self.weights, self.masks)
         self.accumulated_loss.zero_()
         self.losses, self.selected = np.zeros(len(self.online)), best + 1
 
     def report(self) -> dict[str, float]:
-        """Return what is logged: of the latest update, and of the network that would be saved."""
+        """Return the values to log, of the latest update and of the network to save."""
         record = sparsity_report(self.online[self.best()]) | {"sparsity/target": self.sparsity[0]}
         record |= {f"sparsity/candidate_{k}": s for k, s in enumerate(self.sparsity, 1)}
         names = ("losses/td_loss", "losses/cql_loss", "losses/q_values")
@@ -336,15 +333,14 @@ def main(args: Args) -> None:
     agent = EauDeCQL(args, num_actions, device)
     # >>> shared: offline-atari-loop
     dataset = Dataset(folder, num_actions, args, device)
-    mark = Path(args.resume, "dataset.sha256")
-    same = not args.resume or not mark.exists() or mark.read_text() == dataset.digest
-    line = f"--dataset {args.dataset} is not what it was when the run in {args.resume} began"
-    require(same, line)
-    args.dataset = str(folder)  # --resume may come from another folder
-    if not args.resume:  # what is wrong is told before there is a folder
+    digest_file = Path(args.resume, "dataset.sha256")
+    same = not args.resume or not digest_file.exists() or digest_file.read_text() == dataset.digest
+    require(same, f"--dataset {args.dataset} has changed since the run in {args.resume} began")
+    args.dataset = str(folder)  # absolute: --resume may come from another folder
+    if not args.resume:  # report bad data before the folder is made
         dataset.load(0)
     run = Run(args, rom.title().replace("_", ""))
-    run.write(mark.name, dataset.digest.encode())
+    run.write(digest_file.name, dataset.digest.encode())
     step, epoch_return = 0, None
     if saved := run.load():
         step, epoch_return = saved["progress"]
@@ -353,7 +349,7 @@ def main(args: Args) -> None:
     bar = progress_bar(args.total_timesteps, step, "step")
 
     while step < args.total_timesteps:
-        # Learn, until something is due: every 100 steps, at a target update, at an epoch's end.
+        # Learn until something is due: every 100 steps, at a target update, at an epoch's end.
         dataset.load(step // args.epoch_steps)
         previous, periods = step, (100, args.target_every, args.epoch_steps)
         step = min(args.total_timesteps, *(step - step % period + period for period in periods))
@@ -393,9 +389,9 @@ def main(args: Args) -> None:
 # <<< shared: offline-atari-loop
 # >>> shared: replay-logs
 def find_replay(args: Args) -> tuple[Path, str]:
-    """Return the folder of --dataset that has Dopamine's checkpoints, and its game's ROM."""
+    """Return the folder of Dopamine's checkpoints in --dataset, and its game's ROM."""
     wanted = find_rom(args.env_id) if args.env_id else ""
-    line = "a folder with Dopamine's checkpoints, or with GAME/RUN/replay_logs below it"
+    line = "give a folder of Dopamine's checkpoints, or one with GAME/RUN/replay_logs below it"
     require(args.dataset != "", f"--dataset is missing: {line}")
     titles = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
     found, where = dict[Path, str](), f"--dataset {args.dataset}:"
@@ -403,26 +399,26 @@ def find_replay(args: Args) -> tuple[Path, str]:
         for path in Path(args.dataset).absolute().glob(f"{below}$store$_observation_ckpt.*.gz"):
             games = [titles.get(part.lower().replace("_", ""), "") for part in path.parts[-4:-1]]
             found[path.parent] = max(games, key=bool)
-    require(len(found) > 0, f"{where} no $store$_observation_ckpt.0.gz is in it or below")
+    require(len(found) > 0, f"{where} no $store$_observation_ckpt.0.gz in it or below it")
     if wanted:
         games = sorted({*found.values()} - {""})
         found = {folder: wanted for folder, game in found.items() if game in ("", wanted)}
         require(len(found) > 0, f"--env-id {args.env_id}: {where} has {', '.join(games)}")
     if len(found) > 1:
-        mine = {folder: x for folder, x in found.items() if str(args.seed) in folder.parts[-2:]}
-        line = f"{where} several are there, name one or its --env-id: {', '.join(map(str, found))}"
-        require(len(mine) == 1, line)
-        found = mine
+        seeded = {folder: x for folder, x in found.items() if str(args.seed) in folder.parts[-2:]}
+        line = f"{where} has several, name one or its --env-id: {', '.join(map(str, found))}"
+        require(len(seeded) == 1, line)
+        found = seeded
     ((folder, rom),) = found.items()
     require(rom != "", f"--env-id is missing: {folder} does not name the game")
     return folder, rom
 
 
 def read_rows(path: Path, shape: tuple[int, ...], kind: type, peek: bool = False) -> np.ndarray:
-    """Return the first rows of a gzipped array of NumPy's; refuse what is none of that shape.
+    """Return the first rows of a gzipped NumPy array; refuse another shape or type.
 
-    With `peek` only its header is: all rows are zeros. The file's checksum stands at its end: it
-    is compared where the array has no more rows.
+    With `peek` only the header is read and all rows are zeros. The checksum at the file's end is
+    compared only if the array has no more rows.
     """
     try:
         with gzip.open(path) as file:
@@ -447,12 +443,12 @@ def find_transitions(
 ) -> tuple[np.ndarray, ...]:
     """Return which rows begin a whole transition, the returns over --n-step, and the discounts.
 
-    All are [n]. `starts`: the row does not follow the one before. A state is four rows of one
-    episode; a return ends at a terminal, and must not reach any other end.
+    All are [n]. `starts` marks rows that do not follow the row before. A state is four rows of one
+    episode; a return ends at a terminal and must not cross any other end.
     """
     begins = starts | np.append(True, terminal[:-1])
     kept = ~(begins | np.append([True], begins[:-1]) | np.append([True] * 2, begins[:-2]))
-    broken = ~terminal & np.append(starts[1:], True)  # no next state is known
+    broken = ~terminal & np.append(starts[1:], True)  # the next state is unknown
     alive, returns = np.ones(len(terminal), bool), np.zeros(len(terminal))
     for i in range(args.n_step):
         rows = np.minimum(np.arange(len(terminal)) + i, len(terminal) - 1)
@@ -463,10 +459,10 @@ def find_transitions(
 
 
 class Dataset:
-    """An epoch's part of the replay, on the device: the first rows of some of its checkpoints.
+    """An epoch's part of the replay, on the device: the first rows of some checkpoints.
 
-    Frames are there once; a state is the frame of its row and those of the three rows before it.
-    Before an episode Dopamine writes three black rows, which the network has seen too.
+    Frames are stored once; a state is its row's frame and those of the three rows before it.
+    Before each episode Dopamine writes three black rows, which its network also saw.
     """
 
     def __init__(self, folder: Path, num_actions: int, args: Args, device: torch.device) -> None:
@@ -478,20 +474,20 @@ class Dataset:
         count, digest = args.checkpoints_per_epoch, hashlib.sha256()
         line = f"--checkpoints-per-epoch {count}: {folder} has {len(self.numbers)}"
         require(count <= len(self.numbers), line)
-        for number in self.numbers:  # what is wrong is told before the run, not in epoch 40
+        for number in self.numbers:  # report bad files now, not in epoch 40
             for part in self.kinds:
                 self.read(number, part, peek=True)
                 with open(self.path(number, part), "rb") as file:
-                    size = file.seek(-8, os.SEEK_END)  # before gzip's checksum and length
+                    size = file.seek(-8, os.SEEK_END)  # gzip's checksum and length
                     digest.update(f"{part} {number} {size} {file.read().hex()}".encode())
         self.digest, size = digest.hexdigest(), count * n
         self.frames = torch.zeros(size + args.n_step, 84, 84, dtype=torch.uint8, device=device)
-        self.facts = torch.zeros(size, 2, device=device)  # return, discount
+        self.outcomes = torch.zeros(size, 2, device=device)  # return, discount
         self.actions = torch.zeros(size, dtype=torch.long, device=device)
-        self.rows = torch.zeros(size, dtype=torch.long, device=device)  # those that can be drawn
-        self.count = torch.zeros(1, dtype=torch.long, device=device)  # of them
+        self.rows = torch.zeros(size, dtype=torch.long, device=device)  # rows that can be drawn
+        self.count = torch.zeros(1, dtype=torch.long, device=device)  # how many of them
         self.stack = torch.arange(-3, 1, device=device)
-        self.nbytes = sum(x.nbytes for x in (self.frames, self.facts, self.actions, self.rows))
+        self.nbytes = sum(x.nbytes for x in (self.frames, self.outcomes, self.actions, self.rows))
         self.generator = torch.Generator(device).manual_seed(args.seed)
 
     def path(self, number: int, part: str) -> Path:
@@ -505,7 +501,7 @@ class Dataset:
         return read_rows(self.path(number, part), shape, self.kinds[part], peek)
 
     def load(self, epoch: int) -> None:
-        """Read the checkpoints of an epoch, which follow from --seed; no two are the same."""
+        """Read the checkpoints of an epoch, drawn from --seed without replacement."""
         args, rows = self.args, list[np.ndarray]()
         rng = np.random.default_rng((args.seed, epoch))
         drawn = rng.choice(self.numbers, args.checkpoints_per_epoch, replace=False).tolist()
@@ -513,12 +509,12 @@ class Dataset:
             return
         self.drawn = sorted(drawn)
         for first, number in zip(range(0, len(self.rows), args.transitions), self.drawn):
-            frames, *facts = (self.read(number, part) for part in self.kinds)
-            kept, *facts = self.checked(number, frames, *facts)
-            mine = slice(first, first + args.transitions)
-            self.frames[mine] = torch.from_numpy(frames)
-            self.actions[mine] = torch.from_numpy(facts[0])
-            self.facts[mine] = torch.from_numpy(np.column_stack(facts[1:]))
+            arrays = [self.read(number, part) for part in self.kinds]
+            kept, actions, returns, discounts = self.checked(number, *arrays)
+            place = slice(first, first + args.transitions)
+            self.frames[place] = torch.from_numpy(arrays[0])
+            self.actions[place] = torch.from_numpy(actions)
+            self.outcomes[place] = torch.from_numpy(np.column_stack([returns, discounts]))
             rows.append(first + np.flatnonzero(kept))
         found = torch.from_numpy(np.concatenate(rows))
         require(len(found) > 0, f"{self.folder}: no transition is whole in {self.drawn}")
@@ -528,20 +524,20 @@ class Dataset:
     def checked(
         self, number: int, frames: np.ndarray, actions: Any, rewards: Any, terminal: Any
     ) -> tuple[np.ndarray, ...]:
-        """Return which of a checkpoint's rows can be drawn, and actions, returns, discounts."""
+        """Return which of its rows can be drawn, and actions, returns, discounts."""
         tops = {"$store$_action": self.num_actions, "$store$_terminal": 2}
         for (part, top), values in zip(tops.items(), (actions, terminal)):
             fits = values.min() >= 0 and values.max() < top
             require(fits, f"{self.path(number, part)}: must be in [0, {top})")
         finite = bool(np.isfinite(rewards).all())
         require(finite, f"{self.path(number, '$store$_reward')}: must be finite")
-        # An episode that was cut off shows by the three black rows before the next one, of which
-        # the last may lie beyond the rows read.
+        # A truncated episode shows only by the three black rows before the next one, the last of
+        # which may lie beyond the rows read.
         black = ~frames.any((1, 2)) & (actions == 0) & (rewards == 0) & (terminal == 0)
         three = black & np.append(black[1:], True) & np.append(black[2:], [True, True])
         starts = three & ~np.append(False, black[:-1])
         starts[0] = True
-        if (path := self.path(number, "add_count")).exists():  # the rows are a ring
+        if (path := self.path(number, "add_count")).exists():  # the rows form a ring
             count = int(read_rows(path, (), np.integer))
             size = len(self.read(number, "$store$_terminal", peek=True))
             line = f"{path}: {count} rows are filled, --transitions is {len(starts)}"
@@ -563,7 +559,7 @@ class Dataset:
         stacks = rows[:, None] + self.stack
         frames = self.frames[stacks], self.frames[stacks + self.args.n_step]
         floats = [x.to(torch.float32, memory_format=torch.channels_last).div_(255) for x in frames]
-        return *floats, self.actions[rows], *self.facts[rows].unbind(1)
+        return *floats, self.actions[rows], *self.outcomes[rows].unbind(1)
 
 
 # <<< shared: replay-logs
@@ -581,7 +577,7 @@ def make_envs(rom: str, num_envs: int, max_steps: int) -> AtariVectorEnv:
     """Make N copies of a game under Dopamine's protocol (Machado et al. 2018).
 
     Sticky actions 0.25, frameskip 4 with the maximum over two frames, 84x84 grayscale, minimal
-    action set, no no-op start, no FIRE reset; losing a life ends no episode.
+    action set, no no-op start, no FIRE reset; losing a life does not end an episode.
     """
     protocol: dict[str, Any] = {"repeat_action_probability": 0.25, "noop_max": 0}
     protocol |= {"use_fire_reset": False, "max_num_frames_per_episode": 4 * max_steps}
@@ -591,7 +587,7 @@ def make_envs(rom: str, num_envs: int, max_steps: int) -> AtariVectorEnv:
 
 @torch.no_grad()
 def evaluate(network: nn.Module, rom: str, run: Run) -> dict[str, float]:
-    """Play --eval-episodes together at epsilon 0.001; return what is logged of them."""
+    """Play --eval-episodes side by side at epsilon 0.001; return the values to log."""
     n, seed = run.args.eval_episodes, run.args.seed + 1_000_000
     if n == 0:
         return {}
@@ -610,14 +606,14 @@ def evaluate(network: nn.Module, rom: str, run: Run) -> dict[str, float]:
             over |= terminated | truncated
             bar.set_postfix_str(f"step {step} of at most {run.args.eval_steps}", False)
             bar.update(int(over.sum()) - bar.n)
-            require(not run.stops, f"stopped; go on with --resume {run.path}", 75)
+            require(not run.stops, f"stopped; continue with --resume {run.path}", 75)
     return {"eval/episodic_return": float(scores.mean()), "eval/episodes": n}
 
 
 # <<< shared: atari-games
 # >>> shared: run-flags
 def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
-    """Return how a whole number is read, which may be written as 1e6."""
+    """Return tyro's rule for reading a whole number, which may be written as 1e6."""
 
     def read(words: list[str]) -> int:
         number = float(words[0])  # exact below 2^53
@@ -626,7 +622,7 @@ def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
 
 
-# Types of flags: the smallest and the largest value, and what --help and messages say of them.
+# Types of flags: smallest and largest value, and the range in messages and in --help.
 ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
 Count = Annotated[int, (1, math.inf, "at least 1"), integer("INT >= 1")]
 Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), integer("INT >= 0")]
@@ -637,17 +633,17 @@ Share = Annotated[float, (0, 1, "in [0, 1]"), tyro.conf.arg(metavar="X in [0, 1]
 
 @dataclass
 class Running:
-    """Where and how it runs."""
+    """Where and how to run."""
 
     device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
-    compile: bool = False  # sampling and update as a CUDA graph (not yet tried on a GPU)
+    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
     run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
-    resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
+    resume: str = ""  # continue the run in this folder, with its flags; give no others
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
-    keep_checkpoint: bool = False  # keep the last ones when the run has finished
+    keep_checkpoint: bool = False  # keep the last checkpoints of a finished run
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
-    wandb_project: str = "cleanrl-sparse"  # project there
+    wandb_project: str = "cleanrl-sparse"  # Weights & Biases project
 
 
 # <<< shared: run-flags
@@ -656,7 +652,7 @@ class Args(Running, Training, Method):
     """All flags."""
 
     def __post_init__(self) -> None:
-        """Refuse values that are not accepted, naming the flag."""
+        """Refuse invalid values, naming the flag."""
         check_ranges(self)
         least = 4 + self.n_step
         require(self.transitions >= least, f"--transitions {self.transitions}: at least {least}")
@@ -664,7 +660,7 @@ class Args(Running, Training, Method):
 
 # >>> shared: run
 class Run:
-    """A run's folder: records (metrics.jsonl is the source of truth), checkpoints, the model."""
+    """A run's folder: records (metrics.jsonl is the truth), checkpoints, the model."""
 
     def __init__(self, args: Args, title: str) -> None:
         script, at = Path(__file__), time.time_ns() // 1000
@@ -672,38 +668,37 @@ class Run:
         self.args, self.path, self.script = args, Path(name), {"script": script.name}
         self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
         fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
-        line = f"--run-dir {self.path}: exists; to go on with the run in it, --resume {self.path}"
+        line = f"--run-dir {self.path}: exists; continue its run with --resume {self.path}"
         require(fresh or args.resume != "", line)
         if args.track:
             import wandb
 
-            own: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
-            own["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
-            wandb.init(**own, resume="allow", config=vars(args), sync_tensorboard=True)
+            identity: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
+            identity["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
+            wandb.init(**identity, resume="allow", config=vars(args), sync_tensorboard=True)
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "a")
         try:
-            if os.environ.get("RUN_LOCK") != str(self.path):  # benchmark/launch.py has locked it
+            if os.environ.get("RUN_LOCK") != str(self.path):  # already locked by launch.py
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            require(False, f"{self.path}: another process is at work on this run")
+            require(False, f"{self.path}: another process is working on this run")
         if fresh:
-            git = ["sh", "-c", "git rev-parse HEAD"]  # where there is no git, nothing is said
+            git = ["sh", "-c", "git rev-parse HEAD"]  # without git: no error, no output
             head = subprocess.run(git, cwd=script.parent, capture_output=True).stdout.decode()
-            cpu = args.device == "cpu"
-            device = platform.platform() if cpu else torch.cuda.get_device_name()
-            facts = {"commit": head.strip() or None, "device": device, "python": sys.version}
+            device = torch.cuda.get_device_name() if args.device != "cpu" else platform.platform()
+            versions = {"commit": head.strip() or None, "device": device, "python": sys.version}
             packages = {d.name: d.version for d in reversed([*distributions()])}
-            self.write("args.json", self.script | vars(args))  # first: --resume needs it alone
-            self.write("versions.json", facts | {"packages": packages})
+            self.write("args.json", self.script | vars(args))  # first: --resume needs it
+            self.write("versions.json", versions | {"packages": packages})
         self.folder.mkdir(exist_ok=True)
-        self.stops: list[int] = []  # signals; what is ignored, as SIGHUP under nohup, stays so
+        self.stops: list[int] = []  # signals received; SIGHUP stays ignored under nohup
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self.stops.append(number))
 
     def write(self, name: str, data: bytes | dict[str, Any]) -> None:
-        """Write a file, a dict as JSON; a crash leaves it whole or absent."""
+        """Write a file, a dict as JSON; a crash never leaves part of it."""
         with open(self.path / ".tmp", "wb") as file:
             file.write(data if isinstance(data, bytes) else json.dumps(data, indent=1).encode())
             file.flush()
@@ -711,36 +706,36 @@ class Run:
         os.replace(self.path / ".tmp", self.path / name)
 
     def load(self) -> dict[str, Any]:
-        """Return the newest whole checkpoint, {} before the first; cut the records back to it."""
+        """Return the newest intact checkpoint, or {}, and cut the records back to it."""
         state = dict[str, Any]()
         for path in sorted(self.folder.iterdir(), reverse=True):
             data = path.read_bytes()
             if path.name.endswith(hashlib.sha256(data).hexdigest()):
                 state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
                 self.newest = path.name
-                print(f"{self.path}: going on from step {state['step']}")
+                print(f"{self.path}: continuing from step {state['step']}")
                 break
-            print(f"{path} is damaged; looking for the checkpoint before it", file=sys.stderr)
+            print(f"{path} is damaged; trying the checkpoint before it", file=sys.stderr)
         else:
-            require(not any(self.folder.iterdir()), f"{self.folder}: no checkpoint is whole", 1)
+            require(not any(self.folder.iterdir()), f"{self.folder}: no checkpoint is intact", 1)
         self.start = time.time() - state.get("seconds", 0.0)
         self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
-        whole = self.metrics.tell() >= state.get("metrics", 0)
-        require(whole, f"{self.metrics.name} is shorter than when the checkpoint was written")
-        self.metrics.truncate(state.get("metrics", 0))
+        size = state.get("metrics", 0)
+        require(self.metrics.tell() >= size, f"{self.metrics.name} is too short for the checkpoint")
+        self.metrics.truncate(size)
         self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
         self.board.add_text("flags", "\n".join(f"    {k}: {v}" for k, v in vars(self.args).items()))
         return state
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append a record to metrics.jsonl, and give it to TensorBoard."""
+        """Append a record to metrics.jsonl and to TensorBoard's log."""
         record = {"step": step, "seconds": round(time.time() - self.start, 3)} | values
         self.metrics.write(json.dumps(record).encode() + b"\n")
         for key, value in values.items():
             self.board.add_scalar(key, value, step)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, named by step and SHA-256; a run that has got a signal ends here."""
+        """Write a checkpoint, named by step and SHA-256; after a signal, stop."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
         size = os.fstat(self.metrics.fileno()).st_size
@@ -752,31 +747,30 @@ class Run:
             if path.name not in (name, self.newest):
                 path.unlink()
         self.newest, self.saved_at = name, time.monotonic()
-        require(not self.stops, f"stopped at step {step}; go on with --resume {self.path}", 75)
+        require(not self.stops, f"stopped at step {step}; continue with --resume {self.path}", 75)
 
-    def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
-        """Save the network with its flags, write final.json, and tell what came out."""
+    def finish(self, step: int, network: nn.Module, scores: dict[str, float], **extra: Any) -> None:
+        """Save the network (-0.0 as 0.0) with its flags; write and print final.json."""
         flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
-        parameters = network.named_parameters()  # + 0.0 makes 0.0 of -0.0
-        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in parameters}
+        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
         self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))
         if scores:
             self.log(step, scores)
         metrics = {f"hparams/{key}": value for key, value in scores.items()}
         self.board.add_hparams(vars(self.args), metrics, run_name=".", global_step=step)
         self.board.close()
-        facts |= {"status": "finished", "step": step, "seconds": time.time() - self.start}
-        self.write("final.json", facts | scores | sparsity_report(network))
+        extra |= {"status": "finished", "step": step, "seconds": time.time() - self.start}
+        self.write("final.json", extra | scores | sparsity_report(network))
         for path in [] if self.args.keep_checkpoint else self.folder.iterdir():
             path.unlink()
         print(f"{(self.path / 'final.json').read_text()}\neverything is in {self.path}")
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """End with a line unless `accepted`: 2 is bad input, 1 a fault, 75 stopped and resumable."""
+    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 resumable."""
     if not accepted:
         for bar in [*getattr(tqdm, "_instances", ())]:
-            bar.close()  # so that the line is the output's last
+            bar.close()  # so that the line comes last
         print(f"{Path(__file__).name}: {line}", file=sys.stderr)
         sys.exit(status)
 
@@ -784,13 +778,13 @@ def require(accepted: bool, line: str, status: int = 2) -> None:
 def check_ranges(args: Args) -> None:
     """Refuse values outside their flag's range."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
-        for low, high, text in getattr(hint, "__metadata__", ())[:1]:
+        for low, high, accepted in getattr(hint, "__metadata__", ())[:1]:
             flag, value = name.replace("_", "-"), getattr(args, name)
-            require(low <= value <= high, f"--{flag} {value}: must be {text}")
+            require(low <= value <= high, f"--{flag} {value}: must be {accepted}")
 
 
 def find_device(args: Args) -> torch.device:
-    """Return the device of --device; fp32 means fp32 there."""
+    """Return the device of --device, with TF32 switched off."""
     known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
     name = {"auto": known[0], "cuda": "cuda:0"}.get(args.device, args.device)
     require(name in known, f"--device {args.device}: this machine has {', '.join(known)}")
@@ -798,24 +792,24 @@ def find_device(args: Args) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False
     if name != "cpu":
         torch.cuda.set_device(name)
-    args.device = name  # a run is resumed where it began: generators differ between devices
+    args.device = name  # to resume on the same kind of device: generators differ
     return torch.device(name)
 
 
-def progress_bar(total: int, initial: int, unit: str, about: str = "") -> tqdm:
-    """Return a bar; where the output is no terminal, a plain line now and then."""
-    options: Any = {"unit": unit, "desc": about, "unit_scale": True, "dynamic_ncols": True}
+def progress_bar(total: int, initial: int, unit: str, label: str = "") -> tqdm:
+    """Return a progress bar; without a terminal, a plain line every 30 seconds."""
+    options: Any = {"unit": unit, "desc": label, "unit_scale": True, "dynamic_ncols": True}
     if not sys.stderr.isatty():
-        line = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
-        options |= {"mininterval": 30, "bar_format": line}
+        options["bar_format"] = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
+        options["mininterval"] = 30
     return tqdm(total=total, initial=initial, **options)
 
 
 def parse() -> Args:
-    """Return the flags of the command line; with --resume those of the run."""
+    """Return the command line's flags or, with --resume, those of the run."""
     groups = make_dataclass("Flags", [(c.__name__.lower(), c) for c in reversed(Args.__bases__)])
-    about, config = (__doc__ or "").partition("\n")[0], (tyro.conf.OmitArgPrefixes,)
-    parts = vars(tyro.cli(groups, description=about, config=config)).values()
+    title, config = (__doc__ or "").partition("\n")[0], (tyro.conf.OmitArgPrefixes,)
+    parts = vars(tyro.cli(groups, description=title, config=config)).values()
     args = Args(**{name: value for part in parts for name, value in vars(part).items()})
     if not any(flag.startswith("--resume") for flag in sys.argv):
         return args
@@ -823,46 +817,46 @@ def parse() -> Args:
     require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
     try:
         saved = json.loads(Path(args.resume, "args.json").read_text())
-        require(saved.pop("script") == Path(__file__).name, "--resume: the run of another script")
+        require(saved.pop("script") == Path(__file__).name, "--resume: the run is another script's")
         saved = Args(**saved | {"resume": args.resume or "."})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        require(False, f"--resume {args.resume}: no run of this script is there ({error})")
+        require(False, f"--resume {args.resume}: holds no run of this script ({error})")
     finished = Path(args.resume, "final.json").exists()
-    require(not finished, f"{args.resume} is finished; nothing is left to do", 0)
+    require(not finished, f"{args.resume} is finished; there is nothing left to do", 0)
     return saved
 
 
 class Output(io.FileIO):
-    """Standard output or error; what nobody reads any more is dropped, and ends no run."""
+    """Standard output or error; what nobody reads any more is dropped."""
 
     def write(self, data: Any) -> int:
-        """Write what can be written."""
+        """Write, or drop what cannot be written."""
         with suppress(OSError):
             return super().write(data) or len(data)
         return len(data)
 
 
 def command_line() -> None:
-    """Run main; a fault ends it with one line and an exit status."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # glibc keeps freed memory:
-        mallopt(option, value)  # else every update faults its gradients' pages in anew
+    """Run main; a fault ends the program with one line and an exit status."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)  # max: do nothing
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # keep freed memory:
+        mallopt(option, value)  # else every update page-faults on its gradients
     try:
         main(parse())
     except Exception as error:
-        about = f"{type(error).__name__}: "
+        cause = f"{type(error).__name__}: "
         if "allocate" in str(error):
-            about = "these flags need more memory than there is: "
+            cause = "these flags need more memory than is available: "
         elif type(error).__module__.startswith("wandb"):
-            about = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
+            cause = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
         elif not isinstance(error, OSError):
-            traceback.print_exc()  # a fault of ours
-        require(False, about + str(error).partition("\n")[0], 1)
+            traceback.print_exc()  # a bug of this script
+        require(False, cause + str(error).partition("\n")[0], 1)
 
 
 if __name__ == "__main__":
     while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # takes the place of a stream that was closed
+        pass  # stands in for streams that were closed
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = io.BufferedWriter(Output(fd, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))

@@ -7,29 +7,29 @@
 """Conservative Q-learning on a fixed dataset, pruned once, before training starts.
 
 Paper: Arnob, Ohib, Plis, Precup, "Single-Shot Pruning for Offline Reinforcement Learning", 2021,
-arXiv 2112.15579. Its body and code could not be found: this is SNIP at initialisation (Lee et al.
-2019) applied to CQL (Kumar et al. 2020) with CORL's settings, not a reproduction of its table.
+arXiv 2112.15579. Its full text and code could not be found: this is SNIP at initialisation (Lee et
+al. 2019) on CQL (Kumar et al. 2020) with CORL's settings, not a reproduction of its table.
 
-Every weight is scored on one batch of the dataset by how much its removal would change the loss
-(SNIP) or the length of its gradient (GraSP); 95 % go, for good. Then CQL trains what is left.
+Each weight is scored on one batch of the dataset by how much its removal would change the loss
+(SNIP) or the length of its gradient (GraSP). 95 % are removed for good; CQL trains the rest.
 
-    python cql_offline_snip.py --dataset mujoco/hopper/medium-v0        # a Minari dataset by id
-    python cql_offline_snip.py --dataset medium.hdf5 --env-id Hopper-v4 # a file of D4RL's
+    python cql_offline_snip.py --dataset mujoco/hopper/medium-v0        # a Minari dataset's id
+    python cql_offline_snip.py --dataset medium.hdf5 --env-id Hopper-v4 # a D4RL file
     python cql_offline_snip.py --dataset DATASET --pruner grasp --sparsity 0.5
     python cql_offline_snip.py --dataset DATASET --pruner none          # dense CQL
     python cql_offline_snip.py --resume RUN_DIR
 
-Differences from the paper, and guesses ([C] read in another's code, [I] inferred, [D] ours):
+Differences from the paper, and guesses ([C] read in others' code, [I] inferred, [D] ours):
  1. [I] SNIP: |w * dL/dw|, no new initialisation. GraSP: the largest w * (H g), without temperature.
     Random and magnitude are controls; magnitude compares within each layer only, as the last
-    layers begin so small that all of them would go [D].
+    layers start so small that they would lose all their weights [D].
  2. [I] L is each network's own loss: TD and CQL term for the critics, the policy loss for the
     actor. One threshold for the actor, one for both critics; all weight matrices, no biases.
- 3. [D] A layer of which nothing is left ends the run before it starts.
+ 3. [D] If a layer loses all its weights, the run ends before it starts.
  4. [C] CQL as in CORL: alpha 10, 10 actions each from uniform, pi(s) and pi(s'), importance
     weights, no entropy backup. [D] CORL normalises hopper-medium's rewards: --normalize-rewards.
- 5. [D] CORL's offset of -1 of the log standard deviation is the actor's initial bias; the factor
-    beside it is left out.
+ 5. [D] CORL's offset of -1 on the log standard deviation is the actor's initial bias; its factor is
+    left out.
  6. [D] The saved networks take raw observations: the standardisation is folded into them.
 
 Figures: benchmark/cql_pruners.sh: return against sparsity. More: docs/cql_offline_snip.md.
@@ -78,21 +78,21 @@ from tyro.constructors import PrimitiveConstructorSpec
 class Training:
     """The data and the agent; the defaults are CORL's. A step is a gradient step."""
 
-    dataset: str = ""  # Minari id, folder of a Minari dataset, or .hdf5 file of D4RL's format
-    env_id: str = ""  # environment to evaluate in; needed where the dataset names none
-    seed: Index = 1  # seed of everything random
-    total_timesteps: Count = 1_000_000  # length of the run in gradient steps
+    dataset: str = ""  # Minari id, folder of a Minari dataset, or .hdf5 file in D4RL's format
+    env_id: str = ""  # environment to evaluate in; needed if the dataset names none
+    seed: Index = 1  # random seed
+    total_timesteps: Count = 1_000_000  # total gradient steps
     batch_size: Count = 256  # transitions per gradient step
     learning_rate: Rate = 3e-4  # Adam's step size for the critics
     actor_learning_rate: Rate = 3e-5  # Adam's step size for actor and temperature
     gamma: Share = 0.99  # discount factor
-    tau: Share = 0.005  # share of the critics that goes into the targets at each gradient step
-    target_entropy: Real = -1.0  # what the temperature aims at, per action dimension
-    entropy_backup: bool = False  # bootstrap from the soft value, with the entropy, as SAC does
+    tau: Share = 0.005  # step of the targets towards the critics at each gradient step
+    target_entropy: Real = -1.0  # entropy that the temperature aims at, per action dimension
+    entropy_backup: bool = False  # bootstrap from the soft value, with the entropy, as in SAC
     cql_alpha: Amount = 10.0  # weight of the conservative term
-    cql_actions: Count = 10  # actions drawn for it of each kind: uniform, pi(s), pi(s')
-    cql_gap: Real = -1.0  # what a Lagrange multiplier of the term aims at; below 0: no multiplier
-    normalize_rewards: bool = False  # times 1000 / (best - worst return of the data's episodes)
+    cql_actions: Count = 10  # actions of each kind in that term: uniform, pi(s), pi(s')
+    cql_gap: Real = -1.0  # gap that a Lagrange multiplier aims at; below 0: no multiplier
+    normalize_rewards: bool = False  # times 1000 / (best - worst episode return in the dataset)
     width: Count = 1  # 256 * width units in each hidden layer
     layers: Count = 3  # hidden layers
     epoch_steps: Count = 5_000  # gradient steps per epoch; each ends with an evaluation
@@ -104,8 +104,8 @@ class Training:
 class Method:
     """Single-shot pruning."""
 
-    pruner: Literal["snip", "grasp", "random", "magnitude", "none"] = "snip"  # the weights' scores
-    sparsity: Share = 0.95  # share of the prunable weights that goes; 0 prunes nothing
+    pruner: Literal["snip", "grasp", "random", "magnitude", "none"] = "snip"  # weights' scores
+    sparsity: Share = 0.95  # share of the prunable weights to remove; 0: none
     prune_batches: Count = 1  # batches that SNIP and GraSP score on
 
 
@@ -138,8 +138,8 @@ class Actor(nn.Sequential):
         """Return actions [..., B, A] in [-1, 1] and their log-probabilities [..., B].
 
         obs is [B, O], noise [..., B, A] standard normal. With u = mean + std * noise,
-        log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), of which the latter is
-        2 * (log 2 - u - softplus(-2 * u)): that neither overflows nor loses digits at large |u|.
+        log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), and the last term is
+        2 * (log 2 - u - softplus(-2 * u)), which neither overflows nor loses digits at large |u|.
         """
         mean, log_std = self(obs)
         u = mean + log_std.exp() * noise
@@ -150,9 +150,9 @@ class Actor(nn.Sequential):
 
 
 def critic_stacks(count: int, inputs: int, units: int, layers: int) -> list[Tensor]:
-    """Return the tensors of `count` Q-functions, all of one layer together.
+    """Return the parameters of `count` Q-functions, stacked layer by layer.
 
-    For each layer weights [count, in, out] and biases [count, 1, out].
+    For each layer: weights [count, in, out] and biases [count, 1, out].
     """
     sizes = [inputs, *[units] * layers, 1]
     stacks = list[Tensor]()
@@ -170,13 +170,13 @@ def critic_values(stacks: list[Tensor], obs: Tensor, actions: Tensor) -> Tensor:
     x = torch.cat([obs, actions], 1).expand(len(weight), -1, -1)
     for w, b in zip(hidden[::2], hidden[1::2]):
         x = torch.relu_(torch.baddbmm(b, x, w))
-    with torch.autocast(x.device.type, enabled=False):  # bf16 would blur how the actions differ
+    with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse to rank actions
         x = torch.linalg.vecdot(x.to(weight.dtype), weight.mT)  # 3 to 7 times as fast as a product
         return x + bias[:, :, 0]
 
 
 def critic_network(stacks: list[Tensor], n: int) -> nn.Sequential:
-    """Return the n-th critic as a network on [B, O + A]; it shares the detached stacks' memory."""
+    """Return the n-th critic as a network on [B, O + A] that shares memory with detached stacks."""
     parts = OrderedDict[str, nn.Module]()
     for i, (weight, bias) in enumerate(zip(stacks[::2], stacks[1::2]), 1):
         layer = nn.Linear(weight.shape[1], weight.shape[2], device="meta")
@@ -190,18 +190,18 @@ def critic_network(stacks: list[Tensor], n: int) -> nn.Sequential:
 # <<< shared: sac-networks
 # >>> shared: sparsity
 def prunable(network: nn.Module) -> dict[str, Tensor]:
-    """Return what pruning may remove: every tensor of two or more dimensions, so no bias."""
+    """Return the weights that may be pruned, by layer: matrices and kernels."""
     return {k.removesuffix(".weight"): p for k, p in network.named_parameters() if p.ndim >= 2}
 
 
 def add_masks(network: nn.Module) -> None:
-    """Give each prunable weight a mask (1: kept) as a buffer: state_dict() has it too."""
+    """Give each prunable weight a mask (1: kept), a buffer and so part of state_dict()."""
     for i, weight in enumerate(prunable(network).values()):
         network.register_buffer(f"mask{i}", torch.ones_like(weight))
 
 
 def sparsity_report(network: nn.Module) -> dict[str, float]:
-    """Return the shares of zeros, of all prunable weights and of each layer, and what is left."""
+    """Return the sparsity of network and layers, and how many parameters are left."""
     weights, total = prunable(network), sum(p.numel() for p in network.parameters())
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     pruned, size = sum(zeros.values()), sum(weight.numel() for weight in weights.values())
@@ -211,10 +211,8 @@ def sparsity_report(network: nn.Module) -> dict[str, float]:
 
 
 # <<< shared: sparsity
-
-
 class CQL(nn.Module):
-    """The actor with its temperature, two critics, and the two targets that follow the critics."""
+    """The actor with its temperature, two critics, and the two targets that follow them."""
 
     def __init__(self, args: Args, obs_size: int, num_actions: int, device: torch.device) -> None:
         super().__init__()
@@ -222,7 +220,7 @@ class CQL(nn.Module):
         units, layers = 256 * args.width, args.layers
         torch.manual_seed(args.seed)
         self.actor = Actor(obs_size, num_actions, units, layers)
-        for layer in self.actor:  # CORL's initialisation: torch's, and small last layers
+        for layer in self.actor:  # CORL's initialisation: torch's, with small last layers
             if isinstance(layer, nn.Linear):
                 layer.reset_parameters()
         nn.init.xavier_uniform_(self.actor.output.weight, gain=1e-2)
@@ -234,7 +232,7 @@ class CQL(nn.Module):
             nn.init.orthogonal_(weight[n], 1e-2 if weight is stacks[-2] else math.sqrt(2))
         self.critics = nn.ParameterList(stack.to(device) for stack in stacks)
         self.stacks: list[Tensor] = list(self.critics)
-        self.followed = [stack.detach() for stack in self.stacks]  # by the actor and the targets
+        self.followed = [stack.detach() for stack in self.stacks]  # by actor and targets
         copies = [nn.Parameter(stack.clone(), requires_grad=False) for stack in self.followed]
         self.targets: Any = nn.ParameterList(copies)
         self.log_alpha = nn.Parameter(torch.zeros((), device=device))
@@ -249,23 +247,23 @@ class CQL(nn.Module):
         self.critic_optimizer = torch.optim.Adam(critics, args.learning_rate, **adam)
         policy = [*self.actor.parameters(), self.log_alpha]
         self.actor_optimizer = torch.optim.Adam(policy, args.actor_learning_rate, **adam)
-        self.latest = nn.Buffer(torch.full((7,), math.nan, device=device))  # for the records
+        self.latest = nn.Buffer(torch.full((7,), math.nan, device=device))  # values to log
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def get_extra_state(self) -> list[dict[str, Any]]:
-        """Return what state_dict() has besides networks, masks and temperature."""
+        """Return what state_dict() holds besides networks, masks and temperature."""
         return [self.critic_optimizer.state_dict(), self.actor_optimizer.state_dict()]
 
     def set_extra_state(self, state: list[dict[str, Any]]) -> None:
-        """Take back what get_extra_state() gave."""
+        """Restore what get_extra_state() returned."""
         self.critic_optimizer.load_state_dict(state[0])
         self.actor_optimizer.load_state_dict(state[1])
 
     def loss(self, batch: Any, precision: str = "fp32") -> tuple[Tensor, Tensor, Tensor]:
-        """Return two losses, of the critics and of actor and temperature, and what is logged [7].
+        """Return the losses of the critics and of actor with temperature, and values to log [7].
 
-        Each is for its own parameters. All actions whose values the conservative term needs go
-        through the critics in one pass, with the dataset's.
+        Each loss is for its own parameters. The dataset's actions and all those of the
+        conservative term go through the critics in one pass.
         """
         obs, actions, next_obs, rewards, terminated, noise, uniform = batch
         args, alpha = self.args, self.log_alpha.detach().exp()
@@ -300,10 +298,7 @@ class CQL(nn.Module):
         return critic_loss, actor_loss + alpha_loss, torch.stack([*td_losses, *logged]).detach()
 
     def update(self, *batch: Tensor) -> None:
-        """Take one gradient step: gradients are dense, what comes out is masked.
-
-        Nothing waits for the device.
-        """
+        """Take one gradient step, without waiting for the device; gradients are dense."""
         critic_loss, actor_loss, logged = self.loss(batch, self.args.precision)
         critic_loss.backward()
         actor_loss.backward()
@@ -317,7 +312,7 @@ class CQL(nn.Module):
 
     # >>> shared: captured-update
     def captured_update(self, replay: Any) -> None:
-        """Sample and update once; --compile makes a CUDA graph of that."""
+        """Sample and update once; --compile captures a CUDA graph."""
         if self.graph:
             self.graph.replay()
         else:
@@ -330,36 +325,36 @@ class CQL(nn.Module):
 
     # <<< shared: captured-update
     def scores(self, batches: list[Any]) -> list[list[Tensor]]:
-        """Return the score of every weight, of the critics and of the actor; the largest stay."""
-        if self.args.pruner == "random":  # from numbers that no weight was drawn from
+        """Return the scores of the critics' and the actor's weights; the largest are kept."""
+        if self.args.pruner == "random":  # not from the weights' own random numbers
             rng = np.random.default_rng((self.args.seed, 1))
             draws = [[rng.random(w.shape, np.float32) for w in group] for group in self.groups]
             return [[torch.from_numpy(x).to(self.device) for x in group] for group in draws]
-        if self.args.pruner == "magnitude":  # ranks in a layer, as layers begin at their own scales
+        if self.args.pruner == "magnitude":  # ranks in a layer: scales differ
             return [[-magnitude_rank(w) / w.numel() for w in group] for group in self.groups]
-        found = list[list[Tensor]]()
+        scores = list[list[Tensor]]()
         for which, group in enumerate(self.groups):
             gradient = [torch.zeros_like(w) for w in group]
             for batch in batches:  # of the mean loss over the batches
                 parts = torch.autograd.grad(self.loss(batch)[which], group)
                 gradient = [g + part / len(batches) for g, part in zip(gradient, parts)]
             if self.args.pruner == "snip":
-                found.append([(w.detach() * g).abs() for w, g in zip(group, gradient)])
+                scores.append([(w.detach() * g).abs() for w, g in zip(group, gradient)])
                 continue
-            curved = [torch.zeros_like(w) for w in group]  # H g: gradient of g . (gradient, held)
+            curved = [torch.zeros_like(w) for w in group]  # H g: gradient of g . (g held fixed)
             for batch in batches:
                 parts = torch.autograd.grad(self.loss(batch)[which], group, create_graph=True)
                 product = torch.stack([(g * part).sum() for g, part in zip(gradient, parts)]).sum()
                 seconds = torch.autograd.grad(product, group)
                 curved = [h + part / len(batches) for h, part in zip(curved, seconds)]
-            found.append([w.detach() * h for w, h in zip(group, curved)])
-        return found
+            scores.append([w.detach() * h for w, h in zip(group, curved)])
+        return scores
 
     @torch.no_grad()
     def prune(self, batches: list[Any]) -> None:
-        """Remove the weights with the smallest scores, once; no layer may be left empty.
+        """Remove the weights with the smallest scores, once; no layer may end up empty.
 
-        Counts are exact within a group, ties go to the lower index.
+        Counts are exact within a group, and ties go to the lower index.
         """
         args = self.args
         if args.pruner == "none" or args.sparsity == 0:
@@ -385,7 +380,7 @@ class CQL(nn.Module):
 
     @torch.no_grad()
     def networks(self, mean: Any = 0.0, std: Any = 1.0) -> nn.ModuleDict:
-        """Return copies of the networks for raw observations, of that mean and deviation [O]."""
+        """Return copies of the networks for raw observations with this mean and deviation [O]."""
         qf1, qf2 = (critic_network(self.followed, n) for n in range(2))
         shared = nn.ModuleDict({"actor": self.actor, "qf1": qf1, "qf2": qf2})
         networks, size = copy.deepcopy(shared), self.obs_size
@@ -398,23 +393,15 @@ class CQL(nn.Module):
         return networks
 
     def report(self) -> dict[str, float]:
-        """Return what is logged: of the latest update, and of the networks to save."""
-        names = [
-            "qf1_loss",
-            "qf2_loss",
-            "q_values",
-            "cql_loss",
-            "actor_loss",
-            "alpha",
-            "alpha_loss",
-        ]
-        latest = zip(names, self.latest.tolist())
+        """Return the values to log, of the latest update and of the networks to save."""
+        names = ("qf1_loss", "qf2_loss", "q_values", "cql_loss")
+        latest = zip((*names, "actor_loss", "alpha", "alpha_loss"), self.latest.tolist())
         record = {f"losses/{name}": x for name, x in latest if math.isfinite(x)}
         return record | sparsity_report(self.networks())
 
 
 def magnitude_rank(weight: Tensor) -> Tensor:
-    """Return how many weights of the tensor stay before each one; ties go to the lower index."""
+    """Return each weight's rank by magnitude, from 0 for the largest; ties by lower index."""
     order = (-weight.detach().abs().flatten()).argsort(stable=True)
     return order.argsort().view(weight.shape)
 
@@ -424,8 +411,7 @@ def main(args: Args) -> None:
     device = find_device(args)
     data, env_id = read_dataset(args.dataset)
     args.env_id = args.env_id or env_id
-    line = f"--env-id is missing: {args.dataset} does not say what it was recorded in"
-    require(args.env_id != "", line)
+    require(args.env_id != "", f"--env-id is missing: {args.dataset} names no environment")
     envs = MujocoEnvs(args.env_id, 1, args.seed)
     same = env_id.partition("-")[0] in ("", envs.title.partition("-")[0])
     require(same, f"--env-id {args.env_id}: {args.dataset} was recorded in {env_id}")
@@ -433,14 +419,13 @@ def main(args: Args) -> None:
     dataset = Dataset(data, envs, args, device)
     agent = CQL(args, envs.obs.shape[1], envs.num_actions, device)
     agent.prune([dataset.sample(args.batch_size) for _ in range(args.prune_batches)])
-    mark = Path(args.resume, "dataset.sha256")
-    same = not args.resume or not mark.exists() or mark.read_text() == dataset.digest
-    line = f"--dataset {args.dataset} is not what it was when the run in {args.resume} began"
-    require(same, line)
+    digest_file = Path(args.resume, "dataset.sha256")
+    same = not args.resume or not digest_file.exists() or digest_file.read_text() == dataset.digest
+    require(same, f"--dataset {args.dataset} has changed since the run in {args.resume} began")
     if Path(args.dataset).exists():
-        args.dataset = str(Path(args.dataset).absolute())  # --resume may come from another folder
+        args.dataset = str(Path(args.dataset).absolute())  # --resume may come from elsewhere
     run = Run(args, envs.title)
-    run.write(mark.name, dataset.digest.encode())
+    run.write(digest_file.name, dataset.digest.encode())
     step, epoch_return = 0, None
     if saved := run.load():
         step, epoch_return = saved["progress"]
@@ -451,7 +436,7 @@ def main(args: Args) -> None:
     bar = progress_bar(args.total_timesteps, step, "step")
 
     while step < args.total_timesteps:
-        # Learn, until something is due: every 100 steps, at an epoch's end, at the run's end.
+        # Learn until something is due: every 100 steps, at an epoch's end, at the run's end.
         previous = step
         ends = [previous - previous % period + period for period in (100, args.epoch_steps)]
         step = min(*ends, args.total_timesteps)
@@ -493,13 +478,13 @@ class Data(NamedTuple):
     obs: np.ndarray  # [n, O] float32
     actions: np.ndarray  # [n, A] float32
     rewards: np.ndarray  # [n] float32
-    next_obs: np.ndarray  # [n, O] float32, of a truncated episode the true last observation
-    terminated: np.ndarray  # [n] bool; a timeout is not
-    ended: np.ndarray  # [n] bool, last of its episode; not where the recording breaks off
+    next_obs: np.ndarray  # [n, O] float32, the true last observation at a truncation
+    terminated: np.ndarray  # [n] bool, not at a timeout
+    ended: np.ndarray  # [n] bool, last of its episode, but not of a broken recording
 
 
 def checked(where: str, array: Any, n: int, dims: int, flags: bool = False) -> np.ndarray:
-    """Return an array of n rows as float32, or as bool if it holds flags; refuse what is none."""
+    """Return an array of n rows as float32, or as bool if it holds flags; refuse others."""
     numbers = isinstance(array, np.ndarray) and array.dtype.kind in "biuf"
     require(numbers, f"{where} must be numbers")
     array = array[:, 0] if dims == 1 and array.shape == (n, 1) else array
@@ -514,30 +499,27 @@ def checked(where: str, array: Any, n: int, dims: int, flags: bool = False) -> n
 
 
 def read_d4rl(name: str) -> Data:
-    """Read an HDF5 file of D4RL's format.
+    """Read an HDF5 file in D4RL's format.
 
     Keys: observations, actions, rewards, terminals, and timeouts or next_observations or both.
     Without timeouts an episode ends where the next observation is not the next row's. Without
-    next_observations they are the next row's, and rows of which none follows in the episode are
+    next_observations the next row's are used, and rows that no row of their episode follows are
     left out: timeouts and the last row of the file, unless terminal. Terminal rows do not
-    bootstrap; to CQL's term the next episode's start is a state like any other, as in CORL.
+    bootstrap; for CQL's term the next episode's start is a state like any other, as in CORL.
     """
     where = f"--dataset {name}:"
     with h5py.File(name) as file:
         found = {key: item[()] for key, item in file.items() if isinstance(item, h5py.Dataset)}
     for key in ("observations", "actions", "rewards", "terminals"):
         require(key in found, f"{where} the key {key} is missing")
-    line = f"{where} timeouts and next_observations are both missing"
-    require(
-        "timeouts" in found or "next_observations" in found,
-        f"{line}: nothing says where episodes end",
-    )
+    given = "next_observations" in found
+    line = f"{where} timeouts and next_observations are both missing; episode ends are unknown"
+    require(given or "timeouts" in found, line)
     n = len(np.atleast_1d(found["observations"]))
     obs = checked(f"{where} observations", found["observations"], n, 2)
     actions = checked(f"{where} actions", found["actions"], n, 2)
     rewards = checked(f"{where} rewards", found["rewards"], n, 1)
     terminated = checked(f"{where} terminals", found["terminals"], n, 1, flags=True)
-    given = "next_observations" in found
     next_obs = np.concatenate([obs[1:], obs[-1:]])
     if given:
         next_obs = checked(f"{where} next_observations", found["next_observations"], n, 2)
@@ -550,14 +532,14 @@ def read_d4rl(name: str) -> Data:
     if not given:
         kept = ~timeouts | terminated
         kept[-1:] &= terminated[-1:]
-        ended[:-1] |= (timeouts & ~terminated)[1:]  # the row before one that is left out is last
+        ended[:-1] |= (timeouts & ~terminated)[1:]  # the row before a left-out one is the last
     return Data(*(x[kept] for x in (obs, actions, rewards, next_obs, terminated, ended)))
 
 
 def find_minari(name: str) -> Path:
-    """Return the data's folder of a Minari dataset, of which `name` is the folder or the id.
+    """Return the data folder of a Minari dataset, given its folder or its id.
 
-    What is not on this machine is fetched.
+    A dataset that is not on this machine is fetched.
     """
     for folder in (Path(name, "data"), Path(name)):
         if folder.is_dir():
@@ -565,35 +547,32 @@ def find_minari(name: str) -> Path:
     line = "no such folder, and a Minari id ends with its version, like mujoco/hopper/medium-v0"
     require(name.rpartition("-v")[2].isdigit(), f"--dataset {name}: {line}")
     folder = Path(minari.storage.get_dataset_path(name), "data")
-    here = folder.is_dir()
-    line = f"--dataset {name}: not on this machine; looked for {folder}"
-    require(here or not name.startswith("local/"), line)
-    if not here:
-        print(f"--dataset {name}: fetching it; if that is broken off, delete {folder}")
+    if not folder.is_dir():
+        line = f"--dataset {name}: not on this machine; looked for {folder}"
+        require(not name.startswith("local/"), line)
+        print(f"--dataset {name}: fetching it; if that is interrupted, delete {folder}")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else each retry is reported
         minari.download_dataset(name)
     return folder
 
 
 def check_recorded_env(where: str, spec: Any, space: Any) -> None:
-    """Refuse data whose environment evaluations would not have: wrappers, other actions."""
+    """Refuse data from an environment unlike the evaluation's: wrappers, other actions."""
     if known := gym.registry.get(spec.id):
         usual = known.kwargs | {"max_episode_steps": known.max_episode_steps, "render_mode": None}
         settings = spec.kwargs | {"max_episode_steps": spec.max_episode_steps, "render_mode": None}
         special = {key: x for key, x in settings.items() if x != usual.get(key)}
         if special:
-            line = f"{where} recorded with {special}; evaluations will be without"
-            print(line, file=sys.stderr)
+            print(f"{where} recorded with {special}; evaluations will be without", file=sys.stderr)
     wrappers = ", ".join(wrapper.name for wrapper in spec.additional_wrappers)
-    line = f"{where} recorded behind {wrappers}, which evaluations would not have"
-    require(wrappers == "", line)
-    theirs = make_env(spec.id).action_space
-    line = f"{where} its actions are of {space}, those of {spec.id} of {theirs}"
-    require(space is None or space == theirs, line)
+    require(not wrappers, f"{where} recorded behind {wrappers}, which evaluations would not have")
+    usual_space = make_env(spec.id).action_space
+    line = f"{where} its actions are of {space}, those of {spec.id} of {usual_space}"
+    require(space is None or space == usual_space, line)
 
 
 def read_minari(name: str) -> tuple[Data, str]:
-    """Read a Minari dataset; return its transitions and its environment's name, "" without one."""
+    """Return the transitions of a Minari dataset and its environment's name, "" if it has none."""
     dataset = minari.MinariDataset(find_minari(name))
     spec, parts = dataset.env_spec, list[tuple[np.ndarray, ...]]()
     if spec:
@@ -613,14 +592,14 @@ def read_minari(name: str) -> tuple[Data, str]:
 
 
 def read_dataset(name: str) -> tuple[Data, str]:
-    """Return the transitions of --dataset and its environment's name, "" without one."""
-    line = "a Minari id, a folder of a Minari dataset, or a .hdf5 file of D4RL's"
+    """Return the transitions of --dataset and its environment's name, "" if it has none."""
+    line = "give a Minari id, the folder of a Minari dataset, or a .hdf5 file in D4RL's format"
     require(name != "", f"--dataset is missing: {line}")
     file = Path(name).suffix in (".hdf5", ".h5")
     require(Path(name).exists() or not file, f"--dataset {name}: no such file")
     try:
         data, env_id = (read_d4rl(name), "") if Path(name).is_file() else read_minari(name)
-    except Exception as error:  # of many kinds, as the libraries see fit
+    except Exception as error:  # of any kind, depending on the library
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         verb = "read" if Path(name).exists() else "read or fetched"
         require(False, f"--dataset {name}: cannot be {verb} ({text})")
@@ -650,8 +629,7 @@ class Dataset:
             ("observations", data.obs.shape[1], envs.obs.shape[1]),
             ("actions", data.actions.shape[1], envs.num_actions),
         ):
-            line = f"{where} {key} have {ours} numbers, {env_id}'s have {theirs}"
-            require(ours == theirs, line)
+            require(ours == theirs, f"{where} {key} have {ours} numbers, {env_id}'s have {theirs}")
         actions = (data.actions - envs.middle) / envs.half
         bound = float(np.abs(actions).max())
         require(bound < 1 + 1e-4, f"{where} actions reach {bound:g} times {env_id}'s bounds")
@@ -669,8 +647,8 @@ class Dataset:
         """Draw transitions uniformly, with replacement, without waiting for the device.
 
         Returns obs [B, O], actions [B, A], next_obs [B, O], rewards, terminated [B], standard
-        normal noise [2, 1 + n, B, A], for actions at obs and at next_obs, each one and n for CQL's
-        term, and uniform actions [n, B, A], all float32.
+        normal noise [2, 1 + n, B, A], for one action and n of CQL's term at obs and at next_obs,
+        and uniform actions [n, B, A], all float32.
         """
         random: Any = {"device": self.table.device, "generator": self.generator}
         rows = torch.randint(len(self.table), (batch_size,), **random)
@@ -682,12 +660,12 @@ class Dataset:
 
 # >>> shared: mujoco-envs
 def make_env(env_id: str) -> gym.Env:
-    """Make Gymnasium's environment (Hopper: Hopper-v5); it must have vectors of real numbers."""
+    """Make a Gymnasium environment (Hopper: Hopper-v5) with vectors of real numbers."""
     try:
-        import mujoco  # not at the top, as the environment variable may be wrong
-    except Exception as error:  # of many kinds, as the drawing libraries see fit
-        text = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot be imported with it"
-        require(False, f"{text} ({' '.join(str(error).split())})")
+        import mujoco  # here, as MUJOCO_GL may be wrong
+    except Exception as error:  # of any kind, depending on the drawing library
+        line = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot be imported with it"
+        require(False, f"{line} ({' '.join(str(error).split())})")
     mujoco.set_mju_user_warning(lambda x: "deprecated" in x or sys.stderr.write(f"{x}\n"))
     name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
     near = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.3)) or "none"
@@ -701,17 +679,17 @@ def make_env(env_id: str) -> gym.Env:
     fits = all(isinstance(space, gym.spaces.Box) for space in (obs, actions))
     fits = fits and all(len(x.shape) == 1 and x.shape[0] > 0 for x in (obs, actions))
     fits = fits and actions.dtype.kind == "f" and actions.is_bounded()
-    text = "needs a vector of observations and one of bounded continuous actions"
-    require(fits, f"--env-id {env_id}: {text}")
+    needed = "needs a vector of observations and one of bounded continuous actions"
+    require(fits, f"--env-id {env_id}: {needed}")
     return env
 
 
 class MujocoEnvs:
     """N copies of an environment; actions in [-1, 1] are rescaled to its bounds.
 
-    `obs` [N, O] float32 is what the agent sees now: after an end, the next episode's start. Each
-    episode has a seed of its own, from (seed, environment, step). So all of it follows from seeds
-    and actions, which is how a run is restored.
+    `obs` [N, O] float32 is the current observation: after an episode has ended, the first of the
+    next. Each episode has its own seed, from (seed, environment, step), so seed and actions
+    determine everything and a resumed run can replay it.
     """
 
     def __init__(self, env_id: str, num_envs: int, seed: int) -> None:
@@ -719,8 +697,8 @@ class MujocoEnvs:
         space = self.envs[0].action_space
         self.middle, self.half = (space.high + space.low) / 2, (space.high - space.low) / 2
         self.title, self.num_actions = self.envs[0].spec.id, len(space.low)
-        self.seed, self.steps, self.actions = seed, 0, bytearray()  # all actions, N to a step
-        self.began = [list[int]() for _ in range(num_envs)]  # the steps before which episodes began
+        self.seed, self.steps, self.actions = seed, 0, bytearray()  # all actions so far, N per step
+        self.began = [list[int]() for _ in range(num_envs)]  # at which steps, for each one
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
         self.obs = np.zeros((num_envs, *self.envs[0].observation_space.shape), np.float32)
         for i in range(num_envs):
@@ -734,9 +712,9 @@ class MujocoEnvs:
         self.returns[i] = self.lengths[i] = 0
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Take a step with actions [N, A] in [-1, 1]; where an episode ends, the next begins.
+        """Take a step with actions [N, A] in [-1, 1]; where an episode ends, the next one begins.
 
-        Returns next_obs [N, O], before any new beginning, and rewards, terminated, ended [N].
+        Returns next_obs [N, O], from before any reset, and rewards, terminated, ended [N].
         `episodes` has the undiscounted return and the length of each episode that ended.
         """
         self.actions += actions.tobytes()
@@ -756,9 +734,9 @@ class MujocoEnvs:
 
 @torch.no_grad()
 def evaluate(actor: Actor, args: Args, run: Run | None = None) -> dict[str, float]:
-    """Play --eval-episodes together by the mean action; return what is logged of them.
+    """Play --eval-episodes side by side with the mean action; return the values to log.
 
-    Their seeds are always the same, and none of training's. With `run` a signal ends it.
+    The seeds are always the same and differ from training's. With `run`, a signal ends the play.
     """
     n, device = args.eval_episodes, actor.output.weight.device
     if n == 0:
@@ -770,14 +748,14 @@ def evaluate(actor: Actor, args: Args, run: Run | None = None) -> dict[str, floa
         scores += np.where(over, 0, rewards)
         over = np.logical_or(over, ended)
         if run:
-            require(not run.stops, f"stopped; go on with --resume {run.path}", 75)
+            require(not run.stops, f"stopped; continue with --resume {run.path}", 75)
     return {"eval/episodic_return": float(scores.mean()), "eval/episodes": n}
 
 
 # <<< shared: mujoco-envs
 # >>> shared: run-flags
 def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
-    """Return how a whole number is read, which may be written as 1e6."""
+    """Return tyro's rule for reading a whole number, which may be written as 1e6."""
 
     def read(words: list[str]) -> int:
         number = float(words[0])  # exact below 2^53
@@ -786,7 +764,7 @@ def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
 
 
-# Types of flags: the smallest and the largest value, and what --help and messages say of them.
+# Types of flags: smallest and largest value, and the range in messages and in --help.
 ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
 Count = Annotated[int, (1, math.inf, "at least 1"), integer("INT >= 1")]
 Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), integer("INT >= 0")]
@@ -797,17 +775,17 @@ Share = Annotated[float, (0, 1, "in [0, 1]"), tyro.conf.arg(metavar="X in [0, 1]
 
 @dataclass
 class Running:
-    """Where and how it runs."""
+    """Where and how to run."""
 
     device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
-    compile: bool = False  # sampling and update as a CUDA graph (not yet tried on a GPU)
+    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
     run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
-    resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
+    resume: str = ""  # continue the run in this folder, with its flags; give no others
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
-    keep_checkpoint: bool = False  # keep the last ones when the run has finished
+    keep_checkpoint: bool = False  # keep the last checkpoints of a finished run
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
-    wandb_project: str = "cleanrl-sparse"  # project there
+    wandb_project: str = "cleanrl-sparse"  # Weights & Biases project
 
 
 # <<< shared: run-flags
@@ -819,7 +797,7 @@ class Args(Running, Training, Method):
     """All flags."""
 
     def __post_init__(self) -> None:
-        """Refuse values that are not accepted, naming the flag."""
+        """Refuse invalid values, naming the flag."""
         check_ranges(self)
         require(self.tau > 0, "--tau: must be above 0")
         require(self.sparsity < 1, "--sparsity: must be below 1")
@@ -827,7 +805,7 @@ class Args(Running, Training, Method):
 
 # >>> shared: run
 class Run:
-    """A run's folder: records (metrics.jsonl is the source of truth), checkpoints, the model."""
+    """A run's folder: records (metrics.jsonl is the truth), checkpoints, the model."""
 
     def __init__(self, args: Args, title: str) -> None:
         script, at = Path(__file__), time.time_ns() // 1000
@@ -835,38 +813,37 @@ class Run:
         self.args, self.path, self.script = args, Path(name), {"script": script.name}
         self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
         fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
-        line = f"--run-dir {self.path}: exists; to go on with the run in it, --resume {self.path}"
+        line = f"--run-dir {self.path}: exists; continue its run with --resume {self.path}"
         require(fresh or args.resume != "", line)
         if args.track:
             import wandb
 
-            own: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
-            own["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
-            wandb.init(**own, resume="allow", config=vars(args), sync_tensorboard=True)
+            identity: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
+            identity["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
+            wandb.init(**identity, resume="allow", config=vars(args), sync_tensorboard=True)
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "a")
         try:
-            if os.environ.get("RUN_LOCK") != str(self.path):  # benchmark/launch.py has locked it
+            if os.environ.get("RUN_LOCK") != str(self.path):  # already locked by launch.py
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            require(False, f"{self.path}: another process is at work on this run")
+            require(False, f"{self.path}: another process is working on this run")
         if fresh:
-            git = ["sh", "-c", "git rev-parse HEAD"]  # where there is no git, nothing is said
+            git = ["sh", "-c", "git rev-parse HEAD"]  # without git: no error, no output
             head = subprocess.run(git, cwd=script.parent, capture_output=True).stdout.decode()
-            cpu = args.device == "cpu"
-            device = platform.platform() if cpu else torch.cuda.get_device_name()
-            facts = {"commit": head.strip() or None, "device": device, "python": sys.version}
+            device = torch.cuda.get_device_name() if args.device != "cpu" else platform.platform()
+            versions = {"commit": head.strip() or None, "device": device, "python": sys.version}
             packages = {d.name: d.version for d in reversed([*distributions()])}
-            self.write("args.json", self.script | vars(args))  # first: --resume needs it alone
-            self.write("versions.json", facts | {"packages": packages})
+            self.write("args.json", self.script | vars(args))  # first: --resume needs it
+            self.write("versions.json", versions | {"packages": packages})
         self.folder.mkdir(exist_ok=True)
-        self.stops: list[int] = []  # signals; what is ignored, as SIGHUP under nohup, stays so
+        self.stops: list[int] = []  # signals received; SIGHUP stays ignored under nohup
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self.stops.append(number))
 
     def write(self, name: str, data: bytes | dict[str, Any]) -> None:
-        """Write a file, a dict as JSON; a crash leaves it whole or absent."""
+        """Write a file, a dict as JSON; a crash never leaves part of it."""
         with open(self.path / ".tmp", "wb") as file:
             file.write(data if isinstance(data, bytes) else json.dumps(data, indent=1).encode())
             file.flush()
@@ -874,36 +851,36 @@ class Run:
         os.replace(self.path / ".tmp", self.path / name)
 
     def load(self) -> dict[str, Any]:
-        """Return the newest whole checkpoint, {} before the first; cut the records back to it."""
+        """Return the newest intact checkpoint, or {}, and cut the records back to it."""
         state = dict[str, Any]()
         for path in sorted(self.folder.iterdir(), reverse=True):
             data = path.read_bytes()
             if path.name.endswith(hashlib.sha256(data).hexdigest()):
                 state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
                 self.newest = path.name
-                print(f"{self.path}: going on from step {state['step']}")
+                print(f"{self.path}: continuing from step {state['step']}")
                 break
-            print(f"{path} is damaged; looking for the checkpoint before it", file=sys.stderr)
+            print(f"{path} is damaged; trying the checkpoint before it", file=sys.stderr)
         else:
-            require(not any(self.folder.iterdir()), f"{self.folder}: no checkpoint is whole", 1)
+            require(not any(self.folder.iterdir()), f"{self.folder}: no checkpoint is intact", 1)
         self.start = time.time() - state.get("seconds", 0.0)
         self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
-        whole = self.metrics.tell() >= state.get("metrics", 0)
-        require(whole, f"{self.metrics.name} is shorter than when the checkpoint was written")
-        self.metrics.truncate(state.get("metrics", 0))
+        size = state.get("metrics", 0)
+        require(self.metrics.tell() >= size, f"{self.metrics.name} is too short for the checkpoint")
+        self.metrics.truncate(size)
         self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
         self.board.add_text("flags", "\n".join(f"    {k}: {v}" for k, v in vars(self.args).items()))
         return state
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append a record to metrics.jsonl, and give it to TensorBoard."""
+        """Append a record to metrics.jsonl and to TensorBoard's log."""
         record = {"step": step, "seconds": round(time.time() - self.start, 3)} | values
         self.metrics.write(json.dumps(record).encode() + b"\n")
         for key, value in values.items():
             self.board.add_scalar(key, value, step)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, named by step and SHA-256; a run that has got a signal ends here."""
+        """Write a checkpoint, named by step and SHA-256; after a signal, stop."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
         size = os.fstat(self.metrics.fileno()).st_size
@@ -915,31 +892,30 @@ class Run:
             if path.name not in (name, self.newest):
                 path.unlink()
         self.newest, self.saved_at = name, time.monotonic()
-        require(not self.stops, f"stopped at step {step}; go on with --resume {self.path}", 75)
+        require(not self.stops, f"stopped at step {step}; continue with --resume {self.path}", 75)
 
-    def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
-        """Save the network with its flags, write final.json, and tell what came out."""
+    def finish(self, step: int, network: nn.Module, scores: dict[str, float], **extra: Any) -> None:
+        """Save the network (-0.0 as 0.0) with its flags; write and print final.json."""
         flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
-        parameters = network.named_parameters()  # + 0.0 makes 0.0 of -0.0
-        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in parameters}
+        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
         self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))
         if scores:
             self.log(step, scores)
         metrics = {f"hparams/{key}": value for key, value in scores.items()}
         self.board.add_hparams(vars(self.args), metrics, run_name=".", global_step=step)
         self.board.close()
-        facts |= {"status": "finished", "step": step, "seconds": time.time() - self.start}
-        self.write("final.json", facts | scores | sparsity_report(network))
+        extra |= {"status": "finished", "step": step, "seconds": time.time() - self.start}
+        self.write("final.json", extra | scores | sparsity_report(network))
         for path in [] if self.args.keep_checkpoint else self.folder.iterdir():
             path.unlink()
         print(f"{(self.path / 'final.json').read_text()}\neverything is in {self.path}")
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """End with a line unless `accepted`: 2 is bad input, 1 a fault, 75 stopped and resumable."""
+    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 resumable."""
     if not accepted:
         for bar in [*getattr(tqdm, "_instances", ())]:
-            bar.close()  # so that the line is the output's last
+            bar.close()  # so that the line comes last
         print(f"{Path(__file__).name}: {line}", file=sys.stderr)
         sys.exit(status)
 
@@ -947,13 +923,13 @@ def require(accepted: bool, line: str, status: int = 2) -> None:
 def check_ranges(args: Args) -> None:
     """Refuse values outside their flag's range."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
-        for low, high, text in getattr(hint, "__metadata__", ())[:1]:
+        for low, high, accepted in getattr(hint, "__metadata__", ())[:1]:
             flag, value = name.replace("_", "-"), getattr(args, name)
-            require(low <= value <= high, f"--{flag} {value}: must be {text}")
+            require(low <= value <= high, f"--{flag} {value}: must be {accepted}")
 
 
 def find_device(args: Args) -> torch.device:
-    """Return the device of --device; fp32 means fp32 there."""
+    """Return the device of --device, with TF32 switched off."""
     known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
     name = {"auto": known[0], "cuda": "cuda:0"}.get(args.device, args.device)
     require(name in known, f"--device {args.device}: this machine has {', '.join(known)}")
@@ -961,24 +937,24 @@ def find_device(args: Args) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False
     if name != "cpu":
         torch.cuda.set_device(name)
-    args.device = name  # a run is resumed where it began: generators differ between devices
+    args.device = name  # to resume on the same kind of device: generators differ
     return torch.device(name)
 
 
-def progress_bar(total: int, initial: int, unit: str, about: str = "") -> tqdm:
-    """Return a bar; where the output is no terminal, a plain line now and then."""
-    options: Any = {"unit": unit, "desc": about, "unit_scale": True, "dynamic_ncols": True}
+def progress_bar(total: int, initial: int, unit: str, label: str = "") -> tqdm:
+    """Return a progress bar; without a terminal, a plain line every 30 seconds."""
+    options: Any = {"unit": unit, "desc": label, "unit_scale": True, "dynamic_ncols": True}
     if not sys.stderr.isatty():
-        line = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
-        options |= {"mininterval": 30, "bar_format": line}
+        options["bar_format"] = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
+        options["mininterval"] = 30
     return tqdm(total=total, initial=initial, **options)
 
 
 def parse() -> Args:
-    """Return the flags of the command line; with --resume those of the run."""
+    """Return the command line's flags or, with --resume, those of the run."""
     groups = make_dataclass("Flags", [(c.__name__.lower(), c) for c in reversed(Args.__bases__)])
-    about, config = (__doc__ or "").partition("\n")[0], (tyro.conf.OmitArgPrefixes,)
-    parts = vars(tyro.cli(groups, description=about, config=config)).values()
+    title, config = (__doc__ or "").partition("\n")[0], (tyro.conf.OmitArgPrefixes,)
+    parts = vars(tyro.cli(groups, description=title, config=config)).values()
     args = Args(**{name: value for part in parts for name, value in vars(part).items()})
     if not any(flag.startswith("--resume") for flag in sys.argv):
         return args
@@ -986,46 +962,46 @@ def parse() -> Args:
     require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
     try:
         saved = json.loads(Path(args.resume, "args.json").read_text())
-        require(saved.pop("script") == Path(__file__).name, "--resume: the run of another script")
+        require(saved.pop("script") == Path(__file__).name, "--resume: the run is another script's")
         saved = Args(**saved | {"resume": args.resume or "."})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        require(False, f"--resume {args.resume}: no run of this script is there ({error})")
+        require(False, f"--resume {args.resume}: holds no run of this script ({error})")
     finished = Path(args.resume, "final.json").exists()
-    require(not finished, f"{args.resume} is finished; nothing is left to do", 0)
+    require(not finished, f"{args.resume} is finished; there is nothing left to do", 0)
     return saved
 
 
 class Output(io.FileIO):
-    """Standard output or error; what nobody reads any more is dropped, and ends no run."""
+    """Standard output or error; what nobody reads any more is dropped."""
 
     def write(self, data: Any) -> int:
-        """Write what can be written."""
+        """Write, or drop what cannot be written."""
         with suppress(OSError):
             return super().write(data) or len(data)
         return len(data)
 
 
 def command_line() -> None:
-    """Run main; a fault ends it with one line and an exit status."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # glibc keeps freed memory:
-        mallopt(option, value)  # else every update faults its gradients' pages in anew
+    """Run main; a fault ends the program with one line and an exit status."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)  # max: do nothing
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # keep freed memory:
+        mallopt(option, value)  # else every update page-faults on its gradients
     try:
         main(parse())
     except Exception as error:
-        about = f"{type(error).__name__}: "
+        cause = f"{type(error).__name__}: "
         if "allocate" in str(error):
-            about = "these flags need more memory than there is: "
+            cause = "these flags need more memory than is available: "
         elif type(error).__module__.startswith("wandb"):
-            about = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
+            cause = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
         elif not isinstance(error, OSError):
-            traceback.print_exc()  # a fault of ours
-        require(False, about + str(error).partition("\n")[0], 1)
+            traceback.print_exc()  # a bug of this script
+        require(False, cause + str(error).partition("\n")[0], 1)
 
 
 if __name__ == "__main__":
     while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # takes the place of a stream that was closed
+        pass  # stands in for streams that were closed
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = io.BufferedWriter(Output(fd, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))

@@ -3,34 +3,34 @@
 # dependencies = ["torch>=2.13", "numpy>=1.26", "ale-py>=0.12.1", "gymnasium>=1.2", "tyro>=0.9",
 #                 "safetensors>=0.5", "tensorboard>=2.18", "tqdm>=4.66", "wandb>=0.18"]
 # ///
-"""DQN on Atari with gradual magnitude pruning: 95 % of its weights go by the end.
+"""DQN on Atari with gradual magnitude pruning, to 95 % sparsity.
 
 Paper: Obando-Ceron, Courville, Castro, "In value-based deep reinforcement learning, a pruned
 network is a good network", ICML 2024, arXiv 2402.12479. The agent is Dopamine's DQN (Mnih et al.
-2015, with Adam), pruned as by JaxPruner.
+2015, with Adam), pruned as in JaxPruner.
 
-From 20 % to 80 % of the gradient steps the weights of the smallest magnitude are removed along a
-cubic schedule (Zhu and Gupta 2017), every 1,000 gradient steps. What is removed stays removed.
+From 20 % to 80 % of the run, every 1,000 gradient steps, the weights of smallest magnitude are
+removed along a cubic schedule (Zhu and Gupta 2017). Removed weights stay removed.
 
     python dqn_atari_gmp.py --env-id Breakout           # the paper's setting: 40M frames, 95 %
-    python dqn_atari_gmp.py --network impala --width 3  # its main result: the wider ResNet
+    python dqn_atari_gmp.py --network impala --width 3  # the paper's main result: a wider ResNet
     python dqn_atari_gmp.py --sparsity 0                # the dense baseline: nothing is pruned
     python dqn_atari_gmp.py --resume RUN_DIR
 
-With its defaults it is also PolyPruneDQN, the baseline of Eau De Q-Network (arXiv 2503.01437).
+With the defaults this is also PolyPruneDQN, the baseline of Eau De Q-Network (arXiv 2503.01437).
 
 Differences from the paper, and guesses ([C] read in the paper or its authors' code, [I] inferred,
 [D] our decision):
- 1. [C] All tensors but biases are pruned, the first and the last layer too, with exact counts.
- 2. [I] Sparsity is spread by the Erdos-Renyi-Kernel rule; the schedule's progress multiplies each
+ 1. [C] All tensors but biases are pruned, in the first and last layers too, to exact counts.
+ 2. [I] Sparsity is spread by the Erdos-Renyi-Kernel rule; the schedule's progress scales each
     layer's own final sparsity.
  3. [D] The schedule counts this run's gradient steps: 499,000 to 1,996,000 here, 500,000 to
     2,000,000 in the paper.
- 4. [I] --width multiplies the channels of the convolutions, not the dense layer. Impala's are
+ 4. [I] --width multiplies the channels of the convolutions, not the dense layer. Impala has
     Dopamine's 16, 32, 32; the paper's table prints 32, 64, 64, which is --width 2.
- 5. [D] Q-variance is that of all Q(s, a) over states and actions, Q-norm the mean of |Q(s, .)|_2.
- 6. [D] Games are seeded anew only now and then. With --num-envs above 1 they step while the
-    network learns from all earlier steps.
+ 5. [D] Q-variance is taken over all states and actions, Q-norm is the mean of |Q(s, .)|_2.
+ 6. [D] Games are reseeded only now and then. With --num-envs above 1 they step while the network
+    learns from all earlier steps.
 
 Figures: benchmark/gmp_figure*.sh, all with DQN. More: docs/dqn_atari_gmp.md.
 """
@@ -76,24 +76,24 @@ from tyro.constructors import PrimitiveConstructorSpec
 class Training:
     """The agent and its game. A step is one decision in one environment: 4 frames."""
 
-    env_id: str = "Breakout"  # game, like MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4
-    seed: Index = 1  # seed of everything random
-    total_timesteps: Count = 10_000_000  # steps of the run, over all environments
+    env_id: str = "Breakout"  # game, e.g. MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4
+    seed: Index = 1  # random seed
+    total_timesteps: Count = 10_000_000  # total steps, summed over all environments
     learning_starts: Count = 20_000  # steps of random play before the first gradient step
-    buffer_size: Count = 1_000_000  # transitions in the replay, 7.1 KB of memory each
+    buffer_size: Count = 1_000_000  # transitions in the replay, each 7.1 KB of memory
     batch_size: Count = 32  # transitions per gradient step
     learning_rate: Rate = 6.25e-5  # Adam's step size
     adam_eps: Rate = 1.5e-4  # Adam's epsilon
     gamma: Share = 0.99  # discount factor
-    n_step: Count = 1  # steps of the return before the bootstrap
-    replay_ratio: Rate = 0.25  # gradient steps per step
+    n_step: Count = 1  # rewards summed before bootstrapping
+    replay_ratio: Rate = 0.25  # gradient steps per environment step
     target_every: Count = 8_000  # steps between target updates
     epsilon_end: Share = 0.01  # final probability of a random action
-    epsilon_steps: Count = 250_000  # steps over which it falls from 1, after the random play
-    epoch_steps: Count = 250_000  # steps per epoch, whose mean return is reported
+    epsilon_steps: Count = 250_000  # steps over which epsilon decays from 1, after the random play
+    epoch_steps: Count = 250_000  # steps per epoch; the mean return of each is reported
     num_envs: Count = 1  # environments; if several, they step while the agent learns
     network: Literal["cnn", "impala"] = "cnn"  # DQN's convolutions or the 15-layer ResNet
-    width: Count = 1  # multiplies the channels of the convolutions; the paper: 1 to 5, mainly 3
+    width: Count = 1  # factor on the convolutions' channels; the paper: 1 to 5, mainly 3
     feature_size: Count = 512  # units of the dense layer
     eval_episodes: Index = 10  # episodes of the final evaluation, at epsilon 0.001
     eval_steps: Count = 27_000  # steps after which an evaluation episode is cut off
@@ -104,11 +104,11 @@ class Training:
 class Method:
     """Gradual magnitude pruning; the defaults are the paper's."""
 
-    sparsity: Share = 0.95  # share of the prunable weights that is zero in the end; 0 never prunes
-    prune_start: Share = 0.2  # share of the run's gradient steps at which pruning begins
-    prune_end: Share = 0.8  # share at which the final sparsity is reached
-    prune_every: Count = 1000  # gradient steps between new masks
-    analysis_every: Index = 250_000  # steps between analyses of the network; 0: none
+    sparsity: Share = 0.95  # final share of the prunable weights that are zero; 0: no pruning
+    prune_start: Share = 0.2  # share of the run's gradient steps before pruning begins
+    prune_end: Share = 0.8  # share after which the final sparsity is reached
+    prune_every: Count = 1000  # gradient steps between mask updates
+    analysis_every: Index = 250_000  # steps between analyses of the network; 0: no analyses
 
 
 # <<< shared: gmp-flags
@@ -123,7 +123,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(nn.Conv2d(c_out, c_out, 3, padding=1) for _ in range(4))
 
     def forward(self, x: Tensor, hidden: list[Tensor]) -> Tensor:
-        """Halve the sides of x [B, c_in, H, H]; put what each ReLU gives into `hidden`."""
+        """Halve the sides of x [B, c_in, H, H]; append each ReLU's output to `hidden`."""
         x = self.pool(self.entry(x))
         for first, second in (self.blocks[:2], self.blocks[2:]):
             hidden.append(torch.relu(x))
@@ -159,15 +159,15 @@ class QNetwork(nn.Module):
                 nn.init.xavier_uniform_(p)
 
     def hidden(self, obs: Tensor) -> list[Tensor]:
-        """Return what the hidden layers' ReLUs give for obs [B, 4, 84, 84], floats in [0, 1].
+        """Return the outputs of the hidden ReLUs for obs [B, 4, 84, 84], floats in [0, 1].
 
-        The last are the features [B, feature_size]. Impala's last convolutions have no part in
-        it: the units counted as dormant are those of ReDo's authors (Sokar et al. 2023).
+        The last are the features [B, feature_size]. The ReLU after Impala's last block is not
+        among them: dormant units are counted as in ReDo's own code (Sokar et al. 2023).
         """
         hidden = list[Tensor]()
         if self.network == "cnn":
             hidden.append(torch.relu(self.conv1(obs)))
-            x = nn.functional.pad(hidden[0], (1, 2, 1, 2))  # as XLA's SAME, odd pixel at the end
+            x = nn.functional.pad(hidden[0], (1, 2, 1, 2))  # as XLA's SAME: odd pixel at the end
             hidden.append(torch.relu(self.conv2(x)))
             hidden.append(torch.relu(self.conv3(hidden[1])))
             x = hidden[2]
@@ -175,31 +175,31 @@ class QNetwork(nn.Module):
             x = self.stack1(obs, hidden)
             x = self.stack2(x, hidden)
             x = torch.relu(self.stack3(x, hidden))
-        x = x.permute(0, 2, 3, 1).flatten(1)  # channels-last order: needs no copy
+        x = x.permute(0, 2, 3, 1).flatten(1)  # channels-last order needs no copy
         return [*hidden, torch.relu(self.dense(x))]
 
     def forward(self, obs: Tensor) -> Tensor:
         """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
         x = self.hidden(obs)[-1]
-        with torch.autocast(x.device.type, enabled=False):  # bf16 would blur how the actions differ
+        with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse to rank actions
             return self.output(x.to(self.output.weight.dtype))
 
 
 # <<< shared: networks
 # >>> shared: sparsity
 def prunable(network: nn.Module) -> dict[str, Tensor]:
-    """Return what pruning may remove: every tensor of two or more dimensions, so no bias."""
+    """Return the weights that may be pruned, by layer: matrices and kernels."""
     return {k.removesuffix(".weight"): p for k, p in network.named_parameters() if p.ndim >= 2}
 
 
 def add_masks(network: nn.Module) -> None:
-    """Give each prunable weight a mask (1: kept) as a buffer: state_dict() has it too."""
+    """Give each prunable weight a mask (1: kept), a buffer and so part of state_dict()."""
     for i, weight in enumerate(prunable(network).values()):
         network.register_buffer(f"mask{i}", torch.ones_like(weight))
 
 
 def sparsity_report(network: nn.Module) -> dict[str, float]:
-    """Return the shares of zeros, of all prunable weights and of each layer, and what is left."""
+    """Return the sparsity of network and layers, and how many parameters are left."""
     weights, total = prunable(network), sum(p.numel() for p in network.parameters())
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     pruned, size = sum(zeros.values()), sum(weight.numel() for weight in weights.values())
@@ -211,9 +211,9 @@ def sparsity_report(network: nn.Module) -> dict[str, float]:
 # <<< shared: sparsity
 # >>> shared: pruning
 def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]:
-    """Return a score of any sign for each prunable weight; the lowest are pruned first.
+    """Return a score, of any sign, for each prunable weight; the lowest are pruned first.
 
-    Put another criterion here (docs/pruning_criterion.md); a random one draws from `rng`.
+    Put your own criterion here (docs/pruning_criterion.md); it may draw from `rng` only.
     """
     return [weight.abs() for weight in prunable(network).values()]
 
@@ -221,13 +221,13 @@ def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]
 def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
     """Return the share of each prunable tensor to keep, for a total sparsity in [0, 1].
 
-    The Erdos-Renyi-Kernel rule (Evci et al. 2020): eps * sum(shape) / prod(shape), with eps such
-    that the total holds; a tensor that would exceed 1 is dense, and eps is solved again.
+    The Erdos-Renyi-Kernel rule (Evci et al. 2020): eps * sum(shape) / prod(shape), with eps chosen
+    to meet the total; a tensor whose share would exceed 1 stays dense, and eps is solved for again.
     """
     sizes = np.array([weight.numel() for weight in prunable(network).values()])
     sums = np.array([sum(weight.shape) for weight in prunable(network).values()])
     dense = np.zeros(len(sizes), bool)
-    for _ in sizes:  # each turn but the last finds another one
+    for _ in sizes:  # each pass may make another tensor dense
         left = (1 - sparsity) * sizes.sum() - sizes[dense].sum()
         eps = left / max(1, sums[~dense].sum())
         dense |= eps * sums >= sizes
@@ -236,26 +236,24 @@ def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
 
 @torch.no_grad()
 def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
-    """Lower the masks to these densities; the weights are left alone.
+    """Shrink the masks to these densities; the weights do not change.
 
-    Counts are exact, ties go to the lower index, every tensor keeps at least one weight. What is
-    pruned stays pruned: it counts as -inf.
+    Counts are exact, ties keep the lower index, and every tensor keeps at least one weight. Pruned
+    weights score -inf, so they stay pruned.
     """
     for score, mask, density in zip(pruning_scores(network, rng), network.buffers(), densities):
         flat = torch.where(mask > 0, score, -math.inf).flatten().cpu().numpy()
-        kept = max(1, round(len(flat) * density))
-        threshold = np.partition(flat, -kept)[-kept]  # far faster than a sort
+        count = max(1, round(len(flat) * density))
+        threshold = np.partition(flat, -count)[-count]  # far faster than sorting
         keep = flat > threshold
-        keep[np.flatnonzero(flat == threshold)[: kept - keep.sum()]] = True
+        keep[np.flatnonzero(flat == threshold)[: count - keep.sum()]] = True
         mask.mul_(torch.from_numpy(keep).view(mask.shape).to(mask.device))
 
 
 # <<< shared: pruning
-
-
 # >>> shared: schedule
 def pruning_progress(step: int, start: int, end: int) -> float:
-    """Return the share of the final sparsity to have at a gradient step, in [0, 1].
+    """Return the share of the final sparsity due at a gradient step, in [0, 1].
 
     1 - (1 - (t - t0) / (t1 - t0)) ** 3
     """
@@ -281,19 +279,19 @@ class DQN(nn.Module):
         adam: Any = {"lr": args.learning_rate, "eps": args.adam_eps, "capturable": args.compile}
         self.optimizer = torch.optim.Adam(self.online.parameters(), fused=True, **adam)
         self.latest = nn.Buffer(torch.zeros(2, device=device))  # loss and mean Q-value
-        self.gradient_step, self.sparsity = 0, 0.0  # sparsity: the schedule's
+        self.gradient_step, self.sparsity = 0, 0.0  # the schedule's sparsity
         steps = math.ceil(args.total_timesteps / args.num_envs) * args.num_envs
-        updates = max(1, self.updates_by(steps))  # of the run
+        updates = max(1, self.updates_by(steps))  # of the whole run
         self.start = min(updates - 1, round(args.prune_start * updates))
         self.end = min(updates - 1, round(args.prune_end * updates))
-        # Each use of randomness has its own generator.
+        # A generator for each use of randomness.
         uses = ("act", "score")
         self.rng = {use: np.random.default_rng((args.seed, i)) for i, use in enumerate(uses)}
         self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def loss(self, obs: Any, next_obs: Any, actions: Any, rewards: Any, discounts: Any) -> Any:
-        """Return the squared TD error and Q(s, a) of each transition of a batch, [B] both."""
+        """Return the squared TD error and Q(s, a) of each transition of a batch, both [B]."""
         with torch.no_grad(), self.autocast:
             td_target = rewards + discounts * self.target(next_obs).max(1).values
         with self.autocast:
@@ -301,7 +299,7 @@ class DQN(nn.Module):
         return (q_values - td_target).square(), q_values
 
     def update(self, *batch: Tensor) -> None:
-        """Take one gradient step on a batch. Nothing waits for the device."""
+        """Take one gradient step on a batch, without waiting for the device."""
         losses, q_values = self.loss(*batch)
         losses.mean().backward()
         self.optimizer.step()
@@ -311,7 +309,7 @@ class DQN(nn.Module):
             self.latest.copy_(torch.stack([losses.mean(), q_values.mean()]))
 
     def learn(self, replay: FrameReplay, step: int) -> None:
-        """Prune and update as often as is due by `step`; --compile makes a CUDA graph of it."""
+        """Prune and take the gradient steps due by `step`; --compile captures a CUDA graph."""
         while self.gradient_step < self.updates_by(step):
             self.prune_if_due()
             self.gradient_step += 1
@@ -328,10 +326,10 @@ class DQN(nn.Module):
     # >>> shared: gmp-agent
     @torch.no_grad()
     def prune_if_due(self) -> None:
-        """Lower the masks along the schedule, every --prune-every gradient steps and at its end.
+        """Shrink the masks along the schedule, every --prune-every gradient steps and at its end.
 
-        They are those of the weights before this gradient step, whose gradient does not know of
-        them yet (JaxPruner's order): update() sets to zero what they remove, after Adam's step.
+        As in JaxPruner the weights before this gradient step decide, and its gradient ignores the
+        new masks: update() applies them after Adam's step.
         """
         step, start, end = self.gradient_step, self.start, self.end
         due = (step - start) % self.args.prune_every == 0 or step == end
@@ -346,7 +344,7 @@ class DQN(nn.Module):
         self.target.load_state_dict(self.online.state_dict())
 
     def report(self) -> dict[str, float]:
-        """Return what is logged: of the latest update, and of the online network."""
+        """Return the values to log, of the latest update and of the online network."""
         record = sparsity_report(self.online) | {"sparsity/target": self.sparsity}
         if self.gradient_step > 0:
             loss, q_value = self.latest.tolist()
@@ -365,18 +363,18 @@ class DQN(nn.Module):
         return actions
 
     def updates_by(self, step: int) -> int:
-        """Return how many gradient steps are due by a step."""
+        """Return the number of gradient steps due by `step`."""
         ratio = self.args.replay_ratio
         return math.floor(step * ratio) - math.floor(self.args.learning_starts * ratio)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what state_dict() has besides networks and masks."""
+        """Return what state_dict() holds besides networks and masks."""
         rng = {use: rng.bit_generator.state for use, rng in self.rng.items()}
         counters = (self.gradient_step, self.sparsity)
         return {"optimizer": self.optimizer.state_dict(), "rng": rng, "counters": counters}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take back what get_extra_state() gave."""
+        """Restore what get_extra_state() returned."""
         self.gradient_step, self.sparsity = state["counters"]
         self.optimizer.load_state_dict(state["optimizer"])
         for use, rng in self.rng.items():
@@ -392,7 +390,7 @@ def main(args: Args) -> None:
     agent = DQN(args, envs.num_actions, device)
     replay = FrameReplay(args, device, envs.obs[:, -1])
     run = Run(args, rom.title().replace("_", ""))
-    step, returns, epoch_return = 0, list[float](), None  # returns: of this epoch's episodes
+    step, returns, epoch_return = 0, list[float](), None  # returns: this epoch's episodes
     if saved := run.load():
         step, returns, epoch_return = saved["progress"]
         play_again(envs, replay, saved["games"], run)
@@ -402,26 +400,25 @@ def main(args: Args) -> None:
     bar = progress_bar(args.total_timesteps, step, "step")
 
     def passed(period: int) -> bool:
-        """Tell whether this step reaches or crosses a multiple of `period`."""
+        """Return whether this step reached or crossed a multiple of `period`."""
         return step // period > previous // period
 
     while step < args.total_timesteps:
         previous, step = step, step + args.num_envs
         ended, trained = step >= args.total_timesteps, agent.gradient_step > 0
         # Act and step.
-        fallen = min(1.0, max(0.0, (previous - args.learning_starts) / args.epsilon_steps))
-        epsilon = 1 + (args.epsilon_end - 1) * fallen
+        decay = min(1.0, max(0.0, (previous - args.learning_starts) / args.epsilon_steps))
+        epsilon = 1 + (args.epsilon_end - 1) * decay
         actions = agent.act(envs.obs, epsilon)
         envs.send(actions)
-        if args.num_envs > 1:  # the environments step meanwhile; one keeps the paper's order
+        if args.num_envs > 1:  # they step meanwhile; a single one keeps the paper's order
             agent.learn(replay, step)
         # Store.
         replay.add(actions, envs.recv(), envs.obs[:, -1])
         for score, length in envs.episodes:
             run.log(step, {"charts/episodic_return": score, "charts/episodic_length": length})
             returns.append(score)
-            text = f"return {score:g}, sparsity {agent.sparsity:.3f}"
-            bar.set_postfix_str(text, refresh=False)
+            bar.set_postfix_str(f"return {score:g}, sparsity {agent.sparsity:.3f}", False)
         # Learn and prune.
         if args.num_envs == 1:
             agent.learn(replay, step)
@@ -466,12 +463,12 @@ def main(args: Args) -> None:
 
 # >>> shared: analysis
 def analyse(agent: Any, replay: FrameReplay, seed: int) -> tuple[dict[str, float], np.ndarray]:
-    """Measure the online network on 2,048 states of the replay; return cosines [32, 32], too.
+    """Measure the online network on 2,048 states of the replay; return measures and cosines.
 
     dormant_T: share of the hidden units (a channel is one) whose mean output is at most T times
     their layer's mean (Sokar et al. 2023). srank: smallest k such that the k largest singular
-    values of the features make up 99 % of all (Kumar et al. 2021). Cosines: those between the
-    gradients of the losses of 32 transitions.
+    values of the features make up 99 % of their sum (Kumar et al. 2021). Cosines [32, 32]: between
+    the gradients of the losses of 32 transitions.
     """
     first, count = replay.range.tolist()
     drawn = np.random.default_rng(seed).integers(first, first + count, 2048 + 32) % replay.slots
@@ -485,12 +482,12 @@ def analyse(agent: Any, replay: FrameReplay, seed: int) -> tuple[dict[str, float
             features.append(hidden[-1].float())
             q_values.append(network(obs))
     layers = [torch.stack(parts).mean(0) for parts in zip(*means)]
-    scores = torch.cat([units / (units.mean() + 1e-9) for units in layers])
+    activity = torch.cat([units / (units.mean() + 1e-9) for units in layers])
     spectrum, q = torch.linalg.svdvals(torch.cat(features)), torch.cat(q_values)
     norms = torch.stack([p.detach().norm() for p in network.parameters()])
     measures = {
-        "dormant_0": (scores <= 0).float().mean(),
-        "dormant_0.1": (scores <= 0.1).float().mean(),
+        "dormant_0": (activity <= 0).float().mean(),
+        "dormant_0.1": (activity <= 0.1).float().mean(),
         "srank": 1 + (spectrum.cumsum(0) < 0.99 * spectrum.sum()).sum(),
         "q_variance": q.var(),
         "q_norm": q.norm(dim=1).mean(),
@@ -502,8 +499,8 @@ def analyse(agent: Any, replay: FrameReplay, seed: int) -> tuple[dict[str, float
         parts = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
         row.copy_(torch.cat([part.flatten() for part in parts]))
     products = gradients @ gradients.T
-    sizes = products.diag().sqrt().clamp(min=1e-30)
-    cosines = (products / sizes[:, None] / sizes).cpu().numpy()
+    lengths = products.diag().sqrt().clamp(min=1e-30)
+    cosines = (products / lengths[:, None] / lengths).cpu().numpy()
     return {f"analysis/{name}": float(value) for name, value in measures.items()}, cosines
 
 
@@ -522,12 +519,12 @@ class AtariEnvs:
     """N copies of a game under Dopamine's protocol (Machado et al. 2018).
 
     Sticky actions 0.25, frameskip 4 with the maximum over two frames, 84x84 grayscale, minimal
-    action set, no no-op start, no FIRE reset; losing a life ends no episode, 27,000 steps truncate
-    it. `obs` [N, 4, 84, 84] uint8 is what the agent sees now: after an end, the next episode's
-    start. All of it follows from seeds and actions, which is how a run is restored.
+    action set, no no-op start, no FIRE reset; losing a life does not end an episode, 27,000 steps
+    truncate it. `obs` [N, 4, 84, 84] uint8 is the current observation: after an episode has ended,
+    the first of the next. Seeds and actions determine everything, so a resumed run can replay it.
     """
 
-    RESEED_AFTER = 25_000  # steps; seeding reloads the ROM, so most episodes begin without it
+    RESEED_AFTER = 25_000  # steps; seeding reloads the ROM, so it is rare
 
     def __init__(self, rom: str, num_envs: int, seed: int, max_steps: int = 27_000) -> None:
         protocol: dict[str, Any] = {"repeat_action_probability": 0.25, "noop_max": 0}
@@ -536,13 +533,13 @@ class AtariEnvs:
         threads = min(num_envs, os.cpu_count() or 1)
         self.envs = AtariVectorEnv(rom, num_envs, num_threads=threads, **protocol)
         self.num_actions = len(self.envs.ale.get_action_set())
-        self.seed, self.step, self.actions = seed, 0, bytearray()  # all actions, N to a step
-        self.seeded = [list[int]() for _ in range(num_envs)]  # before which steps
+        self.seed, self.step, self.actions = seed, 0, bytearray()  # all actions so far, N per step
+        self.seeded = [list[int]() for _ in range(num_envs)]  # at which steps, for each one
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
         self.begin(np.ones(num_envs, bool))
 
     def begin(self, which: np.ndarray) -> None:
-        """Seed the environments of the mask `which` [N] anew and start their episodes."""
+        """Reseed the environments in the mask `which` [N] and start their episodes."""
         rows = np.flatnonzero(which).tolist()
         keys = [np.random.SeedSequence((self.seed, i, self.step)) for i in rows]
         seeds = np.array([key.generate_state(1)[0] >> 1 for key in keys], np.int64)
@@ -553,7 +550,7 @@ class AtariEnvs:
         self.returns[which] = self.lengths[which] = 0
 
     def send(self, actions: np.ndarray) -> None:
-        """Start a step with actions [N] int64; the environments run in threads until recv()."""
+        """Start a step with actions [N] int64; threads run it until recv()."""
         self.actions += actions.astype(np.uint8).tobytes()
         self.step += 1
         self.envs.send(actions)
@@ -578,7 +575,7 @@ class AtariEnvs:
 
 
 def play_again(envs: AtariEnvs, replay: FrameReplay, games: list[Any], run: Run) -> None:
-    """Play a checkpoint's games again, from the last seedings before all that the replay holds."""
+    """Replay a checkpoint's games, from the seedings before the oldest transition."""
     past, seeded, obs = games
     actions = np.frombuffer(past, np.uint8).reshape(-1, replay.num_envs)
     first = max(0, len(actions) - replay.rows)
@@ -587,22 +584,22 @@ def play_again(envs: AtariEnvs, replay: FrameReplay, games: list[Any], run: Run)
     envs.actions = bytearray(actions[: envs.step].tobytes())
     bar = progress_bar(len(actions), envs.step, "step", "playing again")
     for row in actions[envs.step :]:
-        if (begins == envs.step).any():  # before its begin an environment plays something else
+        if (begins == envs.step).any():  # until now these played other games
             envs.begin(begins == envs.step)
         envs.send(row.astype(np.int64))
         replay.add(row, envs.recv(), envs.obs[:, -1])
         bar.update()
-        require(not run.stops, f"stopped; go on with --resume {run.path}", 75)
+        require(not run.stops, f"stopped; continue with --resume {run.path}", 75)
     bar.close()
     envs.seeded = seeded
     same = np.array_equal(envs.obs, obs.numpy())
-    require(same, "--resume: the games went differently; install the ale-py of versions.json")
+    require(same, "--resume: the games went differently; install the ale-py in versions.json")
 
 
 @torch.no_grad()
 def evaluate(network: nn.Module, rom: str, run: Run) -> dict[str, float]:
-    """Play --eval-episodes together at epsilon 0.001; return what is logged of them."""
-    n, seed = run.args.eval_episodes, run.args.seed + 1_000_000  # none of training's seeds
+    """Play --eval-episodes side by side at epsilon 0.001; return the values to log."""
+    n, seed = run.args.eval_episodes, run.args.seed + 1_000_000  # apart from training's seeds
     if n == 0:
         return {}
     envs, rng = AtariEnvs(rom, n, seed, run.args.eval_steps), np.random.default_rng(seed)
@@ -615,10 +612,10 @@ def evaluate(network: nn.Module, rom: str, run: Run) -> dict[str, float]:
             _, terminated, truncated, _ = envs.recv()
             ended = np.flatnonzero(terminated | truncated).tolist()
             for i, (score, _) in zip(ended, envs.episodes):
-                scores.setdefault(i, score)
+                scores.setdefault(i, score)  # later episodes do not count
             bar.set_postfix_str(f"step {envs.step} of at most {run.args.eval_steps}", False)
             bar.update(len(scores) - bar.n)
-            require(not run.stops, f"stopped; go on with --resume {run.path}", 75)
+            require(not run.stops, f"stopped; continue with --resume {run.path}", 75)
     return {"eval/episodic_return": sum(scores.values()) / n, "eval/episodes": n}
 
 
@@ -627,36 +624,36 @@ def evaluate(network: nn.Module, rom: str, run: Run) -> dict[str, float]:
 class FrameReplay:
     """Uniform replay of the last --buffer-size transitions, on the device; frames are stored once.
 
-    A ring of rows, one per step of all N environments: slot row * N + i holds the newest frame that
-    environment i showed, what was done then, and where in `frames` its transition's lie: -1 is the
-    black frame before an episode. The last frame of a truncated episode lies behind the slots.
-    A transition is put together when it is drawn: over --n-step steps, fewer if its episode ends.
+    A ring of rows, one per step of all N environments: slot row * N + i holds the newest frame of
+    environment i, the action taken on it, and the positions in `frames` of its transition's frames:
+    -1 is the black frame before an episode. Truncated episodes' last frames lie behind the slots.
+    Transitions of --n-step steps, or fewer if an episode ends, are assembled when drawn.
     """
 
-    EPISODE = 27_000  # steps of an episode that is truncated
+    EPISODE = 27_000  # steps after which an episode is truncated
 
     def __init__(self, args: Args, device: torch.device, first_frames: np.ndarray) -> None:
         self.num_envs = n = args.num_envs
         self.n_step = args.n_step
         self.capacity = math.ceil(args.buffer_size / n)  # rows to draw from
-        self.rows = self.capacity + 3 + args.n_step  # with three older frames, and newer ones
+        self.rows = self.capacity + 3 + args.n_step  # plus three older frames and n newer ones
         self.slots, self.extra = self.rows * n, (self.rows // self.EPISODE + 2) * n
         shape = (self.slots + self.extra + 1, *first_frames.shape[1:])
         self.frames = torch.empty(shape, dtype=torch.uint8, device=device)
         self.frames[-1] = 0
         # Per slot: action, clipped reward (a whole number), terminated, positions of 4 + 1 frames.
-        self.facts = torch.zeros(self.slots, 8, dtype=torch.int32, device=device)
+        self.table = torch.zeros(self.slots, 8, dtype=torch.int32, device=device)
         self.ahead = torch.arange(args.n_step, device=device) * n
         self.powers = args.gamma ** torch.arange(args.n_step + 1, device=device)
         self.range = torch.zeros(2, dtype=torch.long, device=device)  # oldest transition, count
         self.generator = torch.Generator(device).manual_seed(args.seed)
-        self.nbytes = self.frames.nbytes + self.facts.nbytes
+        self.nbytes = self.frames.nbytes + self.table.nbytes
         self.step = self.truncations = self.count = 0
-        self.stacks = np.column_stack([np.full((n, 3), -1), np.arange(n)])  # of what is seen now
+        self.stacks = np.column_stack([np.full((n, 3), -1), np.arange(n)])  # the current ones
         self.frames[:n] = torch.from_numpy(first_frames)
 
     def add(self, actions: np.ndarray, step: tuple[np.ndarray, ...], frames: np.ndarray) -> None:
-        """Store actions [N], the step that envs.recv() returned, and the frames seen now."""
+        """Store actions [N], the `step` that envs.recv() returned, and the newest frames."""
         rewards, terminated, truncated, last_frames = step
         n, slot = self.num_envs, self.step % self.rows * self.num_envs
         self.step += 1
@@ -667,11 +664,11 @@ class FrameReplay:
             self.frames[after[i]] = torch.from_numpy(last_frames[i])
             self.truncations += 1
         columns = [actions, np.clip(rewards, -1, 1), terminated, self.stacks, after]
-        self.facts[slot : slot + n] = torch.from_numpy(np.column_stack(columns).astype(np.int32))
+        self.table[slot : slot + n] = torch.from_numpy(np.column_stack(columns).astype(np.int32))
         self.frames[seen[0] : seen[0] + n] = torch.from_numpy(frames)
         self.stacks[terminated | truncated] = -1
         self.stacks = np.column_stack([self.stacks[:, 1:], seen])
-        whole = max(0, self.step + 1 - self.n_step)  # rows whose n steps are there
+        whole = max(0, self.step + 1 - self.n_step)  # rows whose n steps are complete
         self.count = min(whole, self.capacity) * n
         self.range.copy_(torch.tensor([whole * n - self.count, self.count]))
 
@@ -685,23 +682,23 @@ class FrameReplay:
         """Return obs, next_obs, actions, rewards, discounts of the transitions at slots [B].
 
         obs, next_obs: [B, 4, 84, 84] in [0, 1]. rewards: discounted sum over the steps. discounts:
-        of the value of next_obs, gamma ** steps, or 0 where the episode terminated.
+        factor on the value of next_obs, gamma ** steps, or 0 where the episode terminated.
         """
-        facts = self.facts[(slots[:, None] + self.ahead) % self.slots]  # [B, n, 8]
-        ends = ((facts[:, :, 2] > 0) | (facts[:, :, 7] >= self.slots)).long()
-        taken = ends.cumsum(1) == ends  # [B, n]: is there no end before this step?
+        rows = self.table[(slots[:, None] + self.ahead) % self.slots]  # [B, n, 8]
+        ends = ((rows[:, :, 2] > 0) | (rows[:, :, 7] >= self.slots)).long()
+        taken = ends.cumsum(1) == ends  # [B, n]: no end before this step
         steps = taken.sum(1)
-        last = facts[torch.arange(len(slots), device=slots.device), steps - 1]  # [B, 8]
-        stacks = self.frames[facts[:, 0, 3:7]], self.frames[last[:, 4:8]]
+        last = rows[torch.arange(len(slots), device=slots.device), steps - 1]  # [B, 8]
+        stacks = self.frames[rows[:, 0, 3:7]], self.frames[last[:, 4:8]]
         floats = [s.to(torch.float32, memory_format=torch.channels_last).div_(255) for s in stacks]
-        rewards = (facts[:, :, 1] * self.powers[:-1] * taken).sum(1)
-        return *floats, facts[:, 0, 0].long(), rewards, self.powers[steps] * (1 - last[:, 2])
+        rewards = (rows[:, :, 1] * self.powers[:-1] * taken).sum(1)
+        return *floats, rows[:, 0, 0].long(), rewards, self.powers[steps] * (1 - last[:, 2])
 
 
 # <<< shared: n-step-replay
 # >>> shared: run-flags
 def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
-    """Return how a whole number is read, which may be written as 1e6."""
+    """Return tyro's rule for reading a whole number, which may be written as 1e6."""
 
     def read(words: list[str]) -> int:
         number = float(words[0])  # exact below 2^53
@@ -710,7 +707,7 @@ def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
 
 
-# Types of flags: the smallest and the largest value, and what --help and messages say of them.
+# Types of flags: smallest and largest value, and the range in messages and in --help.
 ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
 Count = Annotated[int, (1, math.inf, "at least 1"), integer("INT >= 1")]
 Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), integer("INT >= 0")]
@@ -721,17 +718,17 @@ Share = Annotated[float, (0, 1, "in [0, 1]"), tyro.conf.arg(metavar="X in [0, 1]
 
 @dataclass
 class Running:
-    """Where and how it runs."""
+    """Where and how to run."""
 
     device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
-    compile: bool = False  # sampling and update as a CUDA graph (not yet tried on a GPU)
+    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
     run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
-    resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
+    resume: str = ""  # continue the run in this folder, with its flags; give no others
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
-    keep_checkpoint: bool = False  # keep the last ones when the run has finished
+    keep_checkpoint: bool = False  # keep the last checkpoints of a finished run
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
-    wandb_project: str = "cleanrl-sparse"  # project there
+    wandb_project: str = "cleanrl-sparse"  # Weights & Biases project
 
 
 # <<< shared: run-flags
@@ -741,16 +738,16 @@ class Args(Running, Training, Method):
     """All flags."""
 
     def __post_init__(self) -> None:
-        """Refuse values that are not accepted, naming the flag."""
+        """Refuse invalid values, naming the flag."""
         check_ranges(self)
         least = max(self.batch_size, self.num_envs)
         smallest = min(self.learning_starts, self.buffer_size)
-        text = f"--learning-starts, --buffer-size {smallest}: at least --batch-size and --num-envs"
-        require(smallest >= least, f"{text}, {least}")
+        flags = f"--learning-starts, --buffer-size {smallest}"
+        require(smallest >= least, f"{flags}: must be at least {least} (--batch-size, --num-envs)")
         require(self.target_every >= self.num_envs, "--target-every: must be at least --num-envs")
         most = self.learning_starts // self.num_envs
-        text = f"--n-step {self.n_step}: at most --learning-starts / --num-envs"
-        require(self.n_step <= most, f"{text}, {most}")
+        line = f"--n-step {self.n_step}: must be at most {most} (--learning-starts / --num-envs)"
+        require(self.n_step <= most, line)
         require(self.sparsity < 1, "--sparsity: must be below 1")
         ordered = self.prune_start <= self.prune_end
         require(ordered, f"--prune-end {self.prune_end}: must be at least --prune-start")
@@ -759,7 +756,7 @@ class Args(Running, Training, Method):
 # <<< shared: gmp-args
 # >>> shared: run
 class Run:
-    """A run's folder: records (metrics.jsonl is the source of truth), checkpoints, the model."""
+    """A run's folder: records (metrics.jsonl is the truth), checkpoints, the model."""
 
     def __init__(self, args: Args, title: str) -> None:
         script, at = Path(__file__), time.time_ns() // 1000
@@ -767,38 +764,37 @@ class Run:
         self.args, self.path, self.script = args, Path(name), {"script": script.name}
         self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
         fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
-        line = f"--run-dir {self.path}: exists; to go on with the run in it, --resume {self.path}"
+        line = f"--run-dir {self.path}: exists; continue its run with --resume {self.path}"
         require(fresh or args.resume != "", line)
         if args.track:
             import wandb
 
-            own: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
-            own["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
-            wandb.init(**own, resume="allow", config=vars(args), sync_tensorboard=True)
+            identity: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
+            identity["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
+            wandb.init(**identity, resume="allow", config=vars(args), sync_tensorboard=True)
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "a")
         try:
-            if os.environ.get("RUN_LOCK") != str(self.path):  # benchmark/launch.py has locked it
+            if os.environ.get("RUN_LOCK") != str(self.path):  # already locked by launch.py
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            require(False, f"{self.path}: another process is at work on this run")
+            require(False, f"{self.path}: another process is working on this run")
         if fresh:
-            git = ["sh", "-c", "git rev-parse HEAD"]  # where there is no git, nothing is said
+            git = ["sh", "-c", "git rev-parse HEAD"]  # without git: no error, no output
             head = subprocess.run(git, cwd=script.parent, capture_output=True).stdout.decode()
-            cpu = args.device == "cpu"
-            device = platform.platform() if cpu else torch.cuda.get_device_name()
-            facts = {"commit": head.strip() or None, "device": device, "python": sys.version}
+            device = torch.cuda.get_device_name() if args.device != "cpu" else platform.platform()
+            versions = {"commit": head.strip() or None, "device": device, "python": sys.version}
             packages = {d.name: d.version for d in reversed([*distributions()])}
-            self.write("args.json", self.script | vars(args))  # first: --resume needs it alone
-            self.write("versions.json", facts | {"packages": packages})
+            self.write("args.json", self.script | vars(args))  # first: --resume needs it
+            self.write("versions.json", versions | {"packages": packages})
         self.folder.mkdir(exist_ok=True)
-        self.stops: list[int] = []  # signals; what is ignored, as SIGHUP under nohup, stays so
+        self.stops: list[int] = []  # signals received; SIGHUP stays ignored under nohup
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self.stops.append(number))
 
     def write(self, name: str, data: bytes | dict[str, Any]) -> None:
-        """Write a file, a dict as JSON; a crash leaves it whole or absent."""
+        """Write a file, a dict as JSON; a crash never leaves part of it."""
         with open(self.path / ".tmp", "wb") as file:
             file.write(data if isinstance(data, bytes) else json.dumps(data, indent=1).encode())
             file.flush()
@@ -806,36 +802,36 @@ class Run:
         os.replace(self.path / ".tmp", self.path / name)
 
     def load(self) -> dict[str, Any]:
-        """Return the newest whole checkpoint, {} before the first; cut the records back to it."""
+        """Return the newest intact checkpoint, or {}, and cut the records back to it."""
         state = dict[str, Any]()
         for path in sorted(self.folder.iterdir(), reverse=True):
             data = path.read_bytes()
             if path.name.endswith(hashlib.sha256(data).hexdigest()):
                 state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
                 self.newest = path.name
-                print(f"{self.path}: going on from step {state['step']}")
+                print(f"{self.path}: continuing from step {state['step']}")
                 break
-            print(f"{path} is damaged; looking for the checkpoint before it", file=sys.stderr)
+            print(f"{path} is damaged; trying the checkpoint before it", file=sys.stderr)
         else:
-            require(not any(self.folder.iterdir()), f"{self.folder}: no checkpoint is whole", 1)
+            require(not any(self.folder.iterdir()), f"{self.folder}: no checkpoint is intact", 1)
         self.start = time.time() - state.get("seconds", 0.0)
         self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
-        whole = self.metrics.tell() >= state.get("metrics", 0)
-        require(whole, f"{self.metrics.name} is shorter than when the checkpoint was written")
-        self.metrics.truncate(state.get("metrics", 0))
+        size = state.get("metrics", 0)
+        require(self.metrics.tell() >= size, f"{self.metrics.name} is too short for the checkpoint")
+        self.metrics.truncate(size)
         self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
         self.board.add_text("flags", "\n".join(f"    {k}: {v}" for k, v in vars(self.args).items()))
         return state
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append a record to metrics.jsonl, and give it to TensorBoard."""
+        """Append a record to metrics.jsonl and to TensorBoard's log."""
         record = {"step": step, "seconds": round(time.time() - self.start, 3)} | values
         self.metrics.write(json.dumps(record).encode() + b"\n")
         for key, value in values.items():
             self.board.add_scalar(key, value, step)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, named by step and SHA-256; a run that has got a signal ends here."""
+        """Write a checkpoint, named by step and SHA-256; after a signal, stop."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
         size = os.fstat(self.metrics.fileno()).st_size
@@ -847,31 +843,30 @@ class Run:
             if path.name not in (name, self.newest):
                 path.unlink()
         self.newest, self.saved_at = name, time.monotonic()
-        require(not self.stops, f"stopped at step {step}; go on with --resume {self.path}", 75)
+        require(not self.stops, f"stopped at step {step}; continue with --resume {self.path}", 75)
 
-    def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
-        """Save the network with its flags, write final.json, and tell what came out."""
+    def finish(self, step: int, network: nn.Module, scores: dict[str, float], **extra: Any) -> None:
+        """Save the network (-0.0 as 0.0) with its flags; write and print final.json."""
         flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
-        parameters = network.named_parameters()  # + 0.0 makes 0.0 of -0.0
-        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in parameters}
+        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
         self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))
         if scores:
             self.log(step, scores)
         metrics = {f"hparams/{key}": value for key, value in scores.items()}
         self.board.add_hparams(vars(self.args), metrics, run_name=".", global_step=step)
         self.board.close()
-        facts |= {"status": "finished", "step": step, "seconds": time.time() - self.start}
-        self.write("final.json", facts | scores | sparsity_report(network))
+        extra |= {"status": "finished", "step": step, "seconds": time.time() - self.start}
+        self.write("final.json", extra | scores | sparsity_report(network))
         for path in [] if self.args.keep_checkpoint else self.folder.iterdir():
             path.unlink()
         print(f"{(self.path / 'final.json').read_text()}\neverything is in {self.path}")
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """End with a line unless `accepted`: 2 is bad input, 1 a fault, 75 stopped and resumable."""
+    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 resumable."""
     if not accepted:
         for bar in [*getattr(tqdm, "_instances", ())]:
-            bar.close()  # so that the line is the output's last
+            bar.close()  # so that the line comes last
         print(f"{Path(__file__).name}: {line}", file=sys.stderr)
         sys.exit(status)
 
@@ -879,13 +874,13 @@ def require(accepted: bool, line: str, status: int = 2) -> None:
 def check_ranges(args: Args) -> None:
     """Refuse values outside their flag's range."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
-        for low, high, text in getattr(hint, "__metadata__", ())[:1]:
+        for low, high, accepted in getattr(hint, "__metadata__", ())[:1]:
             flag, value = name.replace("_", "-"), getattr(args, name)
-            require(low <= value <= high, f"--{flag} {value}: must be {text}")
+            require(low <= value <= high, f"--{flag} {value}: must be {accepted}")
 
 
 def find_device(args: Args) -> torch.device:
-    """Return the device of --device; fp32 means fp32 there."""
+    """Return the device of --device, with TF32 switched off."""
     known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
     name = {"auto": known[0], "cuda": "cuda:0"}.get(args.device, args.device)
     require(name in known, f"--device {args.device}: this machine has {', '.join(known)}")
@@ -893,24 +888,24 @@ def find_device(args: Args) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False
     if name != "cpu":
         torch.cuda.set_device(name)
-    args.device = name  # a run is resumed where it began: generators differ between devices
+    args.device = name  # to resume on the same kind of device: generators differ
     return torch.device(name)
 
 
-def progress_bar(total: int, initial: int, unit: str, about: str = "") -> tqdm:
-    """Return a bar; where the output is no terminal, a plain line now and then."""
-    options: Any = {"unit": unit, "desc": about, "unit_scale": True, "dynamic_ncols": True}
+def progress_bar(total: int, initial: int, unit: str, label: str = "") -> tqdm:
+    """Return a progress bar; without a terminal, a plain line every 30 seconds."""
+    options: Any = {"unit": unit, "desc": label, "unit_scale": True, "dynamic_ncols": True}
     if not sys.stderr.isatty():
-        line = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
-        options |= {"mininterval": 30, "bar_format": line}
+        options["bar_format"] = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
+        options["mininterval"] = 30
     return tqdm(total=total, initial=initial, **options)
 
 
 def parse() -> Args:
-    """Return the flags of the command line; with --resume those of the run."""
+    """Return the command line's flags or, with --resume, those of the run."""
     groups = make_dataclass("Flags", [(c.__name__.lower(), c) for c in reversed(Args.__bases__)])
-    about, config = (__doc__ or "").partition("\n")[0], (tyro.conf.OmitArgPrefixes,)
-    parts = vars(tyro.cli(groups, description=about, config=config)).values()
+    title, config = (__doc__ or "").partition("\n")[0], (tyro.conf.OmitArgPrefixes,)
+    parts = vars(tyro.cli(groups, description=title, config=config)).values()
     args = Args(**{name: value for part in parts for name, value in vars(part).items()})
     if not any(flag.startswith("--resume") for flag in sys.argv):
         return args
@@ -918,46 +913,46 @@ def parse() -> Args:
     require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
     try:
         saved = json.loads(Path(args.resume, "args.json").read_text())
-        require(saved.pop("script") == Path(__file__).name, "--resume: the run of another script")
+        require(saved.pop("script") == Path(__file__).name, "--resume: the run is another script's")
         saved = Args(**saved | {"resume": args.resume or "."})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        require(False, f"--resume {args.resume}: no run of this script is there ({error})")
+        require(False, f"--resume {args.resume}: holds no run of this script ({error})")
     finished = Path(args.resume, "final.json").exists()
-    require(not finished, f"{args.resume} is finished; nothing is left to do", 0)
+    require(not finished, f"{args.resume} is finished; there is nothing left to do", 0)
     return saved
 
 
 class Output(io.FileIO):
-    """Standard output or error; what nobody reads any more is dropped, and ends no run."""
+    """Standard output or error; what nobody reads any more is dropped."""
 
     def write(self, data: Any) -> int:
-        """Write what can be written."""
+        """Write, or drop what cannot be written."""
         with suppress(OSError):
             return super().write(data) or len(data)
         return len(data)
 
 
 def command_line() -> None:
-    """Run main; a fault ends it with one line and an exit status."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # glibc keeps freed memory:
-        mallopt(option, value)  # else every update faults its gradients' pages in anew
+    """Run main; a fault ends the program with one line and an exit status."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)  # max: do nothing
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # keep freed memory:
+        mallopt(option, value)  # else every update page-faults on its gradients
     try:
         main(parse())
     except Exception as error:
-        about = f"{type(error).__name__}: "
+        cause = f"{type(error).__name__}: "
         if "allocate" in str(error):
-            about = "these flags need more memory than there is: "
+            cause = "these flags need more memory than is available: "
         elif type(error).__module__.startswith("wandb"):
-            about = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
+            cause = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
         elif not isinstance(error, OSError):
-            traceback.print_exc()  # a fault of ours
-        require(False, about + str(error).partition("\n")[0], 1)
+            traceback.print_exc()  # a bug of this script
+        require(False, cause + str(error).partition("\n")[0], 1)
 
 
 if __name__ == "__main__":
     while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # takes the place of a stream that was closed
+        pass  # stands in for streams that were closed
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = io.BufferedWriter(Output(fd, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))

@@ -9,18 +9,18 @@ Paper: Obando-Ceron, Courville, Castro, "In value-based deep reinforcement learn
 network is a good network", ICML 2024, arXiv 2402.12479. The games: Young and Tian, "MinAtar", 2019,
 arXiv 1903.03176 (pip install --no-deps minatar).
 
-From 20 % to 80 % of the gradient steps the weights of the smallest magnitude are removed along a
-cubic schedule (Zhu and Gupta 2017), every 1,000 gradient steps. What is removed stays removed.
+From 20 % to 80 % of the run, every 1,000 gradient steps, the weights of smallest magnitude are
+removed along a cubic schedule (Zhu and Gupta 2017). Removed weights stay removed.
 
     python dqn_minatar_gmp.py --env-id Breakout --width 4    # 1M steps, 95 %
     python dqn_minatar_gmp.py --sparsity 0                   # the dense baseline
     python dqn_minatar_gmp.py --resume RUN_DIR
 
-The method is that of dqn_atari_gmp.py, with its guesses. What differs ([D] our decision):
- 1. [D] The settings of the agent are those with which a dense DQN learns best on two games.
- 2. [D] One environment, whose episodes no limit ends, as in MinAtar's own DQN; rewards unclipped.
- 3. [D] No returns over n steps and no analyses of the network.
- 4. [D] --compile and --precision bf16 are refused: networks as small as these gain nothing.
+The method and its guesses are as in dqn_atari_gmp.py. Differences ([D] our decision):
+ 1. [D] The agent's settings are those with which a dense DQN learns best on two of the games.
+ 2. [D] One environment without a step limit, as in MinAtar's own DQN; rewards are not clipped.
+ 3. [D] No n-step returns and no analyses of the network.
+ 4. [D] --compile and --precision bf16 are refused: networks this small gain nothing.
 
 Figures: benchmark/minatar_*.sh. More: docs/eaudeqn_minatar.md.
 """
@@ -67,20 +67,20 @@ class Training:
     """The agent and its game."""
 
     env_id: str = "Breakout"  # Asterix, Breakout, Freeway, Seaquest or SpaceInvaders
-    seed: Index = 1  # seed of everything random
-    total_timesteps: Count = 1_000_000  # steps of the run
+    seed: Index = 1  # random seed
+    total_timesteps: Count = 1_000_000  # total steps
     learning_starts: Count = 5_000  # steps of random play before the first gradient step
-    buffer_size: Count = 100_000  # transitions in the replay, 60 to 140 bytes of memory each
+    buffer_size: Count = 100_000  # transitions in the replay, each 60 to 140 bytes of memory
     batch_size: Count = 32  # transitions per gradient step
     learning_rate: Rate = 2.5e-4  # Adam's step size
     adam_eps: Rate = 3.125e-4  # Adam's epsilon
     gamma: Share = 0.99  # discount factor
-    replay_ratio: Rate = 0.25  # gradient steps per step
+    replay_ratio: Rate = 0.25  # gradient steps per environment step
     target_every: Count = 4_000  # steps between target updates
     epsilon_end: Share = 0.01  # final probability of a random action
-    epsilon_steps: Count = 100_000  # steps over which it falls from 1, after the random play
-    epoch_steps: Count = 50_000  # steps per epoch, whose mean return is reported
-    width: Count = 1  # multiplies the 16 channels of the convolution
+    epsilon_steps: Count = 100_000  # steps over which epsilon decays from 1, after the random play
+    epoch_steps: Count = 50_000  # steps per epoch; the mean return of each is reported
+    width: Count = 1  # factor on the 16 channels of the convolution
     feature_size: Count = 128  # units of the dense layer
     eval_episodes: Index = 10  # episodes of the final evaluation, at epsilon 0.001
     eval_steps: Count = 10_000  # steps after which an evaluation episode is cut off
@@ -91,14 +91,14 @@ class Training:
 class Method:
     """Gradual magnitude pruning; the defaults are the paper's."""
 
-    sparsity: Share = 0.95  # share of the prunable weights that is zero in the end; 0 never prunes
-    prune_start: Share = 0.2  # share of the run's gradient steps at which pruning begins
-    prune_end: Share = 0.8  # share at which the final sparsity is reached
-    prune_every: Count = 1000  # gradient steps between new masks
+    sparsity: Share = 0.95  # final share of the prunable weights that are zero; 0: no pruning
+    prune_start: Share = 0.2  # share of the run's gradient steps before pruning begins
+    prune_end: Share = 0.8  # share after which the final sparsity is reached
+    prune_every: Count = 1000  # gradient steps between mask updates
 
 
 # >>> shared: minatar-network
-CORNERS = 10 * np.arange(8)[:, None] + np.arange(8)  # the first cells of the 3 x 3 windows
+CORNERS = 10 * np.arange(8)[:, None] + np.arange(8)  # top left cells of the 3 x 3 windows
 WINDOWS = CORNERS.ravel() + np.add.outer(10 * np.arange(3), np.arange(3)).reshape(9, 1)  # [9, 64]
 
 
@@ -121,7 +121,7 @@ class QNetwork(nn.Module):
 def q_values(parameters: list[Tensor], obs: Tensor) -> Tensor:
     """Map obs [C, 10, 10, B] to [K, num_actions, B], of K networks in stacked parameters [K, ...].
 
-    The batch comes last: then each layer is weight @ x, of which autograd copies nothing.
+    The batch comes last: so each layer is weight @ x, for which autograd copies nothing.
     """
     weight1, bias1, weight2, bias2, weight3, bias3 = parameters
     k, batch = len(weight1), obs.shape[-1]
@@ -133,7 +133,7 @@ def q_values(parameters: list[Tensor], obs: Tensor) -> Tensor:
 
 
 def greedy(network: QNetwork, obs: np.ndarray) -> int:
-    """Return a network's best action for obs [C, 10, 10]; for one state NumPy is faster."""
+    """Return a network's best action for obs [C, 10, 10]; NumPy is faster for a single one."""
     parameters = [p.detach().cpu().numpy() for p in network.parameters()]
     weight1, bias1, weight2, bias2, weight3, bias3 = parameters
     x = obs.reshape(-1, 100).take(WINDOWS, 1).reshape(-1, 64).astype(np.float32)  # [C * 9, 64]
@@ -145,18 +145,18 @@ def greedy(network: QNetwork, obs: np.ndarray) -> int:
 # <<< shared: minatar-network
 # >>> shared: sparsity
 def prunable(network: nn.Module) -> dict[str, Tensor]:
-    """Return what pruning may remove: every tensor of two or more dimensions, so no bias."""
+    """Return the weights that may be pruned, by layer: matrices and kernels."""
     return {k.removesuffix(".weight"): p for k, p in network.named_parameters() if p.ndim >= 2}
 
 
 def add_masks(network: nn.Module) -> None:
-    """Give each prunable weight a mask (1: kept) as a buffer: state_dict() has it too."""
+    """Give each prunable weight a mask (1: kept), a buffer and so part of state_dict()."""
     for i, weight in enumerate(prunable(network).values()):
         network.register_buffer(f"mask{i}", torch.ones_like(weight))
 
 
 def sparsity_report(network: nn.Module) -> dict[str, float]:
-    """Return the shares of zeros, of all prunable weights and of each layer, and what is left."""
+    """Return the sparsity of network and layers, and how many parameters are left."""
     weights, total = prunable(network), sum(p.numel() for p in network.parameters())
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     pruned, size = sum(zeros.values()), sum(weight.numel() for weight in weights.values())
@@ -168,9 +168,9 @@ def sparsity_report(network: nn.Module) -> dict[str, float]:
 # <<< shared: sparsity
 # >>> shared: pruning
 def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]:
-    """Return a score of any sign for each prunable weight; the lowest are pruned first.
+    """Return a score, of any sign, for each prunable weight; the lowest are pruned first.
 
-    Put another criterion here (docs/pruning_criterion.md); a random one draws from `rng`.
+    Put your own criterion here (docs/pruning_criterion.md); it may draw from `rng` only.
     """
     return [weight.abs() for weight in prunable(network).values()]
 
@@ -178,13 +178,13 @@ def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]
 def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
     """Return the share of each prunable tensor to keep, for a total sparsity in [0, 1].
 
-    The Erdos-Renyi-Kernel rule (Evci et al. 2020): eps * sum(shape) / prod(shape), with eps such
-    that the total holds; a tensor that would exceed 1 is dense, and eps is solved again.
+    The Erdos-Renyi-Kernel rule (Evci et al. 2020): eps * sum(shape) / prod(shape), with eps chosen
+    to meet the total; a tensor whose share would exceed 1 stays dense, and eps is solved for again.
     """
     sizes = np.array([weight.numel() for weight in prunable(network).values()])
     sums = np.array([sum(weight.shape) for weight in prunable(network).values()])
     dense = np.zeros(len(sizes), bool)
-    for _ in sizes:  # each turn but the last finds another one
+    for _ in sizes:  # each pass may make another tensor dense
         left = (1 - sparsity) * sizes.sum() - sizes[dense].sum()
         eps = left / max(1, sums[~dense].sum())
         dense |= eps * sums >= sizes
@@ -193,26 +193,24 @@ def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
 
 @torch.no_grad()
 def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
-    """Lower the masks to these densities; the weights are left alone.
+    """Shrink the masks to these densities; the weights do not change.
 
-    Counts are exact, ties go to the lower index, every tensor keeps at least one weight. What is
-    pruned stays pruned: it counts as -inf.
+    Counts are exact, ties keep the lower index, and every tensor keeps at least one weight. Pruned
+    weights score -inf, so they stay pruned.
     """
     for score, mask, density in zip(pruning_scores(network, rng), network.buffers(), densities):
         flat = torch.where(mask > 0, score, -math.inf).flatten().cpu().numpy()
-        kept = max(1, round(len(flat) * density))
-        threshold = np.partition(flat, -kept)[-kept]  # far faster than a sort
+        count = max(1, round(len(flat) * density))
+        threshold = np.partition(flat, -count)[-count]  # far faster than sorting
         keep = flat > threshold
-        keep[np.flatnonzero(flat == threshold)[: kept - keep.sum()]] = True
+        keep[np.flatnonzero(flat == threshold)[: count - keep.sum()]] = True
         mask.mul_(torch.from_numpy(keep).view(mask.shape).to(mask.device))
 
 
 # <<< shared: pruning
-
-
 # >>> shared: schedule
 def pruning_progress(step: int, start: int, end: int) -> float:
-    """Return the share of the final sparsity to have at a gradient step, in [0, 1].
+    """Return the share of the final sparsity due at a gradient step, in [0, 1].
 
     1 - (1 - (t - t0) / (t1 - t0)) ** 3
     """
@@ -238,22 +236,22 @@ class DQN(nn.Module):
         adam: Any = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True}
         self.optimizer = torch.optim.Adam(self.online.parameters(), **adam)
         self.latest = nn.Buffer(torch.zeros(2, device=device))  # loss and mean Q-value
-        self.gradient_step, self.sparsity = 0, 0.0  # sparsity: the schedule's
-        updates = max(1, self.updates_by(args.total_timesteps))  # of the run
+        self.gradient_step, self.sparsity = 0, 0.0  # the schedule's sparsity
+        updates = max(1, self.updates_by(args.total_timesteps))  # of the whole run
         self.start = min(updates - 1, round(args.prune_start * updates))
         self.end = min(updates - 1, round(args.prune_end * updates))
-        # Each use of randomness has its own generator.
+        # A generator for each use of randomness.
         uses = ("act", "score")
         self.rng = {use: np.random.default_rng((args.seed, i)) for i, use in enumerate(uses)}
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what state_dict() has besides networks and masks."""
+        """Return what state_dict() holds besides networks and masks."""
         rng = {use: rng.bit_generator.state for use, rng in self.rng.items()}
         counters = (self.gradient_step, self.sparsity)
         return {"optimizer": self.optimizer.state_dict(), "rng": rng, "counters": counters}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take back what get_extra_state() gave."""
+        """Restore what get_extra_state() returned."""
         self.gradient_step, self.sparsity = state["counters"]
         self.optimizer.load_state_dict(state["optimizer"])
         for use, rng in self.rng.items():
@@ -280,12 +278,12 @@ class DQN(nn.Module):
             self.latest.copy_(torch.stack([loss, q_taken.mean()]))
 
     def updates_by(self, step: int) -> int:
-        """Return how many gradient steps are due by a step."""
+        """Return the number of gradient steps due by `step`."""
         ratio = self.args.replay_ratio
         return math.floor(step * ratio) - math.floor(self.args.learning_starts * ratio)
 
     def learn(self, replay: PackedReplay, step: int) -> None:
-        """Prune and update as often as is due by `step`."""
+        """Prune and take the gradient steps due by `step`."""
         while self.gradient_step < self.updates_by(step):
             self.prune_if_due()
             self.gradient_step += 1
@@ -293,10 +291,10 @@ class DQN(nn.Module):
 
     @torch.no_grad()
     def prune_if_due(self) -> None:
-        """Lower the masks along the schedule, every --prune-every gradient steps and at its end.
+        """Shrink the masks along the schedule, every --prune-every gradient steps and at its end.
 
-        They are those of the weights before this gradient step, whose gradient does not know of
-        them yet (JaxPruner's order): update() sets to zero what they remove, after Adam's step.
+        As in JaxPruner the weights before this gradient step decide, and its gradient ignores the
+        new masks: update() applies them after Adam's step.
         """
         step, start, end = self.gradient_step, self.start, self.end
         due = (step - start) % self.args.prune_every == 0 or step == end
@@ -307,7 +305,7 @@ class DQN(nn.Module):
             self.sparsity = progress * self.args.sparsity
 
     def report(self) -> dict[str, float]:
-        """Return what is logged: of the latest update, and of the online network."""
+        """Return the values to log, of the latest update and of the online network."""
         record = sparsity_report(self.online) | {"sparsity/target": self.sparsity}
         if self.gradient_step > 0:
             loss, q_value = self.latest.tolist()
@@ -321,7 +319,7 @@ def main(args: Args) -> None:
     agent = DQN(args, len(game.obs), len(game.action_set), device)
     replay = PackedReplay(args, device, game.obs)
     run = Run(args, game.title)
-    step, returns, epoch_return = 0, list[float](), None  # returns: of this epoch's episodes
+    step, returns, epoch_return = 0, list[float](), None  # returns: this epoch's episodes
     if saved := run.load():
         step, returns, epoch_return = saved["progress"]
         play_again(game, replay, run, *saved["game"])
@@ -331,8 +329,8 @@ def main(args: Args) -> None:
 
     while step < args.total_timesteps:
         # Act and step.
-        fallen = min(1.0, max(0.0, (step - args.learning_starts) / args.epsilon_steps))
-        epsilon = 1 + (args.epsilon_end - 1) * fallen
+        decay = min(1.0, max(0.0, (step - args.learning_starts) / args.epsilon_steps))
+        epsilon = 1 + (args.epsilon_end - 1) * decay
         action = agent.act(game.obs, epsilon)
         reward, terminated = game.step(action)
         step += 1
@@ -342,8 +340,7 @@ def main(args: Args) -> None:
         for score, length in game.episodes:
             run.log(step, {"charts/episodic_return": score, "charts/episodic_length": length})
             returns.append(score)
-            text = f"return {score:g}, sparsity {agent.sparsity:.3f}"
-            bar.set_postfix_str(text, refresh=False)
+            bar.set_postfix_str(f"return {score:g}, sparsity {agent.sparsity:.3f}", False)
         # Learn and prune.
         agent.learn(replay, step)
         if not math.isfinite(agent.latest[0]):
@@ -384,17 +381,17 @@ GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 
 
 class Game:
-    """A game as MinAtar has it: sticky actions 0.1, minimal actions, difficulty ramping, no limit.
+    """A MinAtar game: sticky actions 0.1, minimal actions, difficulty ramping, no step limit.
 
-    `obs` [C, 10, 10] bool is what the agent sees now: after an end, the next episode's start. All
-    of it follows from the seed and the actions, which is how a run is restored.
+    `obs` [C, 10, 10] bool is the current observation: after an episode has ended, the first of the
+    next. Seed and actions determine everything, so a resumed run can replay it.
     """
 
     def __init__(self, env_id: str, seed: tuple[int, int]) -> None:
         names = {name.replace("_", ""): name for name in GAMES}
         key = re.sub(r"^MinAtar/|-v[01]$|_", "", env_id).lower()
         require(key in names, f"--env-id {env_id}: no such game; there are {' '.join(names)}")
-        logging.disable()  # it warns that without seaborn it cannot draw
+        logging.disable()  # else it warns that it cannot draw without seaborn
         try:
             self.env = import_module("minatar").Environment(names[key])
         except ImportError as error:
@@ -403,7 +400,7 @@ class Game:
         self.env.seed(seed)
         self.title = names[key].title().replace("_", "")
         self.action_set = self.env.minimal_action_set()
-        self.actions = bytearray()  # all that were taken
+        self.actions = bytearray()  # all actions so far
         self.begin()
 
     def begin(self) -> None:
@@ -415,7 +412,7 @@ class Game:
     def step(self, action: int) -> tuple[float, bool]:
         """Take a step; return its reward, and whether the episode terminated.
 
-        `episodes` has the return and the length of the one that did.
+        `episodes` then has its return and its length.
         """
         reward, terminated = self.env.act(self.action_set[action])
         self.actions.append(action)
@@ -430,19 +427,19 @@ class Game:
 
 
 def play_again(game: Game, replay: PackedReplay, run: Run, actions: bytes, obs: Tensor) -> None:
-    """Play a checkpoint's game again, which fills the replay too."""
+    """Replay a checkpoint's game, which also refills the replay."""
     bar = progress_bar(len(actions), 0, "step", "playing again")
     for action in actions:
         replay.add(action, *game.step(action), game.obs)
         bar.update()
-        require(not run.stops, f"stopped; go on with --resume {run.path}", 75)
+        require(not run.stops, f"stopped; continue with --resume {run.path}", 75)
     bar.close()
     same = np.array_equal(game.obs, obs.numpy())
-    require(same, "--resume: the game went another way; it takes the minatar of versions.json")
+    require(same, "--resume: the game went differently; install the minatar in versions.json")
 
 
 def evaluate(network: QNetwork, run: Run) -> dict[str, float]:
-    """Play --eval-episodes at epsilon 0.001; return what is logged of them."""
+    """Play --eval-episodes at epsilon 0.001; return the values to log."""
     n, seed = run.args.eval_episodes, (run.args.seed, 1)  # training's is (seed, 0)
     if n == 0:
         return {}
@@ -456,7 +453,7 @@ def evaluate(network: QNetwork, run: Run) -> dict[str, float]:
                     action = int(rng.integers(len(game.action_set)))
                 reward, terminated = game.step(action)
                 total += reward
-                require(not run.stops, f"stopped; go on with --resume {run.path}", 75)
+                require(not run.stops, f"stopped; continue with --resume {run.path}", 75)
                 if terminated:
                     break
             bar.update()
@@ -466,28 +463,28 @@ def evaluate(network: QNetwork, run: Run) -> dict[str, float]:
 # <<< shared: minatar-env
 # >>> shared: packed-replay
 class PackedReplay:
-    """Uniform replay of the last --buffer-size transitions, in main memory, a bit to a cell.
+    """Uniform replay of the last --buffer-size transitions, in main memory, one bit per cell.
 
-    A ring of rows, one per step: what was seen, done and got. What is seen next is in the next row.
+    A ring of rows, one per step: observation, action, outcome. The next one is in the next row.
     """
 
     def __init__(self, args: Args, device: torch.device, obs: np.ndarray) -> None:
         self.device, self.shape, self.step = device, obs.shape, 0
-        self.rows = args.buffer_size + 1  # with what is seen now
+        self.rows = args.buffer_size + 1  # plus the current observation
         self.bits = np.zeros((self.rows, math.ceil(obs.size / 8)), np.uint8)
-        self.facts = np.zeros((self.rows, 3), np.float32)  # action, reward, terminated
+        self.table = np.zeros((self.rows, 3), np.float32)  # action, reward, terminated
         self.rng = np.random.default_rng((args.seed, 9))
-        self.nbytes = self.bits.nbytes + self.facts.nbytes
+        self.nbytes = self.bits.nbytes + self.table.nbytes
         self.bits[0] = np.packbits(obs)
 
     @property
     def count(self) -> int:
-        """The number of transitions."""
+        """The number of transitions stored."""
         return min(self.step, self.rows - 1)
 
     def add(self, action: int, reward: float, terminated: bool, obs: np.ndarray) -> None:
-        """Store an action, the step that it made, and what is seen now."""
-        self.facts[self.step % self.rows] = action, reward, terminated
+        """Store an action, its reward and outcome, and the observation that followed."""
+        self.table[self.step % self.rows] = action, reward, terminated
         self.step += 1
         self.bits[self.step % self.rows] = np.packbits(obs)
 
@@ -502,14 +499,14 @@ class PackedReplay:
         bits = np.unpackbits(self.bits[rows], axis=2, count=cells)  # [2, B, C * 10 * 10]
         seen = np.ascontiguousarray(bits.transpose(0, 2, 1)).reshape(2, *self.shape, batch_size)
         obs, next_obs = torch.from_numpy(seen).to(self.device).float()
-        facts = torch.from_numpy(self.facts[rows[0]].T.copy()).to(self.device)
-        return obs, next_obs, facts[0].long(), facts[1], facts[2]
+        columns = torch.from_numpy(self.table[rows[0]].T.copy()).to(self.device)
+        return obs, next_obs, columns[0].long(), columns[1], columns[2]
 
 
 # <<< shared: packed-replay
 # >>> shared: run-flags
 def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
-    """Return how a whole number is read, which may be written as 1e6."""
+    """Return tyro's rule for reading a whole number, which may be written as 1e6."""
 
     def read(words: list[str]) -> int:
         number = float(words[0])  # exact below 2^53
@@ -518,7 +515,7 @@ def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
 
 
-# Types of flags: the smallest and the largest value, and what --help and messages say of them.
+# Types of flags: smallest and largest value, and the range in messages and in --help.
 ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
 Count = Annotated[int, (1, math.inf, "at least 1"), integer("INT >= 1")]
 Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), integer("INT >= 0")]
@@ -529,17 +526,17 @@ Share = Annotated[float, (0, 1, "in [0, 1]"), tyro.conf.arg(metavar="X in [0, 1]
 
 @dataclass
 class Running:
-    """Where and how it runs."""
+    """Where and how to run."""
 
     device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
-    compile: bool = False  # sampling and update as a CUDA graph (not yet tried on a GPU)
+    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
     run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
-    resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
+    resume: str = ""  # continue the run in this folder, with its flags; give no others
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
-    keep_checkpoint: bool = False  # keep the last ones when the run has finished
+    keep_checkpoint: bool = False  # keep the last checkpoints of a finished run
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
-    wandb_project: str = "cleanrl-sparse"  # project there
+    wandb_project: str = "cleanrl-sparse"  # Weights & Biases project
 
 
 # <<< shared: run-flags
@@ -548,14 +545,14 @@ class Args(Running, Training, Method):
     """All flags."""
 
     def __post_init__(self) -> None:
-        """Refuse values that are not accepted, naming the flag."""
+        """Refuse invalid values, naming the flag."""
         check_ranges(self)
-        text = "networks as small as these gain nothing by it"
-        require(self.precision == "fp32", f"--precision {self.precision}: {text}")
-        require(not self.compile, f"--compile: {text}")
+        reason = "not for networks this small, which gain nothing from it"
+        require(self.precision == "fp32", f"--precision {self.precision}: {reason}")
+        require(not self.compile, f"--compile: {reason}")
         smallest = min(self.learning_starts, self.buffer_size)
-        text = f"--learning-starts, --buffer-size {smallest}: at least --batch-size"
-        require(smallest >= self.batch_size, f"{text}, {self.batch_size}")
+        line = f"--learning-starts, --buffer-size {smallest}: must be at least {self.batch_size}"
+        require(smallest >= self.batch_size, f"{line} (--batch-size)")
         require(self.sparsity < 1, "--sparsity: must be below 1")
         ordered = self.prune_start <= self.prune_end
         require(ordered, f"--prune-end {self.prune_end}: must be at least --prune-start")
@@ -563,7 +560,7 @@ class Args(Running, Training, Method):
 
 # >>> shared: run
 class Run:
-    """A run's folder: records (metrics.jsonl is the source of truth), checkpoints, the model."""
+    """A run's folder: records (metrics.jsonl is the truth), checkpoints, the model."""
 
     def __init__(self, args: Args, title: str) -> None:
         script, at = Path(__file__), time.time_ns() // 1000
@@ -571,38 +568,37 @@ class Run:
         self.args, self.path, self.script = args, Path(name), {"script": script.name}
         self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
         fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
-        line = f"--run-dir {self.path}: exists; to go on with the run in it, --resume {self.path}"
+        line = f"--run-dir {self.path}: exists; continue its run with --resume {self.path}"
         require(fresh or args.resume != "", line)
         if args.track:
             import wandb
 
-            own: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
-            own["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
-            wandb.init(**own, resume="allow", config=vars(args), sync_tensorboard=True)
+            identity: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
+            identity["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
+            wandb.init(**identity, resume="allow", config=vars(args), sync_tensorboard=True)
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "a")
         try:
-            if os.environ.get("RUN_LOCK") != str(self.path):  # benchmark/launch.py has locked it
+            if os.environ.get("RUN_LOCK") != str(self.path):  # already locked by launch.py
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            require(False, f"{self.path}: another process is at work on this run")
+            require(False, f"{self.path}: another process is working on this run")
         if fresh:
-            git = ["sh", "-c", "git rev-parse HEAD"]  # where there is no git, nothing is said
+            git = ["sh", "-c", "git rev-parse HEAD"]  # without git: no error, no output
             head = subprocess.run(git, cwd=script.parent, capture_output=True).stdout.decode()
-            cpu = args.device == "cpu"
-            device = platform.platform() if cpu else torch.cuda.get_device_name()
-            facts = {"commit": head.strip() or None, "device": device, "python": sys.version}
+            device = torch.cuda.get_device_name() if args.device != "cpu" else platform.platform()
+            versions = {"commit": head.strip() or None, "device": device, "python": sys.version}
             packages = {d.name: d.version for d in reversed([*distributions()])}
-            self.write("args.json", self.script | vars(args))  # first: --resume needs it alone
-            self.write("versions.json", facts | {"packages": packages})
+            self.write("args.json", self.script | vars(args))  # first: --resume needs it
+            self.write("versions.json", versions | {"packages": packages})
         self.folder.mkdir(exist_ok=True)
-        self.stops: list[int] = []  # signals; what is ignored, as SIGHUP under nohup, stays so
+        self.stops: list[int] = []  # signals received; SIGHUP stays ignored under nohup
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self.stops.append(number))
 
     def write(self, name: str, data: bytes | dict[str, Any]) -> None:
-        """Write a file, a dict as JSON; a crash leaves it whole or absent."""
+        """Write a file, a dict as JSON; a crash never leaves part of it."""
         with open(self.path / ".tmp", "wb") as file:
             file.write(data if isinstance(data, bytes) else json.dumps(data, indent=1).encode())
             file.flush()
@@ -610,36 +606,36 @@ class Run:
         os.replace(self.path / ".tmp", self.path / name)
 
     def load(self) -> dict[str, Any]:
-        """Return the newest whole checkpoint, {} before the first; cut the records back to it."""
+        """Return the newest intact checkpoint, or {}, and cut the records back to it."""
         state = dict[str, Any]()
         for path in sorted(self.folder.iterdir(), reverse=True):
             data = path.read_bytes()
             if path.name.endswith(hashlib.sha256(data).hexdigest()):
                 state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
                 self.newest = path.name
-                print(f"{self.path}: going on from step {state['step']}")
+                print(f"{self.path}: continuing from step {state['step']}")
                 break
-            print(f"{path} is damaged; looking for the checkpoint before it", file=sys.stderr)
+            print(f"{path} is damaged; trying the checkpoint before it", file=sys.stderr)
         else:
-            require(not any(self.folder.iterdir()), f"{self.folder}: no checkpoint is whole", 1)
+            require(not any(self.folder.iterdir()), f"{self.folder}: no checkpoint is intact", 1)
         self.start = time.time() - state.get("seconds", 0.0)
         self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
-        whole = self.metrics.tell() >= state.get("metrics", 0)
-        require(whole, f"{self.metrics.name} is shorter than when the checkpoint was written")
-        self.metrics.truncate(state.get("metrics", 0))
+        size = state.get("metrics", 0)
+        require(self.metrics.tell() >= size, f"{self.metrics.name} is too short for the checkpoint")
+        self.metrics.truncate(size)
         self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
         self.board.add_text("flags", "\n".join(f"    {k}: {v}" for k, v in vars(self.args).items()))
         return state
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append a record to metrics.jsonl, and give it to TensorBoard."""
+        """Append a record to metrics.jsonl and to TensorBoard's log."""
         record = {"step": step, "seconds": round(time.time() - self.start, 3)} | values
         self.metrics.write(json.dumps(record).encode() + b"\n")
         for key, value in values.items():
             self.board.add_scalar(key, value, step)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, named by step and SHA-256; a run that has got a signal ends here."""
+        """Write a checkpoint, named by step and SHA-256; after a signal, stop."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
         size = os.fstat(self.metrics.fileno()).st_size
@@ -651,31 +647,30 @@ class Run:
             if path.name not in (name, self.newest):
                 path.unlink()
         self.newest, self.saved_at = name, time.monotonic()
-        require(not self.stops, f"stopped at step {step}; go on with --resume {self.path}", 75)
+        require(not self.stops, f"stopped at step {step}; continue with --resume {self.path}", 75)
 
-    def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
-        """Save the network with its flags, write final.json, and tell what came out."""
+    def finish(self, step: int, network: nn.Module, scores: dict[str, float], **extra: Any) -> None:
+        """Save the network (-0.0 as 0.0) with its flags; write and print final.json."""
         flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
-        parameters = network.named_parameters()  # + 0.0 makes 0.0 of -0.0
-        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in parameters}
+        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
         self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))
         if scores:
             self.log(step, scores)
         metrics = {f"hparams/{key}": value for key, value in scores.items()}
         self.board.add_hparams(vars(self.args), metrics, run_name=".", global_step=step)
         self.board.close()
-        facts |= {"status": "finished", "step": step, "seconds": time.time() - self.start}
-        self.write("final.json", facts | scores | sparsity_report(network))
+        extra |= {"status": "finished", "step": step, "seconds": time.time() - self.start}
+        self.write("final.json", extra | scores | sparsity_report(network))
         for path in [] if self.args.keep_checkpoint else self.folder.iterdir():
             path.unlink()
         print(f"{(self.path / 'final.json').read_text()}\neverything is in {self.path}")
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """End with a line unless `accepted`: 2 is bad input, 1 a fault, 75 stopped and resumable."""
+    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 resumable."""
     if not accepted:
         for bar in [*getattr(tqdm, "_instances", ())]:
-            bar.close()  # so that the line is the output's last
+            bar.close()  # so that the line comes last
         print(f"{Path(__file__).name}: {line}", file=sys.stderr)
         sys.exit(status)
 
@@ -683,13 +678,13 @@ def require(accepted: bool, line: str, status: int = 2) -> None:
 def check_ranges(args: Args) -> None:
     """Refuse values outside their flag's range."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
-        for low, high, text in getattr(hint, "__metadata__", ())[:1]:
+        for low, high, accepted in getattr(hint, "__metadata__", ())[:1]:
             flag, value = name.replace("_", "-"), getattr(args, name)
-            require(low <= value <= high, f"--{flag} {value}: must be {text}")
+            require(low <= value <= high, f"--{flag} {value}: must be {accepted}")
 
 
 def find_device(args: Args) -> torch.device:
-    """Return the device of --device; fp32 means fp32 there."""
+    """Return the device of --device, with TF32 switched off."""
     known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
     name = {"auto": known[0], "cuda": "cuda:0"}.get(args.device, args.device)
     require(name in known, f"--device {args.device}: this machine has {', '.join(known)}")
@@ -697,24 +692,24 @@ def find_device(args: Args) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False
     if name != "cpu":
         torch.cuda.set_device(name)
-    args.device = name  # a run is resumed where it began: generators differ between devices
+    args.device = name  # to resume on the same kind of device: generators differ
     return torch.device(name)
 
 
-def progress_bar(total: int, initial: int, unit: str, about: str = "") -> tqdm:
-    """Return a bar; where the output is no terminal, a plain line now and then."""
-    options: Any = {"unit": unit, "desc": about, "unit_scale": True, "dynamic_ncols": True}
+def progress_bar(total: int, initial: int, unit: str, label: str = "") -> tqdm:
+    """Return a progress bar; without a terminal, a plain line every 30 seconds."""
+    options: Any = {"unit": unit, "desc": label, "unit_scale": True, "dynamic_ncols": True}
     if not sys.stderr.isatty():
-        line = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
-        options |= {"mininterval": 30, "bar_format": line}
+        options["bar_format"] = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
+        options["mininterval"] = 30
     return tqdm(total=total, initial=initial, **options)
 
 
 def parse() -> Args:
-    """Return the flags of the command line; with --resume those of the run."""
+    """Return the command line's flags or, with --resume, those of the run."""
     groups = make_dataclass("Flags", [(c.__name__.lower(), c) for c in reversed(Args.__bases__)])
-    about, config = (__doc__ or "").partition("\n")[0], (tyro.conf.OmitArgPrefixes,)
-    parts = vars(tyro.cli(groups, description=about, config=config)).values()
+    title, config = (__doc__ or "").partition("\n")[0], (tyro.conf.OmitArgPrefixes,)
+    parts = vars(tyro.cli(groups, description=title, config=config)).values()
     args = Args(**{name: value for part in parts for name, value in vars(part).items()})
     if not any(flag.startswith("--resume") for flag in sys.argv):
         return args
@@ -722,46 +717,46 @@ def parse() -> Args:
     require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
     try:
         saved = json.loads(Path(args.resume, "args.json").read_text())
-        require(saved.pop("script") == Path(__file__).name, "--resume: the run of another script")
+        require(saved.pop("script") == Path(__file__).name, "--resume: the run is another script's")
         saved = Args(**saved | {"resume": args.resume or "."})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        require(False, f"--resume {args.resume}: no run of this script is there ({error})")
+        require(False, f"--resume {args.resume}: holds no run of this script ({error})")
     finished = Path(args.resume, "final.json").exists()
-    require(not finished, f"{args.resume} is finished; nothing is left to do", 0)
+    require(not finished, f"{args.resume} is finished; there is nothing left to do", 0)
     return saved
 
 
 class Output(io.FileIO):
-    """Standard output or error; what nobody reads any more is dropped, and ends no run."""
+    """Standard output or error; what nobody reads any more is dropped."""
 
     def write(self, data: Any) -> int:
-        """Write what can be written."""
+        """Write, or drop what cannot be written."""
         with suppress(OSError):
             return super().write(data) or len(data)
         return len(data)
 
 
 def command_line() -> None:
-    """Run main; a fault ends it with one line and an exit status."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # glibc keeps freed memory:
-        mallopt(option, value)  # else every update faults its gradients' pages in anew
+    """Run main; a fault ends the program with one line and an exit status."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)  # max: do nothing
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # keep freed memory:
+        mallopt(option, value)  # else every update page-faults on its gradients
     try:
         main(parse())
     except Exception as error:
-        about = f"{type(error).__name__}: "
+        cause = f"{type(error).__name__}: "
         if "allocate" in str(error):
-            about = "these flags need more memory than there is: "
+            cause = "these flags need more memory than is available: "
         elif type(error).__module__.startswith("wandb"):
-            about = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
+            cause = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
         elif not isinstance(error, OSError):
-            traceback.print_exc()  # a fault of ours
-        require(False, about + str(error).partition("\n")[0], 1)
+            traceback.print_exc()  # a bug of this script
+        require(False, cause + str(error).partition("\n")[0], 1)
 
 
 if __name__ == "__main__":
     while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # takes the place of a stream that was closed
+        pass  # stands in for streams that were closed
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = io.BufferedWriter(Output(fd, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))

@@ -3,27 +3,27 @@
 # dependencies = ["torch>=2.13", "numpy>=1.26", "ale-py>=0.12.1", "gymnasium>=1.2", "tyro>=0.9",
 #                 "safetensors>=0.5", "tensorboard>=2.18", "tqdm>=4.66", "wandb>=0.18"]
 # ///
-"""Eau De Q-Network on Atari: a DQN that prunes itself at the pace of its learning.
+"""Eau De Q-Network on Atari: a DQN that prunes itself as it learns.
 
 Paper: Vincent, Faust, Tripathi, Peters, D'Eramo, "Eau De Q-Network: Adaptive Distillation of
 Neural Networks in Deep Reinforcement Learning", 2025, arXiv 2503.01437 (its online variant).
 
 K online networks learn from one replay and share one target network. At every target update the
 network with the smallest loss accumulated since the last one becomes the target; network 1 becomes
-its copy, the others become copies pruned further, each by its own random amount. Nobody sets when
-pruning starts, how fast it goes or where it ends.
+its copy, the others become copies pruned further, each by its own random amount. So no one has to
+set when pruning starts, how fast it goes or where it ends.
 
     python eaudeqn_atari.py --env-id Breakout                       # the paper's run: 40M frames
     python eaudeqn_atari.py --num-networks 1 --no-reset-optimizer   # plain DQN
     python eaudeqn_atari.py --resume RUN_DIR
 
-Differences from the paper, and guesses ([I] inferred, [D] our decision; it came without code):
+Differences from the paper, and guesses ([I] inferred, [D] our decision; no code was published):
  1. [I] The formula of next_sparsity(), which fits every published name and value.
  2. [D] Sparsity is spread by the Erdos-Renyi-Kernel rule; [I] biases are never pruned.
- 3. [I] Each action is that of a network drawn with odds 1 / (accumulated loss + 1e-6).
+ 3. [I] Each action is chosen by a network drawn with odds 1 / (accumulated loss + 1e-6).
  4. [I] The loss is the squared TD error; a target update resets Adam, step counts included.
  5. [D] All networks start as copies of one. The one with the smallest loss is evaluated and saved.
- 6. [D] Epsilon falls after the warm-up, as in Dopamine. Games are seeded anew only now and then.
+ 6. [D] Epsilon decays after the warm-up, as in Dopamine. Games are reseeded only now and then.
  7. [D] With --num-envs above 1 the games step while the networks learn from all earlier steps.
 
 Figures: benchmark/eaudedqn_*.sh. More: docs/eaudeqn_atari.md.
@@ -70,20 +70,20 @@ from tyro.constructors import PrimitiveConstructorSpec
 class Training:
     """The agent and its game. A step is one decision in one environment: 4 frames."""
 
-    env_id: str = "Breakout"  # game, like MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4
-    seed: Index = 1  # seed of everything random
-    total_timesteps: Count = 10_000_000  # steps of the run, over all environments
+    env_id: str = "Breakout"  # game, e.g. MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4
+    seed: Index = 1  # random seed
+    total_timesteps: Count = 10_000_000  # total steps, summed over all environments
     learning_starts: Count = 20_000  # steps of random play before the first gradient step
-    buffer_size: Count = 1_000_000  # transitions in the replay, 7.1 KB of memory each
+    buffer_size: Count = 1_000_000  # transitions in the replay, each 7.1 KB of memory
     batch_size: Count = 32  # transitions per gradient step
     learning_rate: Rate = 6.25e-5  # Adam's step size
     adam_eps: Rate = 1.5e-4  # Adam's epsilon
     gamma: Share = 0.99  # discount factor
-    replay_ratio: Rate = 0.25  # gradient steps per step
+    replay_ratio: Rate = 0.25  # gradient steps per environment step
     target_every: Count = 8_000  # steps between target updates
     epsilon_end: Share = 0.01  # final probability of a random action
-    epsilon_steps: Count = 250_000  # steps over which it falls from 1, after the random play
-    epoch_steps: Count = 250_000  # steps per epoch, whose mean return is reported
+    epsilon_steps: Count = 250_000  # steps over which epsilon decays from 1, after the random play
+    epoch_steps: Count = 250_000  # steps per epoch; the mean return of each is reported
     num_envs: Count = 1  # environments; if several, they step while the agent learns
     feature_size: Count = 512  # units of the dense layer; the paper has 32, 512 and 2048
     eval_episodes: Index = 10  # episodes of the final evaluation, at epsilon 0.001
@@ -117,29 +117,29 @@ class QNetwork(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """Map obs [B, 4, 84, 84], floats in [0, 1], to Q-values [B, num_actions]."""
         x = torch.relu(self.conv1(obs))
-        x = nn.functional.pad(x, (1, 2, 1, 2))  # as XLA's SAME, with the odd pixel at the end
+        x = nn.functional.pad(x, (1, 2, 1, 2))  # as XLA's SAME: odd pixel at the end
         x = torch.relu(self.conv2(x))
         x = torch.relu(self.conv3(x))
-        x = x.permute(0, 2, 3, 1).flatten(1)  # channels-last order: needs no copy
+        x = x.permute(0, 2, 3, 1).flatten(1)  # channels-last order needs no copy
         x = torch.relu(self.dense(x))
-        with torch.autocast(x.device.type, enabled=False):  # bf16 would blur how the actions differ
+        with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse to rank actions
             return self.output(x.to(self.output.weight.dtype))
 
 
 # >>> shared: sparsity
 def prunable(network: nn.Module) -> dict[str, Tensor]:
-    """Return what pruning may remove: every tensor of two or more dimensions, so no bias."""
+    """Return the weights that may be pruned, by layer: matrices and kernels."""
     return {k.removesuffix(".weight"): p for k, p in network.named_parameters() if p.ndim >= 2}
 
 
 def add_masks(network: nn.Module) -> None:
-    """Give each prunable weight a mask (1: kept) as a buffer: state_dict() has it too."""
+    """Give each prunable weight a mask (1: kept), a buffer and so part of state_dict()."""
     for i, weight in enumerate(prunable(network).values()):
         network.register_buffer(f"mask{i}", torch.ones_like(weight))
 
 
 def sparsity_report(network: nn.Module) -> dict[str, float]:
-    """Return the shares of zeros, of all prunable weights and of each layer, and what is left."""
+    """Return the sparsity of network and layers, and how many parameters are left."""
     weights, total = prunable(network), sum(p.numel() for p in network.parameters())
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     pruned, size = sum(zeros.values()), sum(weight.numel() for weight in weights.values())
@@ -151,9 +151,9 @@ def sparsity_report(network: nn.Module) -> dict[str, float]:
 # <<< shared: sparsity
 # >>> shared: pruning
 def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]:
-    """Return a score of any sign for each prunable weight; the lowest are pruned first.
+    """Return a score, of any sign, for each prunable weight; the lowest are pruned first.
 
-    Put another criterion here (docs/pruning_criterion.md); a random one draws from `rng`.
+    Put your own criterion here (docs/pruning_criterion.md); it may draw from `rng` only.
     """
     return [weight.abs() for weight in prunable(network).values()]
 
@@ -161,13 +161,13 @@ def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]
 def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
     """Return the share of each prunable tensor to keep, for a total sparsity in [0, 1].
 
-    The Erdos-Renyi-Kernel rule (Evci et al. 2020): eps * sum(shape) / prod(shape), with eps such
-    that the total holds; a tensor that would exceed 1 is dense, and eps is solved again.
+    The Erdos-Renyi-Kernel rule (Evci et al. 2020): eps * sum(shape) / prod(shape), with eps chosen
+    to meet the total; a tensor whose share would exceed 1 stays dense, and eps is solved for again.
     """
     sizes = np.array([weight.numel() for weight in prunable(network).values()])
     sums = np.array([sum(weight.shape) for weight in prunable(network).values()])
     dense = np.zeros(len(sizes), bool)
-    for _ in sizes:  # each turn but the last finds another one
+    for _ in sizes:  # each pass may make another tensor dense
         left = (1 - sparsity) * sizes.sum() - sizes[dense].sum()
         eps = left / max(1, sums[~dense].sum())
         dense |= eps * sums >= sizes
@@ -176,28 +176,26 @@ def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
 
 @torch.no_grad()
 def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
-    """Lower the masks to these densities; the weights are left alone.
+    """Shrink the masks to these densities; the weights do not change.
 
-    Counts are exact, ties go to the lower index, every tensor keeps at least one weight. What is
-    pruned stays pruned: it counts as -inf.
+    Counts are exact, ties keep the lower index, and every tensor keeps at least one weight. Pruned
+    weights score -inf, so they stay pruned.
     """
     for score, mask, density in zip(pruning_scores(network, rng), network.buffers(), densities):
         flat = torch.where(mask > 0, score, -math.inf).flatten().cpu().numpy()
-        kept = max(1, round(len(flat) * density))
-        threshold = np.partition(flat, -kept)[-kept]  # far faster than a sort
+        count = max(1, round(len(flat) * density))
+        threshold = np.partition(flat, -count)[-count]  # far faster than sorting
         keep = flat > threshold
-        keep[np.flatnonzero(flat == threshold)[: kept - keep.sum()]] = True
+        keep[np.flatnonzero(flat == threshold)[: count - keep.sum()]] = True
         mask.mul_(torch.from_numpy(keep).view(mask.shape).to(mask.device))
 
 
 # <<< shared: pruning
-
-
 def next_sparsity(sparsity: float, exponent: float, step: int, args: Args) -> float:
-    """Return a candidate's sparsity from `step` to the next target update.
+    """Return a candidate's sparsity from `step` until the next target update.
 
     min(1 - (1 - s) * ((H - t - T) / (H - t)) ** n, s + S_max), H: the run's length, T: the period.
-    A constant n would follow the polynomial schedule 1 - (1 - t / H) ** n; n = 0 prunes nothing.
+    A constant n gives the polynomial schedule 1 - (1 - t / H) ** n; n = 0 prunes nothing.
     """
     left = args.total_timesteps - step
     base = max(0.0, (left - args.target_every) / left)
@@ -205,7 +203,7 @@ def next_sparsity(sparsity: float, exponent: float, step: int, args: Args) -> fl
 
 
 class EauDeQN(nn.Module):
-    """K online networks with their accumulated losses, and the target network that they share."""
+    """K online networks with accumulated losses, and the target network they share."""
 
     def __init__(self, args: Args, num_actions: int, device: torch.device) -> None:
         super().__init__()
@@ -220,25 +218,25 @@ class EauDeQN(nn.Module):
         self.masks = list(self.online.buffers())
         adam: Any = {"lr": args.learning_rate, "eps": args.adam_eps, "capturable": args.compile}
         self.optimizer = torch.optim.Adam(self.online.parameters(), fused=True, **adam)
-        self.accumulated_loss = nn.Buffer(torch.zeros(k, device=device))  # since the last target
+        self.accumulated_loss = nn.Buffer(torch.zeros(k, device=device))  # since target update
         self.latest = nn.Buffer(torch.zeros(2, k, device=device))  # losses and mean Q-values
-        self.losses = np.zeros(k)  # accumulated_loss, on the host
+        self.losses = np.zeros(k)  # copy of accumulated_loss on the host
         self.sparsity = [0.0] * k  # nominal; the masks' counts are rounded
         self.gradient_step, self.selected = 0, 0
-        # Each use of randomness has its own generator: with K = 1 the actions are plain DQN's.
+        # A generator for each use: with K = 1 the actions are plain DQN's.
         uses = ("act", "network", "exponent", "score")
         self.rng = {use: np.random.default_rng((args.seed, i)) for i, use in enumerate(uses)}
         self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what state_dict() has besides networks, masks and accumulated losses."""
+        """Return what state_dict() holds besides networks, masks and accumulated losses."""
         rng = {use: rng.bit_generator.state for use, rng in self.rng.items()}
         counters = (self.gradient_step, self.selected, self.losses.tolist(), self.sparsity)
         return {"optimizer": self.optimizer.state_dict(), "rng": rng, "counters": counters}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take back what get_extra_state() gave."""
+        """Restore what get_extra_state() returned."""
         self.gradient_step, self.selected, losses, self.sparsity = state["counters"]
         self.losses = np.array(losses)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -246,7 +244,7 @@ class EauDeQN(nn.Module):
             rng.bit_generator.state = state["rng"][use]
 
     def best(self) -> int:
-        """Return the index of the smallest loss; NaN never wins, ties go to the lower index."""
+        """Return the index of the smallest loss; never NaN, of equal ones the first."""
         return int(np.where(np.isfinite(self.losses), self.losses, math.inf).argmin())
 
     @torch.no_grad()
@@ -261,14 +259,14 @@ class EauDeQN(nn.Module):
             odds = np.eye(len(odds))[self.best()]
         drawn = self.rng["network"].choice(len(odds), size=len(obs), p=odds / odds.sum())
         for k in set(drawn[~explore]):
-            mine = ~explore & (drawn == k)
+            chosen = ~explore & (drawn == k)
             with self.autocast:
-                q_values = self.online[k](torch.from_numpy(obs[mine]).to(self.device) / 255)
-            actions[mine] = q_values.argmax(1).cpu().numpy()
+                q_values = self.online[k](torch.from_numpy(obs[chosen]).to(self.device) / 255)
+            actions[chosen] = q_values.argmax(1).cpu().numpy()
         return actions
 
     def update(self, obs: Any, next_obs: Any, actions: Any, rewards: Any, terminated: Any) -> None:
-        """Take one gradient step with all networks; nothing waits for the device."""
+        """Take one gradient step with all networks, without waiting for the device."""
         with torch.no_grad(), self.autocast:
             next_q = self.target(next_obs).max(1).values
             td_target = rewards + self.args.gamma * next_q * (1 - terminated)  # [B]
@@ -285,7 +283,7 @@ class EauDeQN(nn.Module):
             self.latest.copy_(torch.stack([losses, q_taken.mean(1)]))
 
     def learn(self, replay: FrameReplay, step: int) -> None:
-        """Sample and update as often as is due by `step`; --compile makes a CUDA graph of that."""
+        """Take the gradient steps due by `step`; --compile captures a CUDA graph."""
         ratio = self.args.replay_ratio
         due = math.floor(step * ratio) - math.floor(self.args.learning_starts * ratio)
         while self.gradient_step < due:
@@ -303,7 +301,7 @@ class EauDeQN(nn.Module):
 
     @torch.no_grad()
     def update_target(self, step: int) -> None:
-        """Make the best network the target, network 1 its copy, the others its pruned copies."""
+        """Make the best network target and network 1; the others are its pruned copies."""
         args, best = self.args, self.best()
         sparsity = self.sparsity[best]
         self.target.load_state_dict(self.online[best].state_dict())
@@ -314,15 +312,14 @@ class EauDeQN(nn.Module):
             if self.sparsity[k] > sparsity:
                 prune(network, erk_densities(network, self.sparsity[k]), self.rng["score"])
             if args.reset_optimizer or not math.isfinite(self.losses[k]):
-                states = [self.optimizer.state[p] for p in network.parameters()]
-                for tensor in (tensor for state in states for tensor in state.values()):
-                    tensor.zero_()
+                for p in network.parameters():
+                    torch._foreach_zero_(list(self.optimizer.state[p].values()))
         torch._foreach_mul_(self.weights, self.masks)
         self.accumulated_loss.zero_()
         self.losses, self.selected = np.zeros(len(self.online)), best + 1
 
     def report(self) -> dict[str, float]:
-        """Return what is logged: of the latest update, and of the network that would be saved."""
+        """Return the values to log, of the latest update and of the network to save."""
         record = sparsity_report(self.online[self.best()]) | {"sparsity/target": self.sparsity[0]}
         record |= {f"sparsity/candidate_{k}": s for k, s in enumerate(self.sparsity, 1)}
         if self.gradient_step > 0:
@@ -338,7 +335,7 @@ def main(args: Args) -> None:
     agent = EauDeQN(args, envs.num_actions, device)
     replay = FrameReplay(args, device, envs.obs[:, -1])
     run = Run(args, rom.title().replace("_", ""))
-    step, returns, epoch_return = 0, list[float](), None  # returns: of this epoch's episodes
+    step, returns, epoch_return = 0, list[float](), None  # returns: this epoch's episodes
     if saved := run.load():
         step, returns, epoch_return = saved["progress"]
         play_again(envs, replay, saved["games"], run)
@@ -347,26 +344,25 @@ def main(args: Args) -> None:
     bar = progress_bar(args.total_timesteps, step, "step")
 
     def passed(period: int) -> bool:
-        """Tell whether this step reaches or crosses a multiple of `period`."""
+        """Return whether this step reached or crossed a multiple of `period`."""
         return step // period > previous // period
 
     while step < args.total_timesteps:
         previous, step = step, step + args.num_envs
         ended = step >= args.total_timesteps
         # Act and step.
-        fallen = min(1.0, max(0.0, (previous - args.learning_starts) / args.epsilon_steps))
-        epsilon = 1 + (args.epsilon_end - 1) * fallen
+        decay = min(1.0, max(0.0, (previous - args.learning_starts) / args.epsilon_steps))
+        epsilon = 1 + (args.epsilon_end - 1) * decay
         actions = agent.act(envs.obs, epsilon)
         envs.send(actions)
-        if args.num_envs > 1:  # the environments step meanwhile; one keeps the paper's order
+        if args.num_envs > 1:  # they step meanwhile; a single one keeps the paper's order
             agent.learn(replay, step)
         # Store.
         replay.add(actions, envs.recv(), envs.obs[:, -1])
         for score, length in envs.episodes:
             run.log(step, {"charts/episodic_return": score, "charts/episodic_length": length})
             returns.append(score)
-            text = f"return {score:g}, sparsity {agent.sparsity[0]:.3f}"
-            bar.set_postfix_str(text, refresh=False)
+            bar.set_postfix_str(f"return {score:g}, sparsity {agent.sparsity[0]:.3f}", False)
         # Learn.
         if args.num_envs == 1:
             agent.learn(replay, step)
@@ -417,12 +413,12 @@ class AtariEnvs:
     """N copies of a game under Dopamine's protocol (Machado et al. 2018).
 
     Sticky actions 0.25, frameskip 4 with the maximum over two frames, 84x84 grayscale, minimal
-    action set, no no-op start, no FIRE reset; losing a life ends no episode, 27,000 steps truncate
-    it. `obs` [N, 4, 84, 84] uint8 is what the agent sees now: after an end, the next episode's
-    start. All of it follows from seeds and actions, which is how a run is restored.
+    action set, no no-op start, no FIRE reset; losing a life does not end an episode, 27,000 steps
+    truncate it. `obs` [N, 4, 84, 84] uint8 is the current observation: after an episode has ended,
+    the first of the next. Seeds and actions determine everything, so a resumed run can replay it.
     """
 
-    RESEED_AFTER = 25_000  # steps; seeding reloads the ROM, so most episodes begin without it
+    RESEED_AFTER = 25_000  # steps; seeding reloads the ROM, so it is rare
 
     def __init__(self, rom: str, num_envs: int, seed: int, max_steps: int = 27_000) -> None:
         protocol: dict[str, Any] = {"repeat_action_probability": 0.25, "noop_max": 0}
@@ -431,13 +427,13 @@ class AtariEnvs:
         threads = min(num_envs, os.cpu_count() or 1)
         self.envs = AtariVectorEnv(rom, num_envs, num_threads=threads, **protocol)
         self.num_actions = len(self.envs.ale.get_action_set())
-        self.seed, self.step, self.actions = seed, 0, bytearray()  # all actions, N to a step
-        self.seeded = [list[int]() for _ in range(num_envs)]  # before which steps
+        self.seed, self.step, self.actions = seed, 0, bytearray()  # all actions so far, N per step
+        self.seeded = [list[int]() for _ in range(num_envs)]  # at which steps, for each one
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
         self.begin(np.ones(num_envs, bool))
 
     def begin(self, which: np.ndarray) -> None:
-        """Seed the environments of the mask `which` [N] anew and start their episodes."""
+        """Reseed the environments in the mask `which` [N] and start their episodes."""
         rows = np.flatnonzero(which).tolist()
         keys = [np.random.SeedSequence((self.seed, i, self.step)) for i in rows]
         seeds = np.array([key.generate_state(1)[0] >> 1 for key in keys], np.int64)
@@ -448,7 +444,7 @@ class AtariEnvs:
         self.returns[which] = self.lengths[which] = 0
 
     def send(self, actions: np.ndarray) -> None:
-        """Start a step with actions [N] int64; the environments run in threads until recv()."""
+        """Start a step with actions [N] int64; threads run it until recv()."""
         self.actions += actions.astype(np.uint8).tobytes()
         self.step += 1
         self.envs.send(actions)
@@ -473,7 +469,7 @@ class AtariEnvs:
 
 
 def play_again(envs: AtariEnvs, replay: FrameReplay, games: list[Any], run: Run) -> None:
-    """Play a checkpoint's games again, from the last seedings before all that the replay holds."""
+    """Replay a checkpoint's games, from the seedings before the oldest transition."""
     past, seeded, obs = games
     actions = np.frombuffer(past, np.uint8).reshape(-1, replay.num_envs)
     first = max(0, len(actions) - replay.rows)
@@ -482,22 +478,22 @@ def play_again(envs: AtariEnvs, replay: FrameReplay, games: list[Any], run: Run)
     envs.actions = bytearray(actions[: envs.step].tobytes())
     bar = progress_bar(len(actions), envs.step, "step", "playing again")
     for row in actions[envs.step :]:
-        if (begins == envs.step).any():  # before its begin an environment plays something else
+        if (begins == envs.step).any():  # until now these played other games
             envs.begin(begins == envs.step)
         envs.send(row.astype(np.int64))
         replay.add(row, envs.recv(), envs.obs[:, -1])
         bar.update()
-        require(not run.stops, f"stopped; go on with --resume {run.path}", 75)
+        require(not run.stops, f"stopped; continue with --resume {run.path}", 75)
     bar.close()
     envs.seeded = seeded
     same = np.array_equal(envs.obs, obs.numpy())
-    require(same, "--resume: the games went differently; install the ale-py of versions.json")
+    require(same, "--resume: the games went differently; install the ale-py in versions.json")
 
 
 @torch.no_grad()
 def evaluate(network: nn.Module, rom: str, run: Run) -> dict[str, float]:
-    """Play --eval-episodes together at epsilon 0.001; return what is logged of them."""
-    n, seed = run.args.eval_episodes, run.args.seed + 1_000_000  # none of training's seeds
+    """Play --eval-episodes side by side at epsilon 0.001; return the values to log."""
+    n, seed = run.args.eval_episodes, run.args.seed + 1_000_000  # apart from training's seeds
     if n == 0:
         return {}
     envs, rng = AtariEnvs(rom, n, seed, run.args.eval_steps), np.random.default_rng(seed)
@@ -510,10 +506,10 @@ def evaluate(network: nn.Module, rom: str, run: Run) -> dict[str, float]:
             _, terminated, truncated, _ = envs.recv()
             ended = np.flatnonzero(terminated | truncated).tolist()
             for i, (score, _) in zip(ended, envs.episodes):
-                scores.setdefault(i, score)
+                scores.setdefault(i, score)  # later episodes do not count
             bar.set_postfix_str(f"step {envs.step} of at most {run.args.eval_steps}", False)
             bar.update(len(scores) - bar.n)
-            require(not run.stops, f"stopped; go on with --resume {run.path}", 75)
+            require(not run.stops, f"stopped; continue with --resume {run.path}", 75)
     return {"eval/episodic_return": sum(scores.values()) / n, "eval/episodes": n}
 
 
@@ -522,31 +518,31 @@ def evaluate(network: nn.Module, rom: str, run: Run) -> dict[str, float]:
 class FrameReplay:
     """Uniform replay of the last --buffer-size transitions, on the device; frames are stored once.
 
-    A ring of rows, one per step of all N environments: slot row * N + i holds the newest frame that
-    environment i showed, what was done then, and where in `frames` its transition's lie: -1 is the
-    black frame before an episode. The last frame of a truncated episode lies behind the slots.
+    A ring of rows, one per step of all N environments: slot row * N + i holds the newest frame of
+    environment i, the action taken on it, and the positions in `frames` of its transition's frames:
+    -1 is the black frame before an episode. Truncated episodes' last frames lie behind the slots.
     """
 
-    EPISODE = 27_000  # steps of an episode that is truncated
+    EPISODE = 27_000  # steps after which an episode is truncated
 
     def __init__(self, args: Args, device: torch.device, first_frames: np.ndarray) -> None:
         self.num_envs = n = args.num_envs
-        self.rows = math.ceil(args.buffer_size / n) + 4  # with three older frames, and what is seen
+        self.rows = math.ceil(args.buffer_size / n) + 4  # plus three older rows, one newer
         self.slots, self.extra = self.rows * n, (self.rows // self.EPISODE + 2) * n
         shape = (self.slots + self.extra + 1, *first_frames.shape[1:])
         self.frames = torch.empty(shape, dtype=torch.uint8, device=device)
         self.frames[-1] = 0
         # Per slot: action, clipped reward (a whole number), terminated, positions of 4 + 1 frames.
-        self.facts = torch.zeros(self.slots, 8, dtype=torch.int32, device=device)
+        self.table = torch.zeros(self.slots, 8, dtype=torch.int32, device=device)
         self.range = torch.zeros(2, dtype=torch.long, device=device)  # oldest transition, count
         self.generator = torch.Generator(device).manual_seed(args.seed)
-        self.nbytes = self.frames.nbytes + self.facts.nbytes
+        self.nbytes = self.frames.nbytes + self.table.nbytes
         self.step = self.truncations = self.count = 0
-        self.stacks = np.column_stack([np.full((n, 3), -1), np.arange(n)])  # of what is seen now
+        self.stacks = np.column_stack([np.full((n, 3), -1), np.arange(n)])  # the current ones
         self.frames[:n] = torch.from_numpy(first_frames)
 
     def add(self, actions: np.ndarray, step: tuple[np.ndarray, ...], frames: np.ndarray) -> None:
-        """Store actions [N], the step that envs.recv() returned, and the frames seen now."""
+        """Store actions [N], the `step` that envs.recv() returned, and the newest frames."""
         rewards, terminated, truncated, last_frames = step
         n, slot = self.num_envs, self.step % self.rows * self.num_envs
         self.step += 1
@@ -557,7 +553,7 @@ class FrameReplay:
             self.frames[after[i]] = torch.from_numpy(last_frames[i])
             self.truncations += 1
         columns = [actions, np.clip(rewards, -1, 1), terminated, self.stacks, after]
-        self.facts[slot : slot + n] = torch.from_numpy(np.column_stack(columns).astype(np.int32))
+        self.table[slot : slot + n] = torch.from_numpy(np.column_stack(columns).astype(np.int32))
         self.frames[seen[0] : seen[0] + n] = torch.from_numpy(frames)
         self.stacks[terminated | truncated] = -1
         self.stacks = np.column_stack([self.stacks[:, 1:], seen])
@@ -572,16 +568,16 @@ class FrameReplay:
         device, generator = self.frames.device, self.generator
         draw = torch.rand(batch_size, dtype=torch.float64, device=device, generator=generator)
         slots = ((draw * self.range[1]).long() + self.range[0]) % self.slots
-        facts = self.facts[slots].long()
-        stacks = self.frames[facts[:, 3:7]], self.frames[facts[:, 4:8]]
+        rows = self.table[slots].long()
+        stacks = self.frames[rows[:, 3:7]], self.frames[rows[:, 4:8]]
         floats = [s.to(torch.float32, memory_format=torch.channels_last).div_(255) for s in stacks]
-        return *floats, *facts[:, :3].unbind(1)
+        return *floats, *rows[:, :3].unbind(1)
 
 
 # <<< shared: frame-replay
 # >>> shared: run-flags
 def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
-    """Return how a whole number is read, which may be written as 1e6."""
+    """Return tyro's rule for reading a whole number, which may be written as 1e6."""
 
     def read(words: list[str]) -> int:
         number = float(words[0])  # exact below 2^53
@@ -590,7 +586,7 @@ def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
 
 
-# Types of flags: the smallest and the largest value, and what --help and messages say of them.
+# Types of flags: smallest and largest value, and the range in messages and in --help.
 ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
 Count = Annotated[int, (1, math.inf, "at least 1"), integer("INT >= 1")]
 Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), integer("INT >= 0")]
@@ -601,17 +597,17 @@ Share = Annotated[float, (0, 1, "in [0, 1]"), tyro.conf.arg(metavar="X in [0, 1]
 
 @dataclass
 class Running:
-    """Where and how it runs."""
+    """Where and how to run."""
 
     device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
-    compile: bool = False  # sampling and update as a CUDA graph (not yet tried on a GPU)
+    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
     run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
-    resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
+    resume: str = ""  # continue the run in this folder, with its flags; give no others
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
-    keep_checkpoint: bool = False  # keep the last ones when the run has finished
+    keep_checkpoint: bool = False  # keep the last checkpoints of a finished run
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
-    wandb_project: str = "cleanrl-sparse"  # project there
+    wandb_project: str = "cleanrl-sparse"  # Weights & Biases project
 
 
 # <<< shared: run-flags
@@ -620,18 +616,18 @@ class Args(Running, Training, Method):
     """All flags."""
 
     def __post_init__(self) -> None:
-        """Refuse values that are not accepted, naming the flag."""
+        """Refuse invalid values, naming the flag."""
         check_ranges(self)
         least = max(self.batch_size, self.num_envs)
         smallest = min(self.learning_starts, self.buffer_size)
-        text = f"--learning-starts, --buffer-size {smallest}: at least --batch-size and --num-envs"
-        require(smallest >= least, f"{text}, {least}")
+        flags = f"--learning-starts, --buffer-size {smallest}"
+        require(smallest >= least, f"{flags}: must be at least {least} (--batch-size, --num-envs)")
         require(self.target_every >= self.num_envs, "--target-every: must be at least --num-envs")
 
 
 # >>> shared: run
 class Run:
-    """A run's folder: records (metrics.jsonl is the source of truth), checkpoints, the model."""
+    """A run's folder: records (metrics.jsonl is the truth), checkpoints, the model."""
 
     def __init__(self, args: Args, title: str) -> None:
         script, at = Path(__file__), time.time_ns() // 1000
@@ -639,38 +635,37 @@ class Run:
         self.args, self.path, self.script = args, Path(name), {"script": script.name}
         self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
         fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
-        line = f"--run-dir {self.path}: exists; to go on with the run in it, --resume {self.path}"
+        line = f"--run-dir {self.path}: exists; continue its run with --resume {self.path}"
         require(fresh or args.resume != "", line)
         if args.track:
             import wandb
 
-            own: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
-            own["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
-            wandb.init(**own, resume="allow", config=vars(args), sync_tensorboard=True)
+            identity: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
+            identity["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
+            wandb.init(**identity, resume="allow", config=vars(args), sync_tensorboard=True)
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "a")
         try:
-            if os.environ.get("RUN_LOCK") != str(self.path):  # benchmark/launch.py has locked it
+            if os.environ.get("RUN_LOCK") != str(self.path):  # already locked by launch.py
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            require(False, f"{self.path}: another process is at work on this run")
+            require(False, f"{self.path}: another process is working on this run")
         if fresh:
-            git = ["sh", "-c", "git rev-parse HEAD"]  # where there is no git, nothing is said
+            git = ["sh", "-c", "git rev-parse HEAD"]  # without git: no error, no output
             head = subprocess.run(git, cwd=script.parent, capture_output=True).stdout.decode()
-            cpu = args.device == "cpu"
-            device = platform.platform() if cpu else torch.cuda.get_device_name()
-            facts = {"commit": head.strip() or None, "device": device, "python": sys.version}
+            device = torch.cuda.get_device_name() if args.device != "cpu" else platform.platform()
+            versions = {"commit": head.strip() or None, "device": device, "python": sys.version}
             packages = {d.name: d.version for d in reversed([*distributions()])}
-            self.write("args.json", self.script | vars(args))  # first: --resume needs it alone
-            self.write("versions.json", facts | {"packages": packages})
+            self.write("args.json", self.script | vars(args))  # first: --resume needs it
+            self.write("versions.json", versions | {"packages": packages})
         self.folder.mkdir(exist_ok=True)
-        self.stops: list[int] = []  # signals; what is ignored, as SIGHUP under nohup, stays so
+        self.stops: list[int] = []  # signals received; SIGHUP stays ignored under nohup
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self.stops.append(number))
 
     def write(self, name: str, data: bytes | dict[str, Any]) -> None:
-        """Write a file, a dict as JSON; a crash leaves it whole or absent."""
+        """Write a file, a dict as JSON; a crash never leaves part of it."""
         with open(self.path / ".tmp", "wb") as file:
             file.write(data if isinstance(data, bytes) else json.dumps(data, indent=1).encode())
             file.flush()
@@ -678,36 +673,36 @@ class Run:
         os.replace(self.path / ".tmp", self.path / name)
 
     def load(self) -> dict[str, Any]:
-        """Return the newest whole checkpoint, {} before the first; cut the records back to it."""
+        """Return the newest intact checkpoint, or {}, and cut the records back to it."""
         state = dict[str, Any]()
         for path in sorted(self.folder.iterdir(), reverse=True):
             data = path.read_bytes()
             if path.name.endswith(hashlib.sha256(data).hexdigest()):
                 state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
                 self.newest = path.name
-                print(f"{self.path}: going on from step {state['step']}")
+                print(f"{self.path}: continuing from step {state['step']}")
                 break
-            print(f"{path} is damaged; looking for the checkpoint before it", file=sys.stderr)
+            print(f"{path} is damaged; trying the checkpoint before it", file=sys.stderr)
         else:
-            require(not any(self.folder.iterdir()), f"{self.folder}: no checkpoint is whole", 1)
+            require(not any(self.folder.iterdir()), f"{self.folder}: no checkpoint is intact", 1)
         self.start = time.time() - state.get("seconds", 0.0)
         self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
-        whole = self.metrics.tell() >= state.get("metrics", 0)
-        require(whole, f"{self.metrics.name} is shorter than when the checkpoint was written")
-        self.metrics.truncate(state.get("metrics", 0))
+        size = state.get("metrics", 0)
+        require(self.metrics.tell() >= size, f"{self.metrics.name} is too short for the checkpoint")
+        self.metrics.truncate(size)
         self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
         self.board.add_text("flags", "\n".join(f"    {k}: {v}" for k, v in vars(self.args).items()))
         return state
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append a record to metrics.jsonl, and give it to TensorBoard."""
+        """Append a record to metrics.jsonl and to TensorBoard's log."""
         record = {"step": step, "seconds": round(time.time() - self.start, 3)} | values
         self.metrics.write(json.dumps(record).encode() + b"\n")
         for key, value in values.items():
             self.board.add_scalar(key, value, step)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, named by step and SHA-256; a run that has got a signal ends here."""
+        """Write a checkpoint, named by step and SHA-256; after a signal, stop."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
         size = os.fstat(self.metrics.fileno()).st_size
@@ -719,31 +714,30 @@ class Run:
             if path.name not in (name, self.newest):
                 path.unlink()
         self.newest, self.saved_at = name, time.monotonic()
-        require(not self.stops, f"stopped at step {step}; go on with --resume {self.path}", 75)
+        require(not self.stops, f"stopped at step {step}; continue with --resume {self.path}", 75)
 
-    def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
-        """Save the network with its flags, write final.json, and tell what came out."""
+    def finish(self, step: int, network: nn.Module, scores: dict[str, float], **extra: Any) -> None:
+        """Save the network (-0.0 as 0.0) with its flags; write and print final.json."""
         flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
-        parameters = network.named_parameters()  # + 0.0 makes 0.0 of -0.0
-        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in parameters}
+        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
         self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))
         if scores:
             self.log(step, scores)
         metrics = {f"hparams/{key}": value for key, value in scores.items()}
         self.board.add_hparams(vars(self.args), metrics, run_name=".", global_step=step)
         self.board.close()
-        facts |= {"status": "finished", "step": step, "seconds": time.time() - self.start}
-        self.write("final.json", facts | scores | sparsity_report(network))
+        extra |= {"status": "finished", "step": step, "seconds": time.time() - self.start}
+        self.write("final.json", extra | scores | sparsity_report(network))
         for path in [] if self.args.keep_checkpoint else self.folder.iterdir():
             path.unlink()
         print(f"{(self.path / 'final.json').read_text()}\neverything is in {self.path}")
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """End with a line unless `accepted`: 2 is bad input, 1 a fault, 75 stopped and resumable."""
+    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 resumable."""
     if not accepted:
         for bar in [*getattr(tqdm, "_instances", ())]:
-            bar.close()  # so that the line is the output's last
+            bar.close()  # so that the line comes last
         print(f"{Path(__file__).name}: {line}", file=sys.stderr)
         sys.exit(status)
 
@@ -751,13 +745,13 @@ def require(accepted: bool, line: str, status: int = 2) -> None:
 def check_ranges(args: Args) -> None:
     """Refuse values outside their flag's range."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
-        for low, high, text in getattr(hint, "__metadata__", ())[:1]:
+        for low, high, accepted in getattr(hint, "__metadata__", ())[:1]:
             flag, value = name.replace("_", "-"), getattr(args, name)
-            require(low <= value <= high, f"--{flag} {value}: must be {text}")
+            require(low <= value <= high, f"--{flag} {value}: must be {accepted}")
 
 
 def find_device(args: Args) -> torch.device:
-    """Return the device of --device; fp32 means fp32 there."""
+    """Return the device of --device, with TF32 switched off."""
     known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
     name = {"auto": known[0], "cuda": "cuda:0"}.get(args.device, args.device)
     require(name in known, f"--device {args.device}: this machine has {', '.join(known)}")
@@ -765,24 +759,24 @@ def find_device(args: Args) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False
     if name != "cpu":
         torch.cuda.set_device(name)
-    args.device = name  # a run is resumed where it began: generators differ between devices
+    args.device = name  # to resume on the same kind of device: generators differ
     return torch.device(name)
 
 
-def progress_bar(total: int, initial: int, unit: str, about: str = "") -> tqdm:
-    """Return a bar; where the output is no terminal, a plain line now and then."""
-    options: Any = {"unit": unit, "desc": about, "unit_scale": True, "dynamic_ncols": True}
+def progress_bar(total: int, initial: int, unit: str, label: str = "") -> tqdm:
+    """Return a progress bar; without a terminal, a plain line every 30 seconds."""
+    options: Any = {"unit": unit, "desc": label, "unit_scale": True, "dynamic_ncols": True}
     if not sys.stderr.isatty():
-        line = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
-        options |= {"mininterval": 30, "bar_format": line}
+        options["bar_format"] = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
+        options["mininterval"] = 30
     return tqdm(total=total, initial=initial, **options)
 
 
 def parse() -> Args:
-    """Return the flags of the command line; with --resume those of the run."""
+    """Return the command line's flags or, with --resume, those of the run."""
     groups = make_dataclass("Flags", [(c.__name__.lower(), c) for c in reversed(Args.__bases__)])
-    about, config = (__doc__ or "").partition("\n")[0], (tyro.conf.OmitArgPrefixes,)
-    parts = vars(tyro.cli(groups, description=about, config=config)).values()
+    title, config = (__doc__ or "").partition("\n")[0], (tyro.conf.OmitArgPrefixes,)
+    parts = vars(tyro.cli(groups, description=title, config=config)).values()
     args = Args(**{name: value for part in parts for name, value in vars(part).items()})
     if not any(flag.startswith("--resume") for flag in sys.argv):
         return args
@@ -790,46 +784,46 @@ def parse() -> Args:
     require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
     try:
         saved = json.loads(Path(args.resume, "args.json").read_text())
-        require(saved.pop("script") == Path(__file__).name, "--resume: the run of another script")
+        require(saved.pop("script") == Path(__file__).name, "--resume: the run is another script's")
         saved = Args(**saved | {"resume": args.resume or "."})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        require(False, f"--resume {args.resume}: no run of this script is there ({error})")
+        require(False, f"--resume {args.resume}: holds no run of this script ({error})")
     finished = Path(args.resume, "final.json").exists()
-    require(not finished, f"{args.resume} is finished; nothing is left to do", 0)
+    require(not finished, f"{args.resume} is finished; there is nothing left to do", 0)
     return saved
 
 
 class Output(io.FileIO):
-    """Standard output or error; what nobody reads any more is dropped, and ends no run."""
+    """Standard output or error; what nobody reads any more is dropped."""
 
     def write(self, data: Any) -> int:
-        """Write what can be written."""
+        """Write, or drop what cannot be written."""
         with suppress(OSError):
             return super().write(data) or len(data)
         return len(data)
 
 
 def command_line() -> None:
-    """Run main; a fault ends it with one line and an exit status."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # glibc keeps freed memory:
-        mallopt(option, value)  # else every update faults its gradients' pages in anew
+    """Run main; a fault ends the program with one line and an exit status."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)  # max: do nothing
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # keep freed memory:
+        mallopt(option, value)  # else every update page-faults on its gradients
     try:
         main(parse())
     except Exception as error:
-        about = f"{type(error).__name__}: "
+        cause = f"{type(error).__name__}: "
         if "allocate" in str(error):
-            about = "these flags need more memory than there is: "
+            cause = "these flags need more memory than is available: "
         elif type(error).__module__.startswith("wandb"):
-            about = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
+            cause = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
         elif not isinstance(error, OSError):
-            traceback.print_exc()  # a fault of ours
-        require(False, about + str(error).partition("\n")[0], 1)
+            traceback.print_exc()  # a bug of this script
+        require(False, cause + str(error).partition("\n")[0], 1)
 
 
 if __name__ == "__main__":
     while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # takes the place of a stream that was closed
+        pass  # stands in for streams that were closed
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = io.BufferedWriter(Output(fd, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))

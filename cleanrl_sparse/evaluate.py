@@ -8,12 +8,12 @@
     python evaluate.py RUN_DIR
     python evaluate.py RUN_DIR --episodes 100 --epsilon 0.05 --video breakout.mp4
     python evaluate.py RUN_DIR --episodes 100 --card       # a model card: hf upload NAME RUN_DIR
-    python evaluate.py RUN_DIR/export                      # an agent that export.py wrote, in C
+    python evaluate.py RUN_DIR/export                      # an agent written by export.py, in C
 
-It needs RUN_DIR/model.safetensors only, which has the script and its flags in its metadata:
-load_model() and then q_values() or mean_actions() are all that it takes to use a model elsewhere.
+It needs only RUN_DIR/model.safetensors, which has the script and its flags in its metadata. To use
+a model elsewhere, load_model() and then q_values() or mean_actions() are all you need.
 
-The protocol is that of training. Atari: sticky actions 0.25, losing a life does not end an
+The protocol is the same as in training. Atari: sticky actions 0.25, losing a life does not end an
 episode, 27,000 steps at most, scores undiscounted and unclipped. MinAtar (which needs
 pip install --no-deps minatar): sticky actions 0.1. MuJoCo: the policy's mean action.
 """
@@ -49,14 +49,14 @@ from tqdm import tqdm
 class Args:
     """Flags."""
 
-    run_dir: Annotated[Path, tyro.conf.Positional]  # folder of a finished run, or of its export
+    run_dir: Annotated[Path, tyro.conf.Positional]  # folder of a finished run or of its export
     episodes: int = 10  # episodes to play, at least 1
     steps: int = 27_000  # steps after which an episode is cut off, at least 1
     epsilon: float = 0.001  # Atari, MinAtar: probability of a random action, in [0, 1]
-    seed: int = 0  # seed of the episodes, which are none of training's; at least 0
+    seed: int = 0  # seed of the episodes, which training never sees; at least 0
     device: str = "cpu"  # cpu, cuda or cuda:INDEX
     video: Path | None = None  # film the first episode into this .mp4 file
-    card: bool = False  # write RUN_DIR/README.md, a model card that the Hugging Face hub reads
+    card: bool = False  # write RUN_DIR/README.md, a model card for the Hugging Face hub
 
     def __post_init__(self) -> None:
         """Refuse values out of range, naming the flag."""
@@ -81,7 +81,7 @@ def load_model(run_dir: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def q_values(weights: dict[str, Tensor], flags: dict[str, Any], obs: Tensor) -> Tensor:
-    """Return Q-values [B, actions] of stacked frames obs [B, 4, 84, 84], floats in [0, 1], or of
+    """Return Q-values [B, actions] for stacked frames obs [B, 4, 84, 84], floats in [0, 1], or for
     MinAtar's cells [B, C, 10, 10], 0 or 1.
     """
 
@@ -110,7 +110,7 @@ def q_values(weights: dict[str, Tensor], flags: dict[str, Any], obs: Tensor) -> 
         x = F.normalize(x, dim=1)
     features, x = x, F.linear(x, *parameters("output"))
     if flags["script"] == "rainbow_resnet_gmp.py" or "value.weight" in weights:
-        # Probabilities of 51 returns from -10 to 10, for some of a state value and advantages.
+        # Logits of 51 returns from -10 to 10; dueling networks add a state value to advantages.
         returns = torch.linspace(-10, 10, 51, device=x.device)
         x = x.unflatten(1, (-1, 51))
         if "value.weight" in weights:
@@ -126,11 +126,11 @@ def mean_actions(weights: dict[str, Tensor], obs: Tensor) -> Tensor:
         x = F.relu(F.linear(x, weights[f"actor.dense{i}.weight"], weights[f"actor.dense{i}.bias"]))
         i += 1
     x = F.linear(x, weights["actor.output.weight"], weights["actor.output.bias"])
-    return x.chunk(2, 1)[0].tanh()  # the other half: log standard deviations
+    return x.chunk(2, 1)[0].tanh()  # the other half is log standard deviations
 
 
 def load_agent(folder: Path, use_c: bool = True) -> Any:
-    """Return the agent of a folder that export.py wrote, by the agent.py in it."""
+    """Return the agent in a folder that export.py wrote, loaded by its agent.py."""
     spec = importlib.util.spec_from_file_location("agent", folder / "agent.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -139,8 +139,6 @@ def load_agent(folder: Path, use_c: bool = True) -> Any:
 
 
 # <<< shared: forward
-
-
 class AtariGames:
     """N games under Dopamine's protocol; `obs` [N, 4, 84, 84] uint8, or [N, 1, 210, 160, 3]."""
 
@@ -167,7 +165,7 @@ class MinAtarGames:
     """N MinAtar games; `obs` [N, C, 10, 10] float32, 0 or 1."""
 
     def __init__(self, env_id: str, num_envs: int, seed: int) -> None:
-        logging.disable()  # it warns that without seaborn it cannot draw
+        logging.disable()  # else it warns that it cannot draw without seaborn
         from minatar import Environment
 
         logging.disable(logging.NOTSET)
@@ -183,7 +181,7 @@ class MinAtarGames:
         self.look()
 
     def look(self) -> None:
-        """Note what is seen now."""
+        """Update `obs`."""
         seen = np.stack([env.state() for env in self.envs])
         self.obs = seen.transpose(0, 3, 1, 2).astype(np.float32)
 
@@ -191,13 +189,13 @@ class MinAtarGames:
         """Take a step with actions [N]; return rewards and whether the episodes ended, [N]."""
         results = [env.act(self.moves[action]) for env, action in zip(self.envs, actions)]
         rewards, ended = zip(*results)
-        for i in np.flatnonzero(ended).tolist():  # its score counts no more
+        for i in np.flatnonzero(ended).tolist():  # its score no longer counts
             self.envs[i].reset()
         self.look()
         return np.array(rewards, float), np.array(ended)
 
     def picture(self) -> np.ndarray:
-        """Return the first game, [320, 320, 3] uint8, each kind of thing in its own colour."""
+        """Return a picture of the first game, [320, 320, 3] uint8, one colour per channel."""
         shades = np.arange(1, len(self.obs[0]) + 1) / len(self.obs[0])
         colours = np.stack([shades, 1 - shades, 0.4 + 0.6 * (shades * 3 % 1)], 1)
         cells = np.zeros((10, 10, 3))
@@ -207,7 +205,7 @@ class MinAtarGames:
 
 
 class Environments:
-    """N of Gymnasium's environments, actions in [-1, 1] rescaled; `obs` [N, O] float32."""
+    """N Gymnasium environments, actions in [-1, 1] rescaled; `obs` [N, O] float32."""
 
     def __init__(self, env_id: str, num_envs: int, seed: int, **options: Any) -> None:
         name = env_id if env_id in gym.registry else f"{env_id}-v5"
@@ -219,7 +217,7 @@ class Environments:
         self.set([env.reset(seed=n)[0] for env, n in zip(self.envs, seeds)])
 
     def set(self, obs: Any) -> None:
-        """Note what is seen now."""
+        """Update `obs`."""
         self.obs = np.array(obs, np.float32)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -229,13 +227,13 @@ class Environments:
         obs, rewards, terminated, truncated, _ = zip(*results)
         self.set(obs)
         ended = np.array(terminated) | np.array(truncated)
-        for i in np.flatnonzero(ended).tolist():  # its score counts no more
+        for i in np.flatnonzero(ended).tolist():  # its score no longer counts
             self.envs[i].reset()
         return np.array(rewards), ended
 
 
 def first_seeds(seed: int, num_envs: int) -> list[int]:
-    """Return the seeds with which training would begin N environments."""
+    """Return the seeds with which training would start N environments."""
     keys = [np.random.SeedSequence((seed, i, 0)) for i in range(num_envs)]
     return [int(key.generate_state(1)[0]) for key in keys]
 
@@ -244,11 +242,11 @@ Games = AtariGames | MinAtarGames | Environments
 
 
 def film_of(args: Args, envs: Games, env_id: str, seed: int) -> Any:
-    """Return a generator that films the first episode: it is sent the actions of each step."""
+    """Return a generator that films the first episode; send it the actions of each step."""
     atari, mujoco = isinstance(envs, AtariGames), isinstance(envs, Environments)
     if mujoco and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen
-    try:  # the same episode once more, with the same seed and actions, in pictures
+    try:  # play the same episode again in pictures, by seed and actions
         if atari:
             film: Any = AtariGames(env_id, 1, seed, colour=True)
         elif not mujoco:
@@ -256,19 +254,19 @@ def film_of(args: Args, envs: Games, env_id: str, seed: int) -> Any:
         else:
             film = Environments(env_id, 1, seed, render_mode="rgb_array")
             film.envs[0].render()
-    except Exception as error:  # of many kinds, as the drawing libraries see fit
+    except Exception as error:  # of any kind, depending on the drawing library
         hint = "without a screen MuJoCo draws with EGL, or with OSMesa if MUJOCO_GL=osmesa"
-        text = " ".join(str(error).split())
-        require(False, f"--video: {env_id} cannot be filmed here: {text} ({hint})")
+        reason = " ".join(str(error).split())
+        require(False, f"--video: {env_id} cannot be filmed here: {reason} ({hint})")
 
     def picture() -> np.ndarray:
-        """Return what is to be seen now, [H, W, 3] uint8."""
+        """Return the current picture, [H, W, 3] uint8."""
         if not atari:
             return film.envs[0].render() if mujoco else film.picture()
         return np.ascontiguousarray(film.obs[0, 0])
 
     def write() -> Any:
-        """Write a picture before each step."""
+        """Write the picture before each step."""
         height, width, _ = picture().shape
         rate = film.envs[0].metadata["render_fps"] if mujoco else 15
         options: Any = {"fps": rate, "macro_block_size": 2}
@@ -316,7 +314,7 @@ def mean_interval(scores: list[float], seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-# Random and human scores, Dopamine's and rliable's table: 55 of the 60 games have one.
+# Random and human scores as in Dopamine and rliable, for 55 of the 60 games.
 HUMAN_SCORES = """
 Alien 227.8 7127.7; Amidar 5.8 1719.5; Assault 222.4 742.0; Asterix 210.0 8503.3; Asteroids 719.1
 47388.7; Atlantis 12850.0 29028.1; BankHeist 14.2 753.1; BattleZone 2360.0 37187.5; BeamRider
@@ -344,7 +342,7 @@ def human_normalized(title: str, score: float) -> float | None:
 def write_card(
     run_dir: Path, flags: dict[str, Any], name: str, scores: list[float], lines: list[str]
 ) -> None:
-    """Write RUN_DIR/README.md: metadata that the Hugging Face hub reads, and what was printed."""
+    """Write RUN_DIR/README.md: metadata for the Hugging Face hub, and the printed lines."""
     final = json.loads((run_dir / "final.json").read_text())
     script, task = flags["script"].removesuffix(".py"), "reinforcement-learning"
     reward = f"{np.mean(scores):.2f} +/- {np.std(scores):.2f}"
@@ -371,7 +369,7 @@ def write_card(
 
 
 def require(accepted: bool, line: str) -> None:
-    """Refuse bad input, with a line that names the flag or file and what is accepted."""
+    """Unless `accepted`, exit with a line that names the flag or file and what is accepted."""
     if not accepted:
         tqdm.write(f"{Path(__file__).name}: {line}", sys.stderr)
         sys.exit(2)
@@ -391,7 +389,7 @@ def main(args: Args) -> None:
         line = f"no finished run is there ({str(error).splitlines()[0]})"
         require(False, f"{args.run_dir}: {line}")
     known = not args.card or (args.run_dir / "final.json").exists()
-    require(known, f"--card: {args.run_dir}/final.json is not there; it needs a run's own folder")
+    require(known, f"--card: {args.run_dir}/final.json is missing; it needs a run's own folder")
     env_id, seed, rng = flags["env_id"], args.seed + 2_000_000, np.random.default_rng(args.seed)
     weights = {name: weight.to(args.device) for name, weight in weights.items()}
     policy = "actor.output.weight" in weights
@@ -399,7 +397,7 @@ def main(args: Args) -> None:
         kind: Any = MinAtarGames if "minatar" in flags["script"] else AtariGames
         kind = Environments if policy else kind
         envs = kind(env_id, args.episodes, seed)
-    except Exception as error:  # of many kinds: a missing package, an environment that is gone
+    except Exception as error:  # of any kind: a missing package, a removed environment
         require(False, f"{env_id} cannot be made: {' '.join(str(error).split())}")
 
     def act(obs: np.ndarray) -> np.ndarray:
@@ -451,5 +449,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # at `| head` it ends in silence
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently at `| head`
     main(tyro.cli(Args, description=(__doc__ or "").partition("\n")[0]))

@@ -8,15 +8,15 @@
     python export.py RUN_DIR          # into RUN_DIR/export
     python export.py RUN_DIR --out breakout --int8
 
-It needs RUN_DIR/model.safetensors only and writes
+It needs only RUN_DIR/model.safetensors and writes
   agent.h, agent.c  C99 without dependencies: no allocation, no system calls, no globals that change
   agent.bin         the weights, compact; every byte is described in docs/export.md
   agent_weights.c   the same bytes as a table to compile in, for machines without files
   agent.py          an agent for Python without torch: it compiles agent.c, or uses NumPy alone
 and checks them against torch on observations of the environment.
 
-What never has an effect is left out first: units that nothing reads, units that are zero whatever
-the input, and SAC's log standard deviations.
+What never has an effect is left out: units that nothing reads, units that are zero for any input,
+and SAC's log standard deviations.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 ACTOR, CNN, IMPALA, MINATAR = range(4)  # families of networks
-TANH, Q, DISTRIBUTION, NORMALISED_Q = range(4)  # what is made of the last layer
-ROWS, COLUMNS, DENSE_ROWS, DENSE_COLUMNS, FLOAT_ROWS = range(5)  # convolutions have forms of rows
+TANH, Q, DISTRIBUTION, NORMALISED_Q = range(4)  # what is computed from the last layer
+ROWS, COLUMNS, DENSE_ROWS, DENSE_COLUMNS, FLOAT_ROWS = range(5)  # convolutions use the row forms
 KERNELS = ("sparse rows", "sparse columns", "dense rows", "dense columns", "float rows")
 TYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 SLACK = 10 * 16  # floats that a convolution may touch past a plane: ten vectors of 16, at most
@@ -64,8 +64,8 @@ class Args:
     int8: bool = False  # the smallest file: weights of 8 to 13 bits, with a scale per row
     fp16: bool = False  # weights of two bytes
     onnx: bool = False  # write agent.onnx too, dense fp32 (needs the package onnx)
-    observations: int = 1000  # observations on which it is compared with torch; 0: none
-    seed: int = 0  # seed of the episodes that they come from
+    observations: int = 1000  # observations to compare with torch on; 0: none
+    seed: int = 0  # seed of the episodes they come from
 
     def __post_init__(self) -> None:
         """Refuse values out of range, naming the flag."""
@@ -76,21 +76,21 @@ class Args:
 
 @dataclass
 class Layer:
-    """A layer as it is written; weights are [out, in] or [out, in, kernel, kernel]."""
+    """A layer to write; weights are [out, in] or [out, in, kernel, kernel]."""
 
     name: str
     weight: np.ndarray
     bias: np.ndarray
     relu: bool = True
     stride: int = 1
-    pad: int = 0  # zeros above and to the left; as many as are needed below and to the right
-    side: int = 0  # of the output of a convolution
+    pad: int = 0  # zeros above and to the left; below and to the right as many as needed
+    side: int = 0  # of a convolution's output
     kernel: int = ROWS
-    entries: int = 0  # values that are stored
-    groups: int = 0  # runs of lines of one length
+    entries: int = 0  # stored values
+    groups: int = 0  # runs of lines of equal length
     bits: int = 8  # of the distance between two entries of a sparse matrix
-    at: int = 0  # where its data begin in agent.bin
-    parts: dict[str, int] = field(default_factory=dict)  # where each part of its data begins
+    at: int = 0  # offset of its data in agent.bin
+    parts: dict[str, int] = field(default_factory=dict)  # offset of each part of its data
     bytes: int = 0
 
     @property
@@ -106,7 +106,7 @@ class Layer:
 
 @dataclass
 class Network:
-    """What is exported."""
+    """The network to export."""
 
     family: int
     head: int
@@ -125,7 +125,7 @@ def load_model(run_dir: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def q_values(weights: dict[str, Tensor], flags: dict[str, Any], obs: Tensor) -> Tensor:
-    """Return Q-values [B, actions] of stacked frames obs [B, 4, 84, 84], floats in [0, 1], or of
+    """Return Q-values [B, actions] for stacked frames obs [B, 4, 84, 84], floats in [0, 1], or for
     MinAtar's cells [B, C, 10, 10], 0 or 1.
     """
 
@@ -154,7 +154,7 @@ def q_values(weights: dict[str, Tensor], flags: dict[str, Any], obs: Tensor) -> 
         x = F.normalize(x, dim=1)
     features, x = x, F.linear(x, *parameters("output"))
     if flags["script"] == "rainbow_resnet_gmp.py" or "value.weight" in weights:
-        # Probabilities of 51 returns from -10 to 10, for some of a state value and advantages.
+        # Logits of 51 returns from -10 to 10; dueling networks add a state value to advantages.
         returns = torch.linspace(-10, 10, 51, device=x.device)
         x = x.unflatten(1, (-1, 51))
         if "value.weight" in weights:
@@ -170,11 +170,11 @@ def mean_actions(weights: dict[str, Tensor], obs: Tensor) -> Tensor:
         x = F.relu(F.linear(x, weights[f"actor.dense{i}.weight"], weights[f"actor.dense{i}.bias"]))
         i += 1
     x = F.linear(x, weights["actor.output.weight"], weights["actor.output.bias"])
-    return x.chunk(2, 1)[0].tanh()  # the other half: log standard deviations
+    return x.chunk(2, 1)[0].tanh()  # the other half is log standard deviations
 
 
 def load_agent(folder: Path, use_c: bool = True) -> Any:
-    """Return the agent of a folder that export.py wrote, by the agent.py in it."""
+    """Return the agent in a folder that export.py wrote, loaded by its agent.py."""
     spec = importlib.util.spec_from_file_location("agent", folder / "agent.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -183,8 +183,6 @@ def load_agent(folder: Path, use_c: bool = True) -> Any:
 
 
 # <<< shared: forward
-
-
 def network_of(flags: dict[str, Any], weights: dict[str, Tensor]) -> Network:
     """Return the acting network of a run."""
     found = {name: tensor.float().numpy() for name, tensor in weights.items()}
@@ -235,7 +233,7 @@ def network_of(flags: dict[str, Any], weights: dict[str, Tensor]) -> Network:
 
 
 def largest_outputs(layer: Layer, low: float, high: np.ndarray) -> np.ndarray:
-    """Return bounds of what each unit [out] can give, for inputs in [low, high [in]]."""
+    """Return each unit's largest possible output [out], for inputs in [low, high [in]]."""
     weight = layer.weight.reshape(len(layer.bias), len(high), -1)
     with np.errstate(invalid="ignore"):  # 0 * inf, which is not used
         most = np.where(weight > 0, weight * high[:, None], 0)
@@ -246,11 +244,11 @@ def largest_outputs(layer: Layer, low: float, high: np.ndarray) -> np.ndarray:
 def drop_units(network: Network) -> int:
     """Leave out units that never fire or that nothing reads; return how many.
 
-    In Impala only the first convolution of each block and the dense layer have units that one
-    layer alone reads.
+    In Impala only units of each block's first convolution and of the dense layer are read by just
+    one layer.
     """
     dropped, before = 0, -1
-    while before != dropped:  # what is dropped may leave others unread
+    while before != dropped:  # dropping units may leave others unread
         before = dropped
         actor = network.family == ACTOR
         low, high = (-np.inf if actor else 0.0), np.full(network.obs[0], np.inf if actor else 1.0)
@@ -278,9 +276,9 @@ def drop_units(network: Network) -> int:
 def choose_kernel(layer: Layer, first: bool, last: bool, fine: bool) -> int:
     """Return the fastest kernel, by cycles per action as fitted to measurements (docs/export.md).
 
-    A dense one needs the room of all weights: it must be much faster. `fine`: int8 would change
-    greedy actions. So the last layer is fp32, and small ones are sparse if that takes at most 15 %
-    more bytes: entries have more than eight bits then.
+    A dense kernel stores all weights, so it must be much faster. `fine`: int8 would change greedy
+    actions. So the last layer is fp32, and small layers are sparse if that takes at most 15 % more
+    bytes, because sparse entries have more than eight bits.
     """
     size, entries = layer.weight.size, np.count_nonzero(layer.weight)
     if fine and last and size <= 16384:
@@ -302,21 +300,21 @@ def choose_kernel(layer: Layer, first: bool, last: bool, fine: bool) -> int:
 
 
 def gaps_of(lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return line, index and distance from the entry before (or from 0) of all that is not 0."""
+    """Return line, index and distance to the previous entry (or to 0) of every nonzero value."""
     line, index = np.nonzero(lines)
     gaps = np.where(np.diff(line, prepend=-1) > 0, index, np.diff(index, prepend=0))
     return line, index, gaps
 
 
 def encode(layer: Layer, kind: str) -> list[tuple[str, np.ndarray]]:
-    """Return the parts of a layer's data by name; sets its kernel's counts. See docs/export.md."""
+    """Return the parts of a layer's data by name and set its counts. See docs/export.md."""
     matrix = layer.weight.reshape(len(layer.bias), -1)
     dense = layer.kernel in (DENSE_ROWS, DENSE_COLUMNS, FLOAT_ROWS)
     columns = layer.kernel in (COLUMNS, DENSE_COLUMNS)
     scale = np.ones(len(matrix), np.float32)
     kind = "fp32" if layer.kernel == FLOAT_ROWS else kind
     most = 127
-    if kind == "int8" and not dense:  # the value has what the distance leaves of 16 bits
+    if kind == "int8" and not dense:  # the value gets the bits that the distance leaves of 16
         gaps = gaps_of(matrix.T if columns else matrix)[2]
         counts = [np.sum((np.maximum(gaps, 1) - 1) // (2**n - 1) + 1) for n in range(3, 9)]
         layer.bits = 3 + int(np.argmax(np.array(counts) <= 1.01 * counts[-1]))
@@ -332,7 +330,7 @@ def encode(layer: Layer, kind: str) -> list[tuple[str, np.ndarray]]:
         layer.entries, layer.groups = matrix.size, 0
         return [*parts, ("values", matrix)]
     line, index, gaps = gaps_of(matrix)
-    bridges = (np.maximum(gaps, 1) - 1) // (2**layer.bits - 1)  # zeros that a wide gap needs
+    bridges = (np.maximum(gaps, 1) - 1) // (2**layer.bits - 1)  # extra zeros that a wide gap needs
     ends = np.cumsum(bridges + 1) - 1
     line = np.repeat(line, bridges + 1)
     steps = np.full(len(line), 2**layer.bits - 1)
@@ -341,7 +339,7 @@ def encode(layer: Layer, kind: str) -> list[tuple[str, np.ndarray]]:
     values[ends] = matrix[line[ends], index]
     lengths = np.bincount(line, minlength=len(matrix))
     order = np.arange(len(matrix))
-    if layer.kernel == COLUMNS:  # by length, without the empty ones
+    if layer.kernel == COLUMNS:  # by length, without empty ones
         order = np.argsort(lengths, kind="stable")[np.count_nonzero(lengths == 0) :]
         place = np.lexsort((line, lengths[line]))
         steps, values = steps[place], values[place]
@@ -361,17 +359,17 @@ LAYER = struct.Struct("<16sBBBBHHIIIII")  # 44 bytes, one for each layer after t
 
 
 def write_weights(network: Network, kind: str) -> bytes:
-    """Return agent.bin; sets kernels and places of the layers."""
+    """Return the bytes of agent.bin; set the layers' kernels and offsets."""
     place = HEADER.size + LAYER.size * len(network.layers)
     heads, data = b"", bytearray()
     for i, layer in enumerate(network.layers):
         most = max(len(layer.bias), layer.weight[0].size)
-        require(most < 65536, f"{layer.name}: {most:,} inputs or outputs; at most 65,535 go")
+        require(most < 65536, f"{layer.name}: {most:,} inputs or outputs; must be at most 65,535")
         fine = kind == "int8" and network.head != TANH
         layer.kernel = choose_kernel(layer, i == 0, layer is network.layers[-1], fine)
         layer.at, layer.parts = place + len(data), {}
         for name, part in encode(layer, kind):
-            data += bytes(-len(data) % part.itemsize)  # aligned, for machines that want it
+            data += bytes(-len(data) % part.itemsize)  # aligned, for machines that need it
             layer.parts[name] = place + len(data)
             data += part.astype(part.dtype.newbyteorder("<")).tobytes()
         data += bytes(-len(data) % 4)
@@ -947,12 +945,12 @@ C_NORM = r"""
 
 
 def fill(template: str, **texts: object) -> str:
-    """Return a template with a text in the place of each @NAME@."""
+    """Return a template with each @NAME@ replaced by its text."""
     return re.sub("@([A-Z]+)@", lambda match: str(texts[match[1].lower()]), template)
 
 
 class Program:
-    """Writes agent.h and agent.c for a network; buffers are noted as they are needed."""
+    """Writes agent.h and agent.c for a network, and notes the buffers that they need."""
 
     def __init__(self, network: Network, kind: str, blob: bytes) -> None:
         self.network, self.kind, self.blob = network, kind, blob
@@ -961,7 +959,7 @@ class Program:
         self.taps, self.body = list[str](), list[str]()
 
     def buffer(self, name: str, size: int, of: str = "float") -> str:
-        """Note a buffer of the state; return the C expression for it."""
+        """Reserve a buffer in the state; return the C expression for it."""
         name = name.replace(".", "_")
         known = self.buffers.get(name, (of, 0))[1]
         self.buffers[name] = (of, max(size, known))
@@ -974,7 +972,7 @@ class Program:
         return f"(lines){{w + {groups}, w + {gaps}, w + {values}, {layer.bits}, 0, 0}}"
 
     def matrix(self, layer: Layer, source: str) -> str:
-        """Write a matrix's product; return where the outputs are."""
+        """Write the product with a matrix; return the C expression for the outputs."""
         parts, (outputs, inputs) = layer.parts, layer.weight.shape
         to = self.buffer(layer.name, outputs)
         if layer.kernel == COLUMNS:
@@ -997,7 +995,7 @@ class Program:
         return to
 
     def conv(self, layer: Layer, sink: str) -> None:
-        """Write a convolution; `sink` is the statement that takes each channel c's plane."""
+        """Write a convolution; `sink` is the statement that consumes the plane of channel c."""
         parts, (channels, inputs, size, _) = layer.parts, layer.weight.shape
         taps, source = inputs * size**2, self.phases(layer)[0]
         length = (layer.side - 1) * layer.pitch + layer.side
@@ -1030,7 +1028,7 @@ class Program:
         return name, f"{name} + c * {area}, {layer.stride}, {layer.pad}, {layer.pitch}"
 
     def spread(self, split: str, image: str, side: int, layer: Layer) -> None:
-        """Write the copy of an image to what a convolution reads."""
+        """Write the copy of an image into the buffer that a convolution reads."""
         channels, phases = layer.weight.shape[1], self.phases(layer)[1]
         self.body += [
             f"\n    for (c = 0; c < {channels}; c++)",
@@ -1060,7 +1058,7 @@ class Program:
             self.buffer("q", network.actions)
 
     def impala(self) -> str:
-        """Write the three stacks; return where the features are."""
+        """Write the three stacks; return the C expression for the features."""
         for i in range(3):
             entry, *blocks = self.convs[5 * i : 5 * i + 5]
             side = blocks[0].side
@@ -1179,7 +1177,7 @@ const unsigned char *agent_push_frame(agent_state *s, const unsigned char *frame
 
 
 def weights_table(blob: bytes) -> str:
-    """Return C that has these bytes as string literals, which compile far faster than numbers."""
+    """Return C with these bytes as string literals, which compile far faster than numbers."""
     plain = [32 <= i < 127 and i not in b'"\\?' for i in range(256)]  # ?: trigraphs
     text = [chr(i) if plain[i] else f"\\{i:03o}" for i in range(256)]
     lines = ["".join(text[i] for i in blob[at : at + 64]) for at in range(0, len(blob), 64)]
@@ -1433,10 +1431,10 @@ def compiled(folder):
 
 
 def observations(network: Network, count: int, seed: int, act: Any) -> np.ndarray:
-    """Return `count` different observations of 8 episodes side by side, fewer if they do not show
-    as many in 20 * count steps; a tenth of the actions is random.
+    """Return `count` different observations, or fewer if 20 * count steps do not show as many.
 
-    act maps observations [8, ...] to actions [8] or [8, A].
+    8 episodes run side by side; a tenth of their actions is random. `act` maps observations
+    [8, ...] to actions [8] or [8, A].
     """
     rng, found = np.random.default_rng(seed), dict[bytes, np.ndarray]()
     envs: Any
@@ -1455,7 +1453,7 @@ def observations(network: Network, count: int, seed: int, act: Any) -> np.ndarra
         options: Any = {"repeat_action_probability": 0.25, "noop_max": 0, "use_fire_reset": False}
         envs = AtariVectorEnv(titles[name], 8, **options)
     obs, _ = envs.reset(seed=seed)
-    envs.action_space.seed(int(rng.integers(2**31)))  # not the numbers that rng gives
+    envs.action_space.seed(int(rng.integers(2**31)))  # not the numbers that rng draws
     for _ in range(20 * count):
         obs = np.array(obs, np.float32 if network.family == ACTOR else np.uint8)
         found |= {x.tobytes(): x for x in obs}
@@ -1470,8 +1468,8 @@ def observations(network: Network, count: int, seed: int, act: Any) -> np.ndarra
 
 
 def minatar_observations(network: Network, count: int, seed: int, act: Any) -> np.ndarray:
-    """Return the same of MinAtar, of one episode after another."""
-    logging.disable()  # it warns that without seaborn it cannot draw
+    """Return the same for MinAtar, from one episode after another."""
+    logging.disable()  # else it warns that it cannot draw without seaborn
     from minatar import Environment
 
     logging.disable(logging.NOTSET)
@@ -1495,7 +1493,7 @@ def minatar_observations(network: Network, count: int, seed: int, act: Any) -> n
 def export(
     flags: dict[str, Any], weights: dict[str, Tensor], out: Path, kind: str
 ) -> tuple[Network, int, bytes]:
-    """Write all files of an agent; return what was exported, units dropped, and agent.bin."""
+    """Write all files of an agent; return the network, the units dropped, and agent.bin."""
     network = network_of(flags, weights)
     require(len(network.env_id.encode()) <= 32, f"{network.env_id}: longer than 32 bytes")
     dropped = drop_units(network)
@@ -1503,7 +1501,7 @@ def export(
     out.mkdir(parents=True, exist_ok=True)
     (out / "agent.bin").write_bytes(blob)
     (out / "agent.py").write_text(PY_AGENT)
-    (out / "agent.onnx").unlink(missing_ok=True)  # of what was exported here before
+    (out / "agent.onnx").unlink(missing_ok=True)  # an earlier export's
     Program(network, kind, blob).write(out)
     return network, dropped, blob
 
@@ -1512,7 +1510,7 @@ def write_onnx(flags: dict[str, Any], weights: dict[str, Tensor], path: Path) ->
     """Write the dense network as ONNX: `observation` [1, ...] float32, pixels from 0 to 255."""
 
     class Whole(torch.nn.Module):
-        """The network with its input's division."""
+        """The network with the scaling of its input."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -1536,7 +1534,7 @@ def write_onnx(flags: dict[str, Any], weights: dict[str, Tensor], path: Path) ->
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """Refuse bad input, with a line that names the flag or file and what is accepted."""
+    """Unless `accepted`, exit with a line that names the flag or file and what is accepted."""
     if not accepted:
         tqdm.write(f"{Path(__file__).name}: {line}", sys.stderr)
         sys.exit(status)
@@ -1548,7 +1546,7 @@ def main(args: Args) -> None:
     out = args.out or args.run_dir / "export"
     kind = "int8" if args.int8 else "fp16" if args.fp16 else "fp32"
     installed = not args.onnx or importlib.util.find_spec("onnx")
-    require(bool(installed), "--onnx: it needs the package onnx (pip install onnx)")
+    require(bool(installed), "--onnx: needs the package onnx (pip install onnx)")
     try:
         flags, weights = load_model(args.run_dir)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -1583,10 +1581,10 @@ def main(args: Args) -> None:
         act = outputs if network.family == ACTOR else lambda obs: outputs(obs).argmax(1)
         try:
             obs = observations(network, args.observations, args.seed, act)
-        except Exception as error:  # of many kinds: a missing package, an environment that is gone
-            text = " ".join(str(error).split())
-            hint = f"{out} is written; --observations 0 does without the comparison"
-            require(False, f"{network.env_id} cannot be played: {text} ({hint})")
+        except Exception as error:  # of any kind: a missing package, a removed environment
+            reason = " ".join(str(error).split())
+            hint = f"{out} is written; --observations 0 skips the comparison"
+            require(False, f"{network.env_id} cannot be played: {reason} ({hint})")
         parts = np.array_split(obs, -(-len(obs) // 50))
         expected = np.concatenate([outputs(part) for part in parts])
         for use_c in (True, False):
@@ -1605,11 +1603,11 @@ def main(args: Args) -> None:
             text = f"{how}: {agree} of {len(obs)} {what}, largest difference {largest:.1e}"
             print(f"{text}, {took * 1e6:.1f} us per action, through Python")
             close = largest <= 1e-4 * max(1, float(np.abs(expected).max()))
-            text = f"{out}: {how} computes something else than torch; this is a fault of export.py"
-            require(kind != "fp32" or close, text, 1)
+            line = f"{out}: {how} and torch disagree; this is a fault of export.py"
+            require(kind != "fp32" or close, line, 1)
     print(f"written to {out}")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # at `| head` it ends in silence
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently at `| head`
     main(tyro.cli(Args, description=(__doc__ or "").partition("\n")[0]))

@@ -10,28 +10,28 @@
     python make_datasets.py --env-id Hopper-v5 --medium-steps 40000 --expert-steps 400000
     python make_datasets.py --env-id Breakout --run RUN_DIR    # data/Breakout/1/replay_logs
 
-MuJoCo, for cql_offline_snip.py. Two runs of sac_mujoco_gmp.py (dense, 256 units, one seed) are made
-beside this script's datasets: since they differ in length only, the medium run is the beginning of
-the expert run. What is recorded, by its name:
+MuJoCo, for cql_offline_snip.py. First it trains two runs of sac_mujoco_gmp.py (dense, 256 units,
+one seed). They differ only in length, so the medium run is the beginning of the expert run. Then
+it records these datasets:
 
     random          uniformly random actions
-    medium          the medium run's final policy, actions drawn from it
-    medium-replay   everything that the medium run did, from its first step to its last
-    expert          the expert run's final policy, actions drawn from it
+    medium          the medium run's final policy, with actions drawn from it
+    medium-replay   everything the medium run did, from its first step to its last
+    expert          the expert run's final policy, with actions drawn from it
     medium-expert   medium and expert, one after the other
 
-These names are relative to the runs made here; nothing of them may be set beside D4RL's datasets of
-the same names. A policy is recorded in whole episodes, to the first end after --transitions. Minari
-keeps its datasets in ~/.minari, or where MINARI_DATASETS_PATH says. What is there under these names
-stays, unless the same flags made it. Ctrl-C or SIGTERM stops with a checkpoint; the same command
-goes on. The table that is printed is left in --runs too.
+The names are relative to these runs: results are not comparable with D4RL's datasets of the same
+names. A policy is recorded in whole episodes, until the first one that ends after --transitions.
+Minari keeps its datasets in ~/.minari, or in MINARI_DATASETS_PATH. Datasets already there under
+these names are kept unless the same flags made them. Ctrl-C or SIGTERM stops with a checkpoint; the
+same command continues. The printed table is also written to --runs.
 
-Atari, for cql_atari_eaudeqn.py and cql_atari_gmp.py: replay logs in Dopamine's format, as those of
-the public DQN replay. Nothing is trained: the network of a finished run of ours plays. The first of
-the --checkpoints is random play, in each next one less of the actions is random, down to --epsilon
-in the last, so that together they go from bad play to good as a run's replay does. Without --run
-all of it is random play. Each has --transitions rows, Dopamine's three black rows before each
-episode among them; rewards are clipped. The folder must be new.
+Atari, for cql_atari_eaudeqn.py and cql_atari_gmp.py: replay logs in Dopamine's format, like those
+of the public DQN replay. Nothing is trained: the network of a finished run plays. The first of the
+--checkpoints is random play, and in each of the others fewer actions are random, down to --epsilon
+in the last, so that together they go from bad play to good, as a run's replay does. Without --run
+all play is random. Each has --transitions rows, including the three black rows that Dopamine writes
+before each episode; rewards are clipped. The folder must be new.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Exit(Exception):
 
 
 def require(accepted: bool, line: str) -> None:
-    """Refuse bad input, with a line that names the flag or file and what is accepted."""
+    """Unless `accepted`, exit with a line that names the flag or file and what is accepted."""
     if not accepted:
         raise Exit(2, line)
 
@@ -92,44 +92,35 @@ class Args:
     env_id: str = "Hopper-v5"
     medium_steps: int = 60_000  # steps of the medium run (>= 300; before 256 nothing is learned)
     expert_steps: int = 300_000  # steps of the expert run (> --medium-steps)
-    transitions: int = 50_000  # that each policy is recorded for, at least (>= 1)
-    seed: int = 1  # seed of the runs and of what is recorded, in [0, 2^32)
+    transitions: int = 50_000  # smallest number recorded of each policy (>= 1)
+    seed: int = 1  # seed of the runs and of the recording, in [0, 2^32)
     precision: Literal["fp32", "bf16"] = "fp32"  # of the runs
     runs: Path = Path("runs", "datasets")  # folder for the two runs and the table
     name: str = "local"  # first part of the datasets' names
-    run: Path | None = None  # Atari: folder of a finished run, whose network plays; else at random
+    run: Path | None = None  # Atari: folder of a finished run whose network plays; default: random
     data: Path = Path("data")  # Atari: folder for GAME/SEED/replay_logs
-    checkpoints: int = 5  # Atari: files to record, --transitions rows each (>= 1)
-    epsilon: float = 0.01  # Atari: share of random actions in the last of them, in [0, 1]
+    checkpoints: int = 5  # Atari: checkpoints to record, --transitions rows each (>= 1)
+    epsilon: float = 0.01  # Atari: share of random actions in the last one, in [0, 1]
 
     def __post_init__(self) -> None:
         """Refuse values out of range, naming the flag."""
         for name, least in (("medium_steps", 300), ("transitions", 1), ("checkpoints", 1)):
             value = getattr(self, name)
             require(value >= least, f"--{name.replace('_', '-')} {value}: must be at least {least}")
-        longer = self.expert_steps > self.medium_steps
-        require(
-            longer,
-            f"--expert-steps {self.expert_steps}: must be above --medium-steps, "
-            f"{self.medium_steps}",
-        )
+        line = f"--expert-steps {self.expert_steps}: must be above --medium-steps"
+        require(self.expert_steps > self.medium_steps, f"{line}, {self.medium_steps}")
         require(0 <= self.seed < 2**32, f"--seed {self.seed}: must be in [0, 2^32)")
         require(0 <= self.epsilon <= 1, f"--epsilon {self.epsilon}: must be in [0, 1]")
         fits = bool(re.fullmatch(r"[\w.-]+", self.name)) and self.name not in ("mujoco", "D4RL")
-        require(
-            fits,
-            f"--name {self.name}: must be letters, digits, _ . - and none of Minari's own, "
-            "mujoco and D4RL",
-        )
+        line = "must be letters, digits, _ . - but not Minari's own mujoco or D4RL"
+        require(fits, f"--name {self.name}: {line}")
 
 
 def make_env(env_id: str, **options: Any) -> gym.Env:
-    """Return Gymnasium's environment (Hopper is Hopper-v5); Exit if there is none such or its
-    spaces do not fit.
-    """
+    """Make a Gymnasium environment (Hopper: Hopper-v5) with vectors of real numbers."""
     try:
         import mujoco  # not before require_pictures()
-    except Exception as error:  # of many kinds, as the drawing libraries see fit
+    except Exception as error:  # of any kind, depending on the drawing library
         text = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot be imported with it"
         raise Exit(2, f"{text} ({' '.join(str(error).split())})") from None
 
@@ -139,7 +130,7 @@ def make_env(env_id: str, **options: Any) -> gym.Env:
     name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
     known = [n for n in gym.registry if not n.startswith("ALE/") and "NoFrameskip" not in n]
     near = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0.3)) or "none"
-    require(bool(name), f"--env-id {env_id}: no such environment; the nearest names are {near}")
+    require(bool(name), f"--env-id {env_id}: no such environment; the nearest are: {near}")
     try:
         env = gym.make(name, disable_env_checker=True, **options)
     except (gym.error.Error, ImportError) as error:
@@ -173,9 +164,9 @@ class MujocoSteps(NamedTuple):
 class MujocoEnvs:
     """N copies of an environment with actions in [-1, 1], rescaled to its bounds.
 
-    `obs` [N, O] float32 is what the agent sees now: after an ending, the next episode's first
-    observation. Every episode has a seed of its own, from (seed, environment, step), as in the
-    training scripts: so a run's actions suffice to play it again.
+    `obs` [N, O] float32 is the current observation: after an episode has ended, the first of
+    the next. Each episode has its own seed, from (seed, environment, step), as in the training
+    scripts: so a run's actions suffice to replay it.
     """
 
     def __init__(self, env_id: str, num_envs: int, seed: int, **options: Any) -> None:
@@ -183,7 +174,7 @@ class MujocoEnvs:
         space = self.envs[0].action_space
         self.middle, self.half = (space.high + space.low) / 2, (space.high - space.low) / 2
         self.title, self.num_actions = self.envs[0].spec.id, len(space.low)
-        self.seed, self.actions = seed, bytearray()  # every action so far, float32
+        self.seed, self.actions = seed, bytearray()  # all actions so far, float32
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
         self.obs = np.zeros((num_envs, *self.envs[0].observation_space.shape), np.float32)
         for i in range(num_envs):
@@ -200,7 +191,7 @@ class MujocoEnvs:
         self.returns[i] = self.lengths[i] = 0
 
     def step(self, actions: np.ndarray) -> MujocoSteps:
-        """Take a step with actions [N, A] in [-1, 1]; what ended is reset at once."""
+        """Take a step with actions [N, A] in [-1, 1]; episodes that ended are reset."""
         n = len(self.envs)
         self.actions += actions.astype(np.float32).tobytes()
         last_obs, rewards = np.zeros_like(self.obs), np.zeros(n)
@@ -220,7 +211,7 @@ class MujocoEnvs:
 
 
 class Actor(nn.Sequential):
-    """A Gaussian of actions, squashed to [-1, 1] by tanh; hidden layers of `units`."""
+    """A Gaussian over actions, squashed to [-1, 1] by tanh; hidden layers of `units`."""
 
     output: nn.Linear
 
@@ -245,14 +236,11 @@ class Actor(nn.Sequential):
             return mean, log_std.clamp(-20, 2)
 
     def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return actions [..., B, A] in [-1, 1] and their log-probabilities [..., B] from standard
-        normal noise.
+        """Return actions [..., B, A] in [-1, 1] and their log-probabilities [..., B].
 
-        Noise is [..., B, A], obs [B, O].
-
-        With u = mean + std * noise, log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), and the
-        latter is 2 * (log 2 - u - softplus(-2 * u)), which neither overflows nor loses digits at
-        large |u|.
+        obs is [B, O], noise [..., B, A] standard normal. With u = mean + std * noise,
+        log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), and the last term is
+        2 * (log 2 - u - softplus(-2 * u)), which neither overflows nor loses digits at large |u|.
         """
         mean, log_std = self(obs)
         u = mean + log_std.exp() * noise
@@ -266,7 +254,7 @@ Episode = dict[str, np.ndarray]
 
 
 def train(args: Args, env_id: str, steps: int) -> Path:
-    """Return the folder of the finished run of so many steps, made now if it is not there."""
+    """Return the folder of a finished run of that many steps, trained now if it is missing."""
     folder = args.runs / f"{env_id}__{args.seed}__{steps}"
     script = str(Path(__file__).with_name("sac_mujoco_gmp.py"))
     starts = min(5000, max(256, args.medium_steps // 10))
@@ -283,33 +271,26 @@ def train(args: Args, env_id: str, steps: int) -> Path:
         "weight-decay": 0,
         "precision": args.precision,
     }
-    command = [
-        "--run-dir",
-        folder,
-        "--keep-checkpoint",
-        *(x for flag, value in flags.items() for x in (f"--{flag}", value)),
-    ]
+    command = ["--run-dir", folder, "--keep-checkpoint"]
+    command += [x for flag, value in flags.items() for x in (f"--{flag}", value)]
     if (folder / "args.json").exists():
         command, made = ["--resume", folder], json.loads((folder / "args.json").read_text())
         for flag, value in flags.items():
-            text = (
-                f"{folder}: made with --{flag} {made.get(flag.replace('-', '_'))}, not {value}; "
-                "give another --runs"
-            )
-            require(made.get(flag.replace("-", "_")) == value, text)
+            other = made.get(flag.replace("-", "_"))
+            line = f"{folder}: made with --{flag} {other}, not {value}; give another --runs"
+            require(other == value, line)
     args.runs.mkdir(parents=True, exist_ok=True)
-    # The run holds the lock too, and keeps it if this program is killed.
+    # The run inherits the lock and keeps it if this program is killed.
     with open(f"{folder}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Exit(
-                1, f"{folder}: this run is going on already; wait for it or stop it"
-            ) from None
+            line = f"{folder}: this run is already running; wait for it or stop it"
+            raise Exit(1, line) from None
         run, stops = None, list[int]()
 
         def stop(signum: int, _: Any) -> None:
-            """Let the run stop with a checkpoint; it is waited for."""
+            """Let the run stop with a checkpoint; train() waits for it."""
             stops.append(signum)
             if run:
                 run.terminate()
@@ -318,21 +299,19 @@ def train(args: Args, env_id: str, steps: int) -> Path:
         run = subprocess.Popen(
             [sys.executable, script, *map(str, command)], pass_fds=[lock.fileno()]
         )
-        if stops:  # while it was begun
+        if stops:  # while it was being started
             run.terminate()
         status = run.wait()
         for signum, handler in zip(STOPS, handlers):
             signal.signal(signum, handler)
-    text = f"the run in {folder} did not finish; start this again to go on with it"
     if status or stops:
-        raise Exit(75 if stops else max(1, status), text)
+        line = f"the run in {folder} did not finish; start this again to continue it"
+        raise Exit(75 if stops else max(1, status), line)
     return folder
 
 
 def transitions(steps: Iterator[tuple[np.ndarray, np.ndarray, MujocoSteps]]) -> list[Episode]:
-    """Return the episodes of one environment's (obs, actions, outcome); what has not ended is cut,
-    as a truncation.
-    """
+    """Return the episodes in one environment's (obs, actions, outcome); the last is truncated."""
     episodes, parts = list[Episode](), list[tuple[Any, ...]]()
     last = None
 
@@ -364,9 +343,7 @@ def transitions(steps: Iterator[tuple[np.ndarray, np.ndarray, MujocoSteps]]) -> 
 def play(
     args: Args, seed: int, policy: Actor | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, MujocoSteps]]:
-    """Yield (obs, actions, outcome) of whole episodes, with actions drawn from a policy or, without
-    one, uniformly.
-    """
+    """Yield (obs, actions, outcome) of whole episodes; without a policy actions are uniform."""
     env, rng, ended = MujocoEnvs(args.env_id, 1, seed), np.random.default_rng(seed), False
     while len(env) < args.transitions or not ended:
         obs = env.obs.copy()
@@ -382,9 +359,9 @@ def play(
 
 
 def replay(args: Args, folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray, MujocoSteps]]:
-    """Yield (obs, actions, outcome) of everything that a run did, by playing its actions again.
+    """Yield (obs, actions, outcome) of everything a run did, by replaying its actions.
 
-    They are in its last checkpoint, which --keep-checkpoint has left there.
+    They are in its last checkpoint, which --keep-checkpoint has kept.
     """
     path = max((folder / "checkpoint").glob("[0-9]*"))
     past, _, last = torch.load(path, weights_only=True)["episodes"]
@@ -393,7 +370,8 @@ def replay(args: Args, folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray, M
         obs = env.obs.copy()
         yield obs, actions, env.step(actions)
     if not np.array_equal(env.obs, last.numpy()):
-        raise Exit(1, f"{folder}: its episodes went another way; it takes the packages of then")
+        line = f"{folder}: its episodes went differently; install the packages in versions.json"
+        raise Exit(1, line)
 
 
 def load_policy(folder: Path) -> Actor:
@@ -409,30 +387,27 @@ def load_policy(folder: Path) -> Actor:
 
 
 def described(args: Args, env_id: str, kind: str) -> str:
-    """Return a dataset's description, from which it is known again."""
+    """Return a dataset's description, by which it is recognised."""
     runs = f"runs of {args.medium_steps} and {args.expert_steps} steps, {args.precision}"
     who = f"{kind} of {env_id}, recorded by cleanrl-sparse"
     return f"{who}: seed {args.seed}, {runs}, {args.transitions} transitions per policy"
 
 
 def dataset_name(args: Args, env_id: str, kind: str) -> str:
-    """Return a dataset's Minari id; Exit if another one has it."""
+    """Return a dataset's Minari id; Exit if another dataset has it."""
     name = f"{args.name}/{env_id.partition('-')[0].lower()}/{kind}-v0"
     path = Path(minari.storage.get_dataset_path(name))
     try:
         other = json.loads((path / "data" / "metadata.json").read_text()).get("description", "")
-    except (OSError, ValueError):  # none is there, or it was broken off while it was written
+    except (OSError, ValueError):  # there is none, or writing it was interrupted
         return name
-    text = (
-        f"--name {args.name}: {path} holds another dataset ({other}); give another name or "
-        "delete it"
-    )
-    require(other == described(args, env_id, kind), text)
+    line = f"{path} holds another dataset ({other}); give another name or delete it"
+    require(other == described(args, env_id, kind), f"--name {args.name}: {line}")
     return name
 
 
 def write(args: Args, kind: str, episodes: list[Episode]) -> str:
-    """Write a Minari dataset, in place of one that the same flags made; return a line about it."""
+    """Write a Minari dataset, replacing one made by the same flags; return its row of the table."""
     env: Any = make_env(args.env_id)
     middle, half = ((env.action_space.high + sign * env.action_space.low) / 2 for sign in (1, -1))
     name = dataset_name(args, env.spec.id, kind)
@@ -445,21 +420,17 @@ def write(args: Args, kind: str, episodes: list[Episode]) -> str:
     text = described(args, env.spec.id, kind)
     space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that no author and no address are given
+        warnings.simplefilter("ignore")  # it warns that author and address are missing
         minari.create_dataset_from_buffers(
             name, buffers, env=env.spec, observation_space=space, description=text
         )
     digest = hashlib.sha256()
     for episode, a in zip(episodes, actions):
-        for array in (
-            a,
-            *(episode[key] for key in ("observations", "rewards", "terminations", "truncations")),
-        ):
+        keys = ("observations", "rewards", "terminations", "truncations")
+        for array in (a, *(episode[key] for key in keys)):
             digest.update(array.astype(np.float32).tobytes())
-    returns, count = (
-        [episode["rewards"].sum() for episode in episodes],
-        sum(len(a) for a in actions),
-    )
+    returns = [episode["rewards"].sum() for episode in episodes]
+    count = sum(len(a) for a in actions)
     numbers = (
         f"{len(episodes)} | {count:,} | {np.mean(returns):,.0f} | {min(returns):,.0f} | "
         f"{max(returns):,.0f}"
@@ -476,7 +447,7 @@ def load_model(run_dir: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def q_values(weights: dict[str, Tensor], flags: dict[str, Any], obs: Tensor) -> Tensor:
-    """Return Q-values [B, actions] of stacked frames obs [B, 4, 84, 84], floats in [0, 1], or of
+    """Return Q-values [B, actions] for stacked frames obs [B, 4, 84, 84], floats in [0, 1], or for
     MinAtar's cells [B, C, 10, 10], 0 or 1.
     """
 
@@ -505,7 +476,7 @@ def q_values(weights: dict[str, Tensor], flags: dict[str, Any], obs: Tensor) -> 
         x = F.normalize(x, dim=1)
     features, x = x, F.linear(x, *parameters("output"))
     if flags["script"] == "rainbow_resnet_gmp.py" or "value.weight" in weights:
-        # Probabilities of 51 returns from -10 to 10, for some of a state value and advantages.
+        # Logits of 51 returns from -10 to 10; dueling networks add a state value to advantages.
         returns = torch.linspace(-10, 10, 51, device=x.device)
         x = x.unflatten(1, (-1, 51))
         if "value.weight" in weights:
@@ -521,11 +492,11 @@ def mean_actions(weights: dict[str, Tensor], obs: Tensor) -> Tensor:
         x = F.relu(F.linear(x, weights[f"actor.dense{i}.weight"], weights[f"actor.dense{i}.bias"]))
         i += 1
     x = F.linear(x, weights["actor.output.weight"], weights["actor.output.bias"])
-    return x.chunk(2, 1)[0].tanh()  # the other half: log standard deviations
+    return x.chunk(2, 1)[0].tanh()  # the other half is log standard deviations
 
 
 def load_agent(folder: Path, use_c: bool = True) -> Any:
-    """Return the agent of a folder that export.py wrote, by the agent.py in it."""
+    """Return the agent in a folder that export.py wrote, loaded by its agent.py."""
     spec = importlib.util.spec_from_file_location("agent", folder / "agent.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -534,8 +505,6 @@ def load_agent(folder: Path, use_c: bool = True) -> Any:
 
 
 # <<< shared: forward
-
-
 def find_rom(env_id: str) -> str:
     """Return the ROM (ms_pacman) of MsPacman, ALE/MsPacman-v5 or MsPacmanNoFrameskip-v4, or ""."""
     titles = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
@@ -543,9 +512,9 @@ def find_rom(env_id: str) -> str:
 
 
 def atari_rows(args: Args, rom: str, flags: Any, weights: Any) -> Iterator[tuple[Any, ...]]:
-    """Yield rows for ever: the newest frame, the action taken, its clipped reward, terminal.
+    """Yield rows forever: the newest frame, the action taken, its clipped reward, terminal.
 
-    Before each episode come three black rows. Weights, if there are any, are a Q-network's.
+    Three black rows precede each episode. Weights, if any, are a Q-network's.
     """
     protocol: dict[str, Any] = {"repeat_action_probability": 0.25, "noop_max": 0}
     protocol |= {"use_fire_reset": False, "max_num_frames_per_episode": 108_000}
@@ -559,7 +528,7 @@ def atari_rows(args: Args, rom: str, flags: Any, weights: Any) -> Iterator[tuple
         for _ in range(3 if begins else 0):
             yield np.zeros((84, 84), np.uint8), 0, 0.0, 0
             count += 1
-        level = 1.0 if args.checkpoints > 1 else 0.0  # how far from the last checkpoint this is
+        level = 1.0 if args.checkpoints > 1 else 0.0  # 1 in the first checkpoint, 0 in the last
         level *= 1 - min(count // args.transitions, last) / last
         epsilon = args.epsilon + (1 - args.epsilon) * level
         action = int(rng.integers(num_actions))
@@ -573,7 +542,7 @@ def atari_rows(args: Args, rom: str, flags: Any, weights: Any) -> Iterator[tuple
 
 
 def record_atari(args: Args, rom: str) -> None:
-    """Write --checkpoints files of replay logs, with all that Dopamine needs to load them."""
+    """Write --checkpoints checkpoints of replay logs, with all that Dopamine needs to load them."""
     game, flags, weights = rom.title().replace("_", ""), dict[str, Any](), dict[str, Tensor]()
     folder, n = args.data / game / str(args.seed) / "replay_logs", args.transitions
     require(not folder.exists(), f"--data {args.data}: {folder} exists; delete it or name another")
@@ -609,21 +578,17 @@ def record_atari(args: Args, rom: str) -> None:
 
 
 class Output(io.FileIO):
-    """Standard output or error, whose reader may go away (| head, a closed terminal): then it is
-    silent.
-    """
+    """Standard output or error; what nobody reads any more is dropped."""
 
     def write(self, data: Any) -> int:
-        """Write what somebody can read."""
+        """Write, or drop what cannot be written."""
         with suppress(OSError):
             return super().write(data) or len(data)
         return len(data)
 
 
 def outlive_readers() -> None:
-    """Let no output end a run: not a broken pipe, not a terminal that is gone, not a stream that
-    was closed.
-    """
+    """Keep a broken pipe, a lost terminal or a closed stream from ending a run."""
     for fd, name in ((1, "stdout"), (2, "stderr")):
         try:
             os.fstat(fd)
@@ -634,12 +599,12 @@ def outlive_readers() -> None:
 
 
 def command_line(main: Callable[[Args], None]) -> None:
-    """Run main; a fault ends it with one line and an exit status."""
+    """Run main; a fault ends the program with one line and an exit status."""
     try:
         main(parse(sys.argv[1:]))
     except (Exit, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise  # a fault of ours, which deserves its traceback
+            raise  # a bug of this script: show its traceback
         hint = "" if isinstance(error, OSError) else "these flags need more memory than there is: "
         status, line = (
             error.args if isinstance(error, Exit) else (1, f"{hint}{str(error).splitlines()[0]}")
@@ -657,8 +622,8 @@ def main(args: Args) -> None:
     """Train, record, and print what came out."""
 
     def stop(signum: int, _: Any) -> None:
-        """End at once: what is being recorded or written is made anew."""
-        raise Exit(75, "stopped; start this again to go on")
+        """Stop at once; an unfinished recording is made again."""
+        raise Exit(75, "stopped; start this again to continue")
 
     for signum in STOPS:
         signal.signal(signum, stop)
@@ -666,11 +631,9 @@ def main(args: Args) -> None:
         return record_atari(args, rom)
     spec: Any = make_env(args.env_id).spec
     for kind in ("random", "medium", "medium-replay", "expert", "medium-expert"):
-        dataset_name(args, spec.id, kind)  # what cannot be written is refused now
-    medium, expert = (
-        train(args, spec.id, args.medium_steps),
-        train(args, spec.id, args.expert_steps),
-    )
+        dataset_name(args, spec.id, kind)  # refuse now what could not be written later
+    medium = train(args, spec.id, args.medium_steps)
+    expert = train(args, spec.id, args.expert_steps)
     kinds = {
         "random": transitions(play(args, args.seed + 3_000_000, None)),
         "medium": transitions(play(args, args.seed + 3_000_001, load_policy(medium))),

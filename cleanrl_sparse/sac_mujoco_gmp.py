@@ -7,10 +7,10 @@
 
 Paper: Obando-Ceron, Courville, Castro, "In value-based deep reinforcement learning, a pruned
 network is a good network", ICML 2024, arXiv 2402.12479. The agent is SAC (Haarnoja et al. 2018) as
-in rigl/rl, which is TF-Agents'.
+in rigl/rl, which uses TF-Agents.
 
-From 20 % to 80 % of the gradient steps the weights of the smallest magnitude are removed along a
-cubic schedule (Zhu and Gupta 2017), every 1,000 gradient steps. What is removed stays removed.
+From 20 % to 80 % of the run, every 1,000 gradient steps, the weights of smallest magnitude are
+removed along a cubic schedule (Zhu and Gupta 2017). Removed weights stay removed.
 
     python sac_mujoco_gmp.py --env-id Walker2d-v5       # the paper's run: 1M steps, 1,280 units
     python sac_mujoco_gmp.py --width 1 --sparsity 0.9   # 256 units, for a machine without a GPU
@@ -18,15 +18,15 @@ cubic schedule (Zhu and Gupta 2017), every 1,000 gradient steps. What is removed
     python sac_mujoco_gmp.py --resume RUN_DIR
 
 Differences from the paper, and guesses ([C] read in its authors' code, [I] inferred, [D] ours):
- 1. [C] Score |w|; all weight matrices of actor and critics, output layers included, no biases;
+ 1. [C] Scores are |w|; all weight matrices of actor and critics, output layers included, no biases;
     the Erdos-Renyi rule spreads each network's sparsity over its layers.
- 2. [D] The schedule counts this run's gradient steps: 199,800 to 799,200; there 200,000 to 800,000.
- 3. [D] A pruned weight is exactly 0 in the target too, and does not only fade by averaging.
- 4. [C] L2: 1e-4 times the sum of the squared weights is added to the losses of actor and critics.
+ 2. [D] The schedule counts this run's gradient steps, 199,800 to 799,200, not 200,000 to 800,000.
+ 3. [D] A pruned weight is exactly 0 in the targets too, instead of fading by averaging.
+ 4. [C] L2: 1e-4 times the sum of squared weights is added to the losses of actor and critics.
  5. [C] The target entropy is TF-Agents' -0.5 per action dimension; the SAC paper has -1.
  6. [I] The temperature's loss is linear in alpha, as in the SAC paper; TF-Agents': in log alpha.
  7. [D] The log standard deviation is clamped to [-20, 2]; rigl/rl leaves it free.
- 8. [D] Gymnasium's v5 environments; evaluations of 10 episodes, always the same; there v2, and 30.
+ 8. [D] Gymnasium's v5 environments, evaluations of the same 10 episodes; in the paper v2 and 30.
 
 Figures: benchmark/gmp_figure09_18.sh, eaudesac_mujoco.sh. More: docs/sac_mujoco_gmp.md.
 """
@@ -72,21 +72,21 @@ class Training:
     """The agent and its task."""
 
     env_id: str = "Hopper-v5"  # Gymnasium environment with vectors of observations and actions
-    seed: Index = 1  # seed of everything random
-    total_timesteps: Count = 1_000_000  # steps of the run, over all environments
+    seed: Index = 1  # random seed
+    total_timesteps: Count = 1_000_000  # total steps, summed over all environments
     learning_starts: Count = 1_000  # steps of random actions before the first gradient step
     buffer_size: Count = 1_000_000  # transitions in the replay
     batch_size: Count = 256  # transitions per gradient step
     learning_rate: Rate = 3e-4  # Adam's step size for actor, critics and temperature
     gamma: Share = 0.99  # discount factor
-    tau: Share = 0.005  # share of the critics that goes into the targets at each gradient step
-    replay_ratio: Rate = 1.0  # gradient steps per step
-    reward_scale: Rate = 0.1  # multiplies the rewards that are learned from
-    target_entropy: Real = -0.5  # what the temperature aims at, per action dimension
+    tau: Share = 0.005  # step of the targets towards the critics at each gradient step
+    replay_ratio: Rate = 1.0  # gradient steps per environment step
+    reward_scale: Rate = 0.1  # factor on the rewards in the TD target
+    target_entropy: Real = -0.5  # entropy that the temperature aims at, per action dimension
     width: Count = 5  # 256 * width units in each of the two hidden layers
-    weight_decay: Amount = 1e-4  # factor of the sum of squared weights in the losses
+    weight_decay: Amount = 1e-4  # factor on the sum of squared weights, added to the losses
     epoch_steps: Count = 10_000  # steps per epoch; each ends with an evaluation
-    num_envs: Count = 1  # environments, stepped one after another; periods count all their steps
+    num_envs: Count = 1  # environments, stepped in turn; all periods count the steps of all of them
     eval_episodes: Index = 10  # episodes of each evaluation, without noise; 0: no evaluations
     eval_steps: Count = 1_000  # steps after which an evaluation episode is cut off
 
@@ -95,10 +95,10 @@ class Training:
 class Method:
     """Gradual magnitude pruning; the defaults are the paper's."""
 
-    sparsity: Share = 0.95  # share of the prunable weights that is zero in the end; 0 never prunes
-    prune_start: Share = 0.2  # share of the run's gradient steps at which pruning begins
-    prune_end: Share = 0.8  # share at which the final sparsity is reached
-    prune_every: Count = 1_000  # gradient steps between updates of the masks
+    sparsity: Share = 0.95  # final share of the prunable weights that are zero; 0: no pruning
+    prune_start: Share = 0.2  # share of the run's gradient steps before pruning begins
+    prune_end: Share = 0.8  # share after which the final sparsity is reached
+    prune_every: Count = 1_000  # gradient steps between mask updates
 
 
 # >>> shared: sac-networks
@@ -130,8 +130,8 @@ class Actor(nn.Sequential):
         """Return actions [..., B, A] in [-1, 1] and their log-probabilities [..., B].
 
         obs is [B, O], noise [..., B, A] standard normal. With u = mean + std * noise,
-        log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), of which the latter is
-        2 * (log 2 - u - softplus(-2 * u)): that neither overflows nor loses digits at large |u|.
+        log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), and the last term is
+        2 * (log 2 - u - softplus(-2 * u)), which neither overflows nor loses digits at large |u|.
         """
         mean, log_std = self(obs)
         u = mean + log_std.exp() * noise
@@ -142,9 +142,9 @@ class Actor(nn.Sequential):
 
 
 def critic_stacks(count: int, inputs: int, units: int, layers: int) -> list[Tensor]:
-    """Return the tensors of `count` Q-functions, all of one layer together.
+    """Return the parameters of `count` Q-functions, stacked layer by layer.
 
-    For each layer weights [count, in, out] and biases [count, 1, out].
+    For each layer: weights [count, in, out] and biases [count, 1, out].
     """
     sizes = [inputs, *[units] * layers, 1]
     stacks = list[Tensor]()
@@ -162,13 +162,13 @@ def critic_values(stacks: list[Tensor], obs: Tensor, actions: Tensor) -> Tensor:
     x = torch.cat([obs, actions], 1).expand(len(weight), -1, -1)
     for w, b in zip(hidden[::2], hidden[1::2]):
         x = torch.relu_(torch.baddbmm(b, x, w))
-    with torch.autocast(x.device.type, enabled=False):  # bf16 would blur how the actions differ
+    with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse to rank actions
         x = torch.linalg.vecdot(x.to(weight.dtype), weight.mT)  # 3 to 7 times as fast as a product
         return x + bias[:, :, 0]
 
 
 def critic_network(stacks: list[Tensor], n: int) -> nn.Sequential:
-    """Return the n-th critic as a network on [B, O + A]; it shares the detached stacks' memory."""
+    """Return the n-th critic as a network on [B, O + A] that shares memory with detached stacks."""
     parts = OrderedDict[str, nn.Module]()
     for i, (weight, bias) in enumerate(zip(stacks[::2], stacks[1::2]), 1):
         layer = nn.Linear(weight.shape[1], weight.shape[2], device="meta")
@@ -182,18 +182,18 @@ def critic_network(stacks: list[Tensor], n: int) -> nn.Sequential:
 # <<< shared: sac-networks
 # >>> shared: sparsity
 def prunable(network: nn.Module) -> dict[str, Tensor]:
-    """Return what pruning may remove: every tensor of two or more dimensions, so no bias."""
+    """Return the weights that may be pruned, by layer: matrices and kernels."""
     return {k.removesuffix(".weight"): p for k, p in network.named_parameters() if p.ndim >= 2}
 
 
 def add_masks(network: nn.Module) -> None:
-    """Give each prunable weight a mask (1: kept) as a buffer: state_dict() has it too."""
+    """Give each prunable weight a mask (1: kept), a buffer and so part of state_dict()."""
     for i, weight in enumerate(prunable(network).values()):
         network.register_buffer(f"mask{i}", torch.ones_like(weight))
 
 
 def sparsity_report(network: nn.Module) -> dict[str, float]:
-    """Return the shares of zeros, of all prunable weights and of each layer, and what is left."""
+    """Return the sparsity of network and layers, and how many parameters are left."""
     weights, total = prunable(network), sum(p.numel() for p in network.parameters())
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     pruned, size = sum(zeros.values()), sum(weight.numel() for weight in weights.values())
@@ -205,9 +205,9 @@ def sparsity_report(network: nn.Module) -> dict[str, float]:
 # <<< shared: sparsity
 # >>> shared: pruning
 def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]:
-    """Return a score of any sign for each prunable weight; the lowest are pruned first.
+    """Return a score, of any sign, for each prunable weight; the lowest are pruned first.
 
-    Put another criterion here (docs/pruning_criterion.md); a random one draws from `rng`.
+    Put your own criterion here (docs/pruning_criterion.md); it may draw from `rng` only.
     """
     return [weight.abs() for weight in prunable(network).values()]
 
@@ -215,13 +215,13 @@ def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]
 def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
     """Return the share of each prunable tensor to keep, for a total sparsity in [0, 1].
 
-    The Erdos-Renyi-Kernel rule (Evci et al. 2020): eps * sum(shape) / prod(shape), with eps such
-    that the total holds; a tensor that would exceed 1 is dense, and eps is solved again.
+    The Erdos-Renyi-Kernel rule (Evci et al. 2020): eps * sum(shape) / prod(shape), with eps chosen
+    to meet the total; a tensor whose share would exceed 1 stays dense, and eps is solved for again.
     """
     sizes = np.array([weight.numel() for weight in prunable(network).values()])
     sums = np.array([sum(weight.shape) for weight in prunable(network).values()])
     dense = np.zeros(len(sizes), bool)
-    for _ in sizes:  # each turn but the last finds another one
+    for _ in sizes:  # each pass may make another tensor dense
         left = (1 - sparsity) * sizes.sum() - sizes[dense].sum()
         eps = left / max(1, sums[~dense].sum())
         dense |= eps * sums >= sizes
@@ -230,25 +230,24 @@ def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
 
 @torch.no_grad()
 def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
-    """Lower the masks to these densities; the weights are left alone.
+    """Shrink the masks to these densities; the weights do not change.
 
-    Counts are exact, ties go to the lower index, every tensor keeps at least one weight. What is
-    pruned stays pruned: it counts as -inf.
+    Counts are exact, ties keep the lower index, and every tensor keeps at least one weight. Pruned
+    weights score -inf, so they stay pruned.
     """
     for score, mask, density in zip(pruning_scores(network, rng), network.buffers(), densities):
         flat = torch.where(mask > 0, score, -math.inf).flatten().cpu().numpy()
-        kept = max(1, round(len(flat) * density))
-        threshold = np.partition(flat, -kept)[-kept]  # far faster than a sort
+        count = max(1, round(len(flat) * density))
+        threshold = np.partition(flat, -count)[-count]  # far faster than sorting
         keep = flat > threshold
-        keep[np.flatnonzero(flat == threshold)[: kept - keep.sum()]] = True
+        keep[np.flatnonzero(flat == threshold)[: count - keep.sum()]] = True
         mask.mul_(torch.from_numpy(keep).view(mask.shape).to(mask.device))
 
 
 # <<< shared: pruning
-
-
+# >>> shared: schedule
 def pruning_progress(step: int, start: int, end: int) -> float:
-    """Return the share of the final sparsity to have at a gradient step, in [0, 1].
+    """Return the share of the final sparsity due at a gradient step, in [0, 1].
 
     1 - (1 - (t - t0) / (t1 - t0)) ** 3
     """
@@ -257,8 +256,9 @@ def pruning_progress(step: int, start: int, end: int) -> float:
     return 1 - (1 - (step - start) / (end - start)) ** 3
 
 
+# <<< shared: schedule
 class SAC(nn.Module):
-    """The actor with its temperature, two critics, and the two targets that follow the critics."""
+    """The actor with its temperature, two critics, and the two targets that follow them."""
 
     def __init__(self, args: Args, obs_size: int, num_actions: int, device: torch.device) -> None:
         super().__init__()
@@ -267,14 +267,14 @@ class SAC(nn.Module):
         self.actor = Actor(obs_size, num_actions, 256 * args.width, layers=2).to(device)
         stacks = critic_stacks(2, obs_size + num_actions, 256 * args.width, layers=2)
         self.stacks = [stack.to(device).requires_grad_() for stack in stacks]
-        self.followed = [stack.detach() for stack in self.stacks]  # by the actor and the targets
+        self.followed = [stack.detach() for stack in self.stacks]  # by actor and targets
         self.critics: Any = nn.ModuleList(critic_network(self.followed, n) for n in range(2))
         copies = [nn.Parameter(stack.clone(), requires_grad=False) for stack in self.followed]
         self.targets: Any = nn.ParameterList(copies)
         self.log_alpha = nn.Parameter(torch.zeros((), device=device))
         # Of the latest update: critics' losses, Q, actor's loss, alpha, its loss.
         self.latest = nn.Buffer(torch.full((6,), math.nan, device=device))
-        # Weights of the critics, then three of the actor; the targets' are masked as the critics'.
+        # The critics' weights, then the actor's three; the targets have the critics' masks.
         networks = [*self.critics, self.actor]
         for network in networks:
             add_masks(network)
@@ -288,9 +288,9 @@ class SAC(nn.Module):
         decayed = {"params": self.weights[-3:], "weight_decay": decay}
         others = [p for p in self.actor.parameters() if p.ndim == 1] + [self.log_alpha]
         self.actor_optimizer = torch.optim.Adam([decayed, {"params": others}], **adam)
-        self.gradient_step, self.sparsity = 0, 0.0  # of the schedule
+        self.gradient_step, self.sparsity = 0, 0.0  # the schedule's sparsity
         steps = math.ceil(args.total_timesteps / args.num_envs) * args.num_envs
-        updates = max(1, self.updates_by(steps))  # of the run
+        updates = max(1, self.updates_by(steps))  # of the whole run
         self.start = min(updates - 1, round(args.prune_start * updates))
         self.end = min(updates - 1, round(args.prune_end * updates))
         uses = ("act", "score")
@@ -299,13 +299,13 @@ class SAC(nn.Module):
 
     # >>> shared: sac-agent
     def updates_by(self, step: int) -> int:
-        """Return the number of gradient steps that are due by a step."""
+        """Return the number of gradient steps due by `step`."""
         ratio = self.args.replay_ratio
         return math.floor(step * ratio) - math.floor(self.args.learning_starts * ratio)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
-        """Return actions [N, A] in [-1, 1] for obs [N, O]: random ones, or the policy's."""
+        """Return actions [N, A] in [-1, 1] for obs [N, O], uniform or drawn from the policy."""
         rng, shape = self.rng["act"], (len(obs), self.num_actions)
         if explore:
             return rng.uniform(-1, 1, shape).astype(np.float32)
@@ -313,13 +313,12 @@ class SAC(nn.Module):
         actions, _ = self.actor.sample(torch.from_numpy(obs).to(self.device), noise)
         return actions.cpu().numpy()
 
-    def update(
-        self, obs: Any, actions: Any, next_obs: Any, rewards: Any, terminated: Any, noise: Any
-    ) -> None:
+    def update(self, *batch: Tensor) -> None:
         """Take one gradient step on a batch; noise [2, B, A] is for actions at next_obs and obs.
 
-        Gradients are dense, what comes out is masked. Nothing waits for the device.
+        Gradients are dense, the updated weights are masked. Nothing waits for the device.
         """
+        obs, actions, next_obs, rewards, terminated, noise = batch
         args, alpha = self.args, self.log_alpha.detach().exp()
         autocast = torch.autocast(self.device.type, torch.bfloat16, args.precision == "bf16")
         with torch.no_grad(), autocast:
@@ -351,7 +350,7 @@ class SAC(nn.Module):
             self.latest.copy_(torch.stack([*losses, q.mean(), actor_loss, alpha, alpha_loss]))
 
     def losses(self) -> dict[str, float]:
-        """Return the losses of the latest update that are logged, means over all pairs."""
+        """Return the latest losses to log, means over all pairs."""
         names = ("qf1_loss", "qf2_loss", "q_values", "actor_loss", "alpha", "alpha_loss")
         latest = torch.cat([self.latest[:-4].view(-1, 2).mean(0), self.latest[-4:]]).tolist()
         return {f"losses/{name}": x for name, x in zip(names, latest) if math.isfinite(x)}
@@ -359,7 +358,7 @@ class SAC(nn.Module):
     # <<< shared: sac-agent
     # >>> shared: captured-update
     def captured_update(self, replay: Any) -> None:
-        """Sample and update once; --compile makes a CUDA graph of that."""
+        """Sample and update once; --compile captures a CUDA graph."""
         if self.graph:
             self.graph.replay()
         else:
@@ -372,13 +371,13 @@ class SAC(nn.Module):
 
     # <<< shared: captured-update
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what state_dict() has besides networks, masks and temperature."""
+        """Return what state_dict() holds besides networks, masks and temperature."""
         adams = [self.critic_optimizer.state_dict(), self.actor_optimizer.state_dict()]
         rng = {use: rng.bit_generator.state for use, rng in self.rng.items()}
         return {"adams": adams, "rng": rng, "counters": (self.gradient_step, self.sparsity)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take back what get_extra_state() gave."""
+        """Restore what get_extra_state() returned."""
         self.gradient_step, self.sparsity = state["counters"]
         self.critic_optimizer.load_state_dict(state["adams"][0])
         self.actor_optimizer.load_state_dict(state["adams"][1])
@@ -386,17 +385,17 @@ class SAC(nn.Module):
             rng.bit_generator.state = state["rng"][use]
 
     def learn(self, replay: Replay, step: int) -> None:
-        """Sample and update as often as is due by `step`, with new masks when they are due."""
+        """Take the gradient steps due by `step`, pruning on schedule."""
         while self.gradient_step < self.updates_by(step):
             self.prune()
             self.captured_update(replay)
             self.gradient_step += 1
 
     def prune(self) -> None:
-        """Lower the masks of each network if that is due; its weights follow in this update.
+        """Shrink each network's masks if due; update() then applies them to the weights.
 
-        So its gradients are still those of the weights before. Adam's moments of a pruned weight
-        go on and have no effect, since the mask follows every step.
+        So the update's gradients are still those of the weights before. A pruned weight keeps its
+        Adam moments, without effect, as the mask follows every step.
         """
         args, step = self.args, self.gradient_step
         due = (step - self.start) % args.prune_every == 0 or step == self.end
@@ -409,7 +408,7 @@ class SAC(nn.Module):
             prune(network, [1 - progress * (1 - x) for x in densities], self.rng["score"])
 
     def lost(self) -> bool:
-        """Tell whether a loss of the latest update is not finite."""
+        """Return whether a loss of the latest update is not finite."""
         return self.gradient_step > 0 and not bool(self.latest.isfinite().all())
 
     def networks(self) -> nn.ModuleDict:
@@ -418,7 +417,7 @@ class SAC(nn.Module):
         return nn.ModuleDict({"actor": self.actor, "qf1": qf1, "qf2": qf2})
 
     def report(self) -> dict[str, float]:
-        """Return what is logged: of the latest update, and of the networks to save."""
+        """Return the values to log, of the latest update and of the networks to save."""
         record = self.losses() | sparsity_report(self.networks())
         return record | {"sparsity/target": self.sparsity}
 
@@ -431,7 +430,7 @@ def main(args: Args) -> None:
     # >>> shared: mujoco-loop
     replay = Replay(args, device, envs)
     run = Run(args, envs.title)
-    step, returns, epoch_return = 0, list[float](), None  # returns: of this epoch's episodes
+    step, returns, epoch_return = 0, list[float](), None  # returns: this epoch's episodes
     if saved := run.load():
         step, returns, epoch_return = saved["progress"]
         play_again(envs, replay, saved["episodes"], run)
@@ -440,7 +439,7 @@ def main(args: Args) -> None:
     bar = progress_bar(args.total_timesteps, step, "step")
 
     def passed(period: int) -> bool:
-        """Tell whether this step reaches or crosses a multiple of `period`."""
+        """Return whether this step reached or crossed a multiple of `period`."""
         return step // period > previous // period
 
     while step < args.total_timesteps:
@@ -453,8 +452,7 @@ def main(args: Args) -> None:
         for score, length in envs.episodes:
             run.log(step, {"charts/episodic_return": score, "charts/episodic_length": length})
             returns.append(score)
-            text = f"return {score:.1f}, sparsity {agent.sparsity:.3f}"
-            bar.set_postfix_str(text, refresh=False)
+            bar.set_postfix_str(f"return {score:.1f}, sparsity {agent.sparsity:.3f}", False)
         # Learn and prune; the targets follow at every gradient step.
         agent.learn(replay, step)
         if agent.lost():
@@ -490,12 +488,12 @@ def main(args: Args) -> None:
 # <<< shared: mujoco-loop
 # >>> shared: mujoco-envs
 def make_env(env_id: str) -> gym.Env:
-    """Make Gymnasium's environment (Hopper: Hopper-v5); it must have vectors of real numbers."""
+    """Make a Gymnasium environment (Hopper: Hopper-v5) with vectors of real numbers."""
     try:
-        import mujoco  # not at the top, as the environment variable may be wrong
-    except Exception as error:  # of many kinds, as the drawing libraries see fit
-        text = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot be imported with it"
-        require(False, f"{text} ({' '.join(str(error).split())})")
+        import mujoco  # here, as MUJOCO_GL may be wrong
+    except Exception as error:  # of any kind, depending on the drawing library
+        line = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot be imported with it"
+        require(False, f"{line} ({' '.join(str(error).split())})")
     mujoco.set_mju_user_warning(lambda x: "deprecated" in x or sys.stderr.write(f"{x}\n"))
     name = next((n for n in (env_id, f"{env_id}-v5") if n in gym.registry), "")
     near = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.3)) or "none"
@@ -509,17 +507,17 @@ def make_env(env_id: str) -> gym.Env:
     fits = all(isinstance(space, gym.spaces.Box) for space in (obs, actions))
     fits = fits and all(len(x.shape) == 1 and x.shape[0] > 0 for x in (obs, actions))
     fits = fits and actions.dtype.kind == "f" and actions.is_bounded()
-    text = "needs a vector of observations and one of bounded continuous actions"
-    require(fits, f"--env-id {env_id}: {text}")
+    needed = "needs a vector of observations and one of bounded continuous actions"
+    require(fits, f"--env-id {env_id}: {needed}")
     return env
 
 
 class MujocoEnvs:
     """N copies of an environment; actions in [-1, 1] are rescaled to its bounds.
 
-    `obs` [N, O] float32 is what the agent sees now: after an end, the next episode's start. Each
-    episode has a seed of its own, from (seed, environment, step). So all of it follows from seeds
-    and actions, which is how a run is restored.
+    `obs` [N, O] float32 is the current observation: after an episode has ended, the first of the
+    next. Each episode has its own seed, from (seed, environment, step), so seed and actions
+    determine everything and a resumed run can replay it.
     """
 
     def __init__(self, env_id: str, num_envs: int, seed: int) -> None:
@@ -527,8 +525,8 @@ class MujocoEnvs:
         space = self.envs[0].action_space
         self.middle, self.half = (space.high + space.low) / 2, (space.high - space.low) / 2
         self.title, self.num_actions = self.envs[0].spec.id, len(space.low)
-        self.seed, self.steps, self.actions = seed, 0, bytearray()  # all actions, N to a step
-        self.began = [list[int]() for _ in range(num_envs)]  # the steps before which episodes began
+        self.seed, self.steps, self.actions = seed, 0, bytearray()  # all actions so far, N per step
+        self.began = [list[int]() for _ in range(num_envs)]  # at which steps, for each one
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
         self.obs = np.zeros((num_envs, *self.envs[0].observation_space.shape), np.float32)
         for i in range(num_envs):
@@ -542,9 +540,9 @@ class MujocoEnvs:
         self.returns[i] = self.lengths[i] = 0
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Take a step with actions [N, A] in [-1, 1]; where an episode ends, the next begins.
+        """Take a step with actions [N, A] in [-1, 1]; where an episode ends, the next one begins.
 
-        Returns next_obs [N, O], before any new beginning, and rewards, terminated, ended [N].
+        Returns next_obs [N, O], from before any reset, and rewards, terminated, ended [N].
         `episodes` has the undiscounted return and the length of each episode that ended.
         """
         self.actions += actions.tobytes()
@@ -564,9 +562,9 @@ class MujocoEnvs:
 
 @torch.no_grad()
 def evaluate(actor: Actor, args: Args, run: Run | None = None) -> dict[str, float]:
-    """Play --eval-episodes together by the mean action; return what is logged of them.
+    """Play --eval-episodes side by side with the mean action; return the values to log.
 
-    Their seeds are always the same, and none of training's. With `run` a signal ends it.
+    The seeds are always the same and differ from training's. With `run`, a signal ends the play.
     """
     n, device = args.eval_episodes, actor.output.weight.device
     if n == 0:
@@ -578,7 +576,7 @@ def evaluate(actor: Actor, args: Args, run: Run | None = None) -> dict[str, floa
         scores += np.where(over, 0, rewards)
         over = np.logical_or(over, ended)
         if run:
-            require(not run.stops, f"stopped; go on with --resume {run.path}", 75)
+            require(not run.stops, f"stopped; continue with --resume {run.path}", 75)
     return {"eval/episodic_return": float(scores.mean()), "eval/episodes": n}
 
 
@@ -587,15 +585,15 @@ def evaluate(actor: Actor, args: Args, run: Run | None = None) -> dict[str, floa
 class Replay:
     """Uniform replay of the last --buffer-size transitions: rows of a table on the device.
 
-    A ring of N rows per step of all N environments: obs, actions, next_obs, reward, terminated.
+    A ring, N rows per step of the N environments: obs, actions, next_obs, reward, terminated.
     """
 
     def __init__(self, args: Args, device: torch.device, envs: MujocoEnvs) -> None:
         self.num_envs, obs_size = envs.obs.shape
-        self.rows = math.ceil(args.buffer_size / self.num_envs)  # steps that are kept
+        self.rows = math.ceil(args.buffer_size / self.num_envs)  # steps kept
         self.sizes = [obs_size, envs.num_actions, obs_size, 1, 1]
         self.table = torch.zeros(self.rows * self.num_envs, sum(self.sizes), device=device)
-        self.filled = torch.zeros((), dtype=torch.long, device=device)  # count, on the device
+        self.filled = torch.zeros((), dtype=torch.long, device=device)  # `count`, on the device
         self.step = self.count = 0
         self.generator = torch.Generator(device).manual_seed(args.seed)
 
@@ -623,7 +621,7 @@ class Replay:
 
 
 def play_again(envs: MujocoEnvs, replay: Replay, episodes: list[Any], run: Run) -> None:
-    """Play a checkpoint's episodes again, from the last that began before all the replay holds."""
+    """Replay a checkpoint's episodes, from those in which the oldest transitions kept lie."""
     past, began, obs = episodes
     actions = np.frombuffer(past, np.float32).reshape(-1, len(envs.envs), envs.num_actions)
     first = max(0, len(actions) - replay.rows)
@@ -633,21 +631,21 @@ def play_again(envs: MujocoEnvs, replay: Replay, episodes: list[Any], run: Run) 
     bar = progress_bar(len(actions), envs.steps, "step", "playing again")
     for row in actions[envs.steps :]:
         for i in np.flatnonzero(begins == envs.steps).tolist():
-            envs.begin(i)  # before, it played something else
+            envs.begin(i)  # until now it played another episode
         seen = envs.obs
         replay.add(seen, row, *envs.step(row)[:3])
         bar.update()
-        require(not run.stops, f"stopped; go on with --resume {run.path}", 75)
+        require(not run.stops, f"stopped; continue with --resume {run.path}", 75)
     bar.close()
     envs.began = began
     same = np.array_equal(envs.obs, obs.numpy())
-    require(same, "--resume: the episodes went another way; it takes the packages of versions.json")
+    require(same, "--resume: the episodes went differently; install the packages in versions.json")
 
 
 # <<< shared: mujoco-replay
 # >>> shared: run-flags
 def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
-    """Return how a whole number is read, which may be written as 1e6."""
+    """Return tyro's rule for reading a whole number, which may be written as 1e6."""
 
     def read(words: list[str]) -> int:
         number = float(words[0])  # exact below 2^53
@@ -656,7 +654,7 @@ def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     return PrimitiveConstructorSpec(1, metavar, read, lambda _: True, lambda x: [str(x)])
 
 
-# Types of flags: the smallest and the largest value, and what --help and messages say of them.
+# Types of flags: smallest and largest value, and the range in messages and in --help.
 ABOVE_0, LARGEST = math.nextafter(0, 1), sys.float_info.max
 Count = Annotated[int, (1, math.inf, "at least 1"), integer("INT >= 1")]
 Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), integer("INT >= 0")]
@@ -667,17 +665,17 @@ Share = Annotated[float, (0, 1, "in [0, 1]"), tyro.conf.arg(metavar="X in [0, 1]
 
 @dataclass
 class Running:
-    """Where and how it runs."""
+    """Where and how to run."""
 
     device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
-    compile: bool = False  # sampling and update as a CUDA graph (not yet tried on a GPU)
+    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
     run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
-    resume: str = ""  # go on with the run in this folder; it has all flags, so give no other
+    resume: str = ""  # continue the run in this folder, with its flags; give no others
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
-    keep_checkpoint: bool = False  # keep the last ones when the run has finished
+    keep_checkpoint: bool = False  # keep the last checkpoints of a finished run
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
-    wandb_project: str = "cleanrl-sparse"  # project there
+    wandb_project: str = "cleanrl-sparse"  # Weights & Biases project
 
 
 # <<< shared: run-flags
@@ -689,12 +687,12 @@ class Args(Running, Training, Method):
     """All flags."""
 
     def __post_init__(self) -> None:
-        """Refuse values that are not accepted, naming the flag."""
+        """Refuse invalid values, naming the flag."""
         check_ranges(self)
         least = max(self.batch_size, self.num_envs)
         smallest = min(self.learning_starts, self.buffer_size)
-        text = f"--learning-starts, --buffer-size {smallest}: at least --batch-size and --num-envs"
-        require(smallest >= least, f"{text}, {least}")
+        flags = f"--learning-starts, --buffer-size {smallest}"
+        require(smallest >= least, f"{flags}: must be at least {least} (--batch-size, --num-envs)")
         require(self.tau > 0, "--tau: must be above 0")
         require(self.sparsity < 1, "--sparsity: must be below 1")
         ordered = self.prune_start <= self.prune_end
@@ -703,7 +701,7 @@ class Args(Running, Training, Method):
 
 # >>> shared: run
 class Run:
-    """A run's folder: records (metrics.jsonl is the source of truth), checkpoints, the model."""
+    """A run's folder: records (metrics.jsonl is the truth), checkpoints, the model."""
 
     def __init__(self, args: Args, title: str) -> None:
         script, at = Path(__file__), time.time_ns() // 1000
@@ -711,38 +709,37 @@ class Run:
         self.args, self.path, self.script = args, Path(name), {"script": script.name}
         self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
         fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
-        line = f"--run-dir {self.path}: exists; to go on with the run in it, --resume {self.path}"
+        line = f"--run-dir {self.path}: exists; continue its run with --resume {self.path}"
         require(fresh or args.resume != "", line)
         if args.track:
             import wandb
 
-            own: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
-            own["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
-            wandb.init(**own, resume="allow", config=vars(args), sync_tensorboard=True)
+            identity: Any = {"name": self.path.resolve().name, "project": args.wandb_project}
+            identity["id"] = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]
+            wandb.init(**identity, resume="allow", config=vars(args), sync_tensorboard=True)
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "a")
         try:
-            if os.environ.get("RUN_LOCK") != str(self.path):  # benchmark/launch.py has locked it
+            if os.environ.get("RUN_LOCK") != str(self.path):  # already locked by launch.py
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            require(False, f"{self.path}: another process is at work on this run")
+            require(False, f"{self.path}: another process is working on this run")
         if fresh:
-            git = ["sh", "-c", "git rev-parse HEAD"]  # where there is no git, nothing is said
+            git = ["sh", "-c", "git rev-parse HEAD"]  # without git: no error, no output
             head = subprocess.run(git, cwd=script.parent, capture_output=True).stdout.decode()
-            cpu = args.device == "cpu"
-            device = platform.platform() if cpu else torch.cuda.get_device_name()
-            facts = {"commit": head.strip() or None, "device": device, "python": sys.version}
+            device = torch.cuda.get_device_name() if args.device != "cpu" else platform.platform()
+            versions = {"commit": head.strip() or None, "device": device, "python": sys.version}
             packages = {d.name: d.version for d in reversed([*distributions()])}
-            self.write("args.json", self.script | vars(args))  # first: --resume needs it alone
-            self.write("versions.json", facts | {"packages": packages})
+            self.write("args.json", self.script | vars(args))  # first: --resume needs it
+            self.write("versions.json", versions | {"packages": packages})
         self.folder.mkdir(exist_ok=True)
-        self.stops: list[int] = []  # signals; what is ignored, as SIGHUP under nohup, stays so
+        self.stops: list[int] = []  # signals received; SIGHUP stays ignored under nohup
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self.stops.append(number))
 
     def write(self, name: str, data: bytes | dict[str, Any]) -> None:
-        """Write a file, a dict as JSON; a crash leaves it whole or absent."""
+        """Write a file, a dict as JSON; a crash never leaves part of it."""
         with open(self.path / ".tmp", "wb") as file:
             file.write(data if isinstance(data, bytes) else json.dumps(data, indent=1).encode())
             file.flush()
@@ -750,36 +747,36 @@ class Run:
         os.replace(self.path / ".tmp", self.path / name)
 
     def load(self) -> dict[str, Any]:
-        """Return the newest whole checkpoint, {} before the first; cut the records back to it."""
+        """Return the newest intact checkpoint, or {}, and cut the records back to it."""
         state = dict[str, Any]()
         for path in sorted(self.folder.iterdir(), reverse=True):
             data = path.read_bytes()
             if path.name.endswith(hashlib.sha256(data).hexdigest()):
                 state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
                 self.newest = path.name
-                print(f"{self.path}: going on from step {state['step']}")
+                print(f"{self.path}: continuing from step {state['step']}")
                 break
-            print(f"{path} is damaged; looking for the checkpoint before it", file=sys.stderr)
+            print(f"{path} is damaged; trying the checkpoint before it", file=sys.stderr)
         else:
-            require(not any(self.folder.iterdir()), f"{self.folder}: no checkpoint is whole", 1)
+            require(not any(self.folder.iterdir()), f"{self.folder}: no checkpoint is intact", 1)
         self.start = time.time() - state.get("seconds", 0.0)
         self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
-        whole = self.metrics.tell() >= state.get("metrics", 0)
-        require(whole, f"{self.metrics.name} is shorter than when the checkpoint was written")
-        self.metrics.truncate(state.get("metrics", 0))
+        size = state.get("metrics", 0)
+        require(self.metrics.tell() >= size, f"{self.metrics.name} is too short for the checkpoint")
+        self.metrics.truncate(size)
         self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
         self.board.add_text("flags", "\n".join(f"    {k}: {v}" for k, v in vars(self.args).items()))
         return state
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append a record to metrics.jsonl, and give it to TensorBoard."""
+        """Append a record to metrics.jsonl and to TensorBoard's log."""
         record = {"step": step, "seconds": round(time.time() - self.start, 3)} | values
         self.metrics.write(json.dumps(record).encode() + b"\n")
         for key, value in values.items():
             self.board.add_scalar(key, value, step)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, named by step and SHA-256; a run that has got a signal ends here."""
+        """Write a checkpoint, named by step and SHA-256; after a signal, stop."""
         self.board.flush()
         os.fsync(self.metrics.fileno())
         size = os.fstat(self.metrics.fileno()).st_size
@@ -791,31 +788,30 @@ class Run:
             if path.name not in (name, self.newest):
                 path.unlink()
         self.newest, self.saved_at = name, time.monotonic()
-        require(not self.stops, f"stopped at step {step}; go on with --resume {self.path}", 75)
+        require(not self.stops, f"stopped at step {step}; continue with --resume {self.path}", 75)
 
-    def finish(self, step: int, network: nn.Module, scores: dict[str, float], **facts: Any) -> None:
-        """Save the network with its flags, write final.json, and tell what came out."""
+    def finish(self, step: int, network: nn.Module, scores: dict[str, float], **extra: Any) -> None:
+        """Save the network (-0.0 as 0.0) with its flags; write and print final.json."""
         flags = self.script | vars(self.args) | {"run_dir": "", "resume": ""}
-        parameters = network.named_parameters()  # + 0.0 makes 0.0 of -0.0
-        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in parameters}
+        weights = {k: p.detach().cpu().contiguous() + 0.0 for k, p in network.named_parameters()}
         self.write("model.safetensors", save(weights, {"flags": json.dumps(flags)}))
         if scores:
             self.log(step, scores)
         metrics = {f"hparams/{key}": value for key, value in scores.items()}
         self.board.add_hparams(vars(self.args), metrics, run_name=".", global_step=step)
         self.board.close()
-        facts |= {"status": "finished", "step": step, "seconds": time.time() - self.start}
-        self.write("final.json", facts | scores | sparsity_report(network))
+        extra |= {"status": "finished", "step": step, "seconds": time.time() - self.start}
+        self.write("final.json", extra | scores | sparsity_report(network))
         for path in [] if self.args.keep_checkpoint else self.folder.iterdir():
             path.unlink()
         print(f"{(self.path / 'final.json').read_text()}\neverything is in {self.path}")
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """End with a line unless `accepted`: 2 is bad input, 1 a fault, 75 stopped and resumable."""
+    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 resumable."""
     if not accepted:
         for bar in [*getattr(tqdm, "_instances", ())]:
-            bar.close()  # so that the line is the output's last
+            bar.close()  # so that the line comes last
         print(f"{Path(__file__).name}: {line}", file=sys.stderr)
         sys.exit(status)
 
@@ -823,13 +819,13 @@ def require(accepted: bool, line: str, status: int = 2) -> None:
 def check_ranges(args: Args) -> None:
     """Refuse values outside their flag's range."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
-        for low, high, text in getattr(hint, "__metadata__", ())[:1]:
+        for low, high, accepted in getattr(hint, "__metadata__", ())[:1]:
             flag, value = name.replace("_", "-"), getattr(args, name)
-            require(low <= value <= high, f"--{flag} {value}: must be {text}")
+            require(low <= value <= high, f"--{flag} {value}: must be {accepted}")
 
 
 def find_device(args: Args) -> torch.device:
-    """Return the device of --device; fp32 means fp32 there."""
+    """Return the device of --device, with TF32 switched off."""
     known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
     name = {"auto": known[0], "cuda": "cuda:0"}.get(args.device, args.device)
     require(name in known, f"--device {args.device}: this machine has {', '.join(known)}")
@@ -837,24 +833,24 @@ def find_device(args: Args) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False
     if name != "cpu":
         torch.cuda.set_device(name)
-    args.device = name  # a run is resumed where it began: generators differ between devices
+    args.device = name  # to resume on the same kind of device: generators differ
     return torch.device(name)
 
 
-def progress_bar(total: int, initial: int, unit: str, about: str = "") -> tqdm:
-    """Return a bar; where the output is no terminal, a plain line now and then."""
-    options: Any = {"unit": unit, "desc": about, "unit_scale": True, "dynamic_ncols": True}
+def progress_bar(total: int, initial: int, unit: str, label: str = "") -> tqdm:
+    """Return a progress bar; without a terminal, a plain line every 30 seconds."""
+    options: Any = {"unit": unit, "desc": label, "unit_scale": True, "dynamic_ncols": True}
     if not sys.stderr.isatty():
-        line = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
-        options |= {"mininterval": 30, "bar_format": line}
+        options["bar_format"] = "{l_bar}{n_fmt}/{total_fmt}, {rate_fmt}{postfix}\n"
+        options["mininterval"] = 30
     return tqdm(total=total, initial=initial, **options)
 
 
 def parse() -> Args:
-    """Return the flags of the command line; with --resume those of the run."""
+    """Return the command line's flags or, with --resume, those of the run."""
     groups = make_dataclass("Flags", [(c.__name__.lower(), c) for c in reversed(Args.__bases__)])
-    about, config = (__doc__ or "").partition("\n")[0], (tyro.conf.OmitArgPrefixes,)
-    parts = vars(tyro.cli(groups, description=about, config=config)).values()
+    title, config = (__doc__ or "").partition("\n")[0], (tyro.conf.OmitArgPrefixes,)
+    parts = vars(tyro.cli(groups, description=title, config=config)).values()
     args = Args(**{name: value for part in parts for name, value in vars(part).items()})
     if not any(flag.startswith("--resume") for flag in sys.argv):
         return args
@@ -862,46 +858,46 @@ def parse() -> Args:
     require(not others, f"--resume takes every flag from the run; leave out {' '.join(others)}")
     try:
         saved = json.loads(Path(args.resume, "args.json").read_text())
-        require(saved.pop("script") == Path(__file__).name, "--resume: the run of another script")
+        require(saved.pop("script") == Path(__file__).name, "--resume: the run is another script's")
         saved = Args(**saved | {"resume": args.resume or "."})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        require(False, f"--resume {args.resume}: no run of this script is there ({error})")
+        require(False, f"--resume {args.resume}: holds no run of this script ({error})")
     finished = Path(args.resume, "final.json").exists()
-    require(not finished, f"{args.resume} is finished; nothing is left to do", 0)
+    require(not finished, f"{args.resume} is finished; there is nothing left to do", 0)
     return saved
 
 
 class Output(io.FileIO):
-    """Standard output or error; what nobody reads any more is dropped, and ends no run."""
+    """Standard output or error; what nobody reads any more is dropped."""
 
     def write(self, data: Any) -> int:
-        """Write what can be written."""
+        """Write, or drop what cannot be written."""
         with suppress(OSError):
             return super().write(data) or len(data)
         return len(data)
 
 
 def command_line() -> None:
-    """Run main; a fault ends it with one line and an exit status."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # glibc keeps freed memory:
-        mallopt(option, value)  # else every update faults its gradients' pages in anew
+    """Run main; a fault ends the program with one line and an exit status."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", max)  # max: do nothing
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # keep freed memory:
+        mallopt(option, value)  # else every update page-faults on its gradients
     try:
         main(parse())
     except Exception as error:
-        about = f"{type(error).__name__}: "
+        cause = f"{type(error).__name__}: "
         if "allocate" in str(error):
-            about = "these flags need more memory than there is: "
+            cause = "these flags need more memory than is available: "
         elif type(error).__module__.startswith("wandb"):
-            about = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
+            cause = "--track (WANDB_MODE=offline needs no account), --wandb-project: "
         elif not isinstance(error, OSError):
-            traceback.print_exc()  # a fault of ours
-        require(False, about + str(error).partition("\n")[0], 1)
+            traceback.print_exc()  # a bug of this script
+        require(False, cause + str(error).partition("\n")[0], 1)
 
 
 if __name__ == "__main__":
     while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # takes the place of a stream that was closed
+        pass  # stands in for streams that were closed
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = io.BufferedWriter(Output(fd, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))

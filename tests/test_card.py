@@ -50,5 +50,5 @@ def test_a_card_needs_the_runs_own_folder(run_dir: Path, capsys: pytest.CaptureF
     evaluate = load_script("evaluate")
     with pytest.raises(SystemExit, match="2"):
         evaluate.main(evaluate.Args(run_dir, card=True))
-    line = f"evaluate.py: --card: {run_dir}/final.json is not there; it needs a run's own folder\n"
+    line = f"evaluate.py: --card: {run_dir}/final.json is missing; it needs a run's own folder\n"
     assert capsys.readouterr().err == line

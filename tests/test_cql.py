@@ -865,7 +865,7 @@ def test_another_dataset_is_refused_on_resume(
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     write_d4rl(path, rewards=np.ones(13))
     line = refused(capsys, cql.main, cql.Args(**flags, resume=str(tmp_path / "run")))
-    assert "is not what it was when the run in" in line
+    assert "has changed since the run in" in line
     assert before == {
         file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()
     }

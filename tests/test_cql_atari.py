@@ -358,12 +358,12 @@ def test_where_the_logs_are(
         "pong",
     )
     for flags, told in (
-        ({"dataset": top}, "several are there"),
-        ({"dataset": pacman, "seed": 3}, "several are there"),
+        ({"dataset": top}, "has several"),
+        ({"dataset": pacman, "seed": 3}, "has several"),
         ({"dataset": top, "env_id": "Pong"}, "--env-id Pong: "),
         ({"dataset": f"{top}/Breakout", "env_id": "MsPacman"}, "--env-id MsPacman: "),
         ({"dataset": f"{top}/some/mine"}, "--env-id is missing"),
-        ({"dataset": f"{top}/nowhere"}, "no $store$_observation_ckpt.0.gz is in it or below"),
+        ({"dataset": f"{top}/nowhere"}, "no $store$_observation_ckpt.0.gz in it or below it"),
         ({}, "--dataset is missing"),
     ):
         with pytest.raises(SystemExit) as end:
@@ -383,7 +383,7 @@ def test_a_run_takes_other_data_never_again(tmp_path: Path) -> None:
     write_array(path, np.zeros(300, np.float32))
     output = run("cql_atari_gmp", "--resume run", cwd=tmp_path)
     assert output.status == 2
-    assert "is not what it was when the run in run began" in output.complaints()[-1]
+    assert "has changed since the run in run began" in output.complaints()[-1]
     path.write_bytes(before)
     args = json.loads((tmp_path / "run" / "args.json").read_text())
     assert args["dataset"] == str(path.parent) and args["env_id"] == "Breakout"

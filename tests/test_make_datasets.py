@@ -190,12 +190,12 @@ def test_what_is_stopped_goes_on(tmp_path: Path, number: signal.Signals) -> None
     if number != signal.SIGKILL:
         err = process.communicate()[1]
         assert process.returncode == 75 and "Traceback" not in err
-        assert err.splitlines()[-1].endswith("did not finish; start this again to go on with it")
+        assert err.splitlines()[-1].endswith("did not finish; start this again to continue it")
         assert [*(folder / "checkpoint").iterdir()]
         return
     process.wait()
     second = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert second.returncode == 1 and "this run is going on already" in second.stderr
+    assert second.returncode == 1 and "this run is already running" in second.stderr
     assert "Traceback" not in second.stderr
     wait_until(lambda: (folder / "final.json").exists())
 

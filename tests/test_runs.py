@@ -124,17 +124,17 @@ KEY = re.compile(
 )
 # What `wc -l` may say at most, and where `main` begins at the latest; see CONTRIBUTING.
 LINES = {
-    "eaudeqn_atari": (840, 335),
-    "dqn_atari_gmp": (965, 390),
-    "rainbow_resnet_gmp": (1075, 440),
-    "dqn_atari_baselines": (1075, 545),
-    "sac_mujoco_eaudeqn": (940, 460),
-    "sac_mujoco_gmp": (910, 430),
-    "cql_offline_snip": (1035, 425),
-    "eaudeqn_minatar": (810, 365),
-    "dqn_minatar_gmp": (770, 320),
-    "cql_atari_eaudeqn": (870, 335),
-    "cql_atari_gmp": (980, 435),
+    "eaudeqn_atari": (831, 331),
+    "dqn_atari_gmp": (960, 386),
+    "rainbow_resnet_gmp": (1067, 434),
+    "dqn_atari_baselines": (1065, 538),
+    "sac_mujoco_eaudeqn": (932, 455),
+    "sac_mujoco_gmp": (905, 425),
+    "cql_offline_snip": (1009, 409),
+    "eaudeqn_minatar": (805, 360),
+    "dqn_minatar_gmp": (764, 316),
+    "cql_atari_eaudeqn": (864, 328),
+    "cql_atari_gmp": (972, 433),
 }
 VOLATILE = {
     "seconds",
@@ -1097,7 +1097,7 @@ def test_with_all_checkpoints_damaged_nothing_is_changed(
         before = contents(folder)
         output = run(script, f"--resume {folder}", cwd=tmp_path)
         assert output.status == 1 and "Traceback" not in output.stderr, output
-        assert output.complaints()[-1].endswith("checkpoint: no checkpoint is whole")
+        assert output.complaints()[-1].endswith("checkpoint: no checkpoint is intact")
         assert contents(folder) == before
 
     for future in side_by_side(work, ["flipped", "cut", "emptied"]).values():
@@ -1847,7 +1847,7 @@ def test_a_folder_that_another_process_writes_to_is_refused(
         before = contents(tmp_path / "run")
         output = run(script, "--resume run", cwd=tmp_path)
         assert output.status == 2
-        assert output.complaints() == [f"{script}.py: run: another process is at work on this run"]
+        assert output.complaints() == [f"{script}.py: run: another process is working on this run"]
         assert contents(tmp_path / "run") == before
 
 

@@ -130,7 +130,9 @@ def stopped_at(folder: Path) -> list[int]:
     """Return the steps at which a run says that it stopped with a checkpoint."""
     return [
         int(step)
-        for step in re.findall(r"stopped at step (\d+); go on with", (folder / ".log").read_text())
+        for step in re.findall(
+            r"stopped at step (\d+); continue with", (folder / ".log").read_text()
+        )
     ]
 
 
