@@ -794,12 +794,16 @@ class Run:
                 signal.signal(number, lambda number, _: self.stops.append(number))
 
     def write(self, name: str, data: bytes | dict[str, Any]) -> None:
-        """Write a file, a dict as JSON; a crash never leaves part of it."""
-        with open(self.path / ".tmp", "wb") as file:
-            file.write(data if isinstance(data, bytes) else json.dumps(data, indent=1).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(self.path / ".tmp", self.path / name)
+        """Write a file, a dict as JSON; after a crash it is there as a whole or not at all."""
+        content = data if isinstance(data, bytes) else json.dumps(data, indent=1).encode()
+        try:
+            with open(self.path / ".tmp", "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(self.path / ".tmp", self.path / name)
+        except OSError as error:
+            require(False, f"{self.path / name} cannot be written ({error})", 1)
 
     def load(self) -> dict[str, Any]:
         """Return the newest intact checkpoint, or {}, and cut the records back to it."""

@@ -124,17 +124,17 @@ KEY = re.compile(
 )
 # What `wc -l` may say at most, and where `main` begins at the latest; see CONTRIBUTING.
 LINES = {
-    "eaudeqn_atari": (831, 331),
-    "dqn_atari_gmp": (960, 386),
-    "rainbow_resnet_gmp": (1067, 434),
-    "dqn_atari_baselines": (1065, 538),
-    "sac_mujoco_eaudeqn": (932, 455),
-    "sac_mujoco_gmp": (905, 425),
-    "cql_offline_snip": (1009, 409),
-    "eaudeqn_minatar": (805, 360),
-    "dqn_minatar_gmp": (764, 316),
-    "cql_atari_eaudeqn": (864, 328),
-    "cql_atari_gmp": (972, 433),
+    "eaudeqn_atari": (835, 331),
+    "dqn_atari_gmp": (964, 386),
+    "rainbow_resnet_gmp": (1071, 434),
+    "dqn_atari_baselines": (1069, 538),
+    "sac_mujoco_eaudeqn": (936, 455),
+    "sac_mujoco_gmp": (909, 425),
+    "cql_offline_snip": (1013, 409),
+    "eaudeqn_minatar": (809, 360),
+    "dqn_minatar_gmp": (768, 316),
+    "cql_atari_eaudeqn": (868, 328),
+    "cql_atari_gmp": (976, 433),
 }
 VOLATILE = {
     "seconds",
