@@ -81,7 +81,7 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.runs = folder, folder / "runs"
-        for name in ("launch.py", "common.py"):
+        for name in ("launch.py", "flags.py", "common.py"):
             (folder / "benchmark").mkdir(exist_ok=True)
             shutil.copy(BENCHMARK / name, folder / "benchmark")
         shutil.copytree(BENCHMARK / "anchors", folder / "benchmark" / "anchors")
@@ -185,6 +185,9 @@ def test_the_same_run_has_one_id_however_it_is_written(place: Place) -> None:
         {"ticks": "7", "quiet": ""},
     ]
     assert place.manifest()[5]["id"] == ids[4]
+    place.launch("add", "g", "7", "stand_in.py", "--quiet", FLAGS="--no-quiet --ticks 6")
+    assert place.manifest()[7]["flags"] == {"no-quiet": "", "ticks": "6"}
+    assert place.manifest()[7]["id"] == ids[0]
 
 
 def test_what_is_done_is_left_alone_and_shared(place: Place) -> None:
@@ -293,9 +296,8 @@ def test_a_launcher_at_work_takes_up_what_is_retried(place: Place) -> None:
     wait_until((bad / ".failed").exists)
     assert place.launch("retry", "g")[0] == 0
     _, err = launcher.communicate()
-    assert launcher.returncode == 1 and err.count("ended with status 3") == 3, (
-        "when it does, twice; and at the end"
-    )
+    assert launcher.returncode == 1 and err.count("ended with status 3: stand_in.py: it broke") == 2
+    assert err.splitlines()[-2] == f"launch.py: {bad.name} failed: stand_in.py: it broke"
     assert place.starts() == ["start end", "start start"]
 
 
@@ -330,6 +332,16 @@ def test_a_launcher_that_is_stopped_stops_its_runs_and_goes_on_later(
     status, out, _ = place.launch("launch", "g", "--workers", "3")
     assert status == 0 and out.count("] go on with Pong") == 2 and out.count("] begin Pong") == 1
     assert place.starts() == ["start start end"] * 2 + ["start end"]
+
+
+def test_a_launcher_under_nohup_outlives_its_terminal(place: Place) -> None:
+    place.add("a", "--ticks", "15")
+    words = ["nohup", sys.executable, "benchmark/launch.py", "launch", "g"]
+    launcher = subprocess.Popen(words, cwd=place.folder, stdout=subprocess.PIPE, text=True)
+    place.wait_for(1)
+    launcher.send_signal(signal.SIGHUP)
+    out, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 0 and out.splitlines()[-1] == "g: all 1 runs are done"
 
 
 def test_a_launcher_whose_output_nobody_reads_stops_its_runs(place: Place) -> None:
@@ -572,6 +584,10 @@ def test_what_slurm_does_not_take_waits_for_a_later_launch(place: Place, tmp_pat
         (["add", "g", "a", "stand_in.py", "--rate", "fast"], "--rate fast: must be a number"),
         (["add", "g", "a", "stand_in.py", "--kind", "c"], "--kind c: must be one of a, b"),
         (["add", "g", "a", "stand_in.py", "--seed"], "--seed: a value is missing"),
+        (["add", "g", "a", "stand_in.py", "--mask", ""], "--mask: a value is missing"),
+        (["add", "g", "a", "stand_in.py", "--no-seed"], "--no-seed: stand_in.py has no such flag"),
+        (["add", "g", "a", "stand_in.py", "--quiet", "--no-quiet"], "--no-quiet: given twice"),
+        (["launch", "g", "--workers", "0"], "--workers 0: must be at least 1"),
         (["add", "g", "a", "stand_in.py", "--limit", "1"], "--limit: stand_in.py has no such flag"),
         (["launch", "g", "--runs-per-job", "4"], "--runs-per-job is for --backend slurm"),
         (
