@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import itertools
 import json
 import os
@@ -18,11 +19,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import tyro
 from conftest import FIFTEEN_GAMES, SCRIPTS, load_script
+from test_docs import load_benchmark
 from test_runs import wait_until
 
 BENCHMARK = SCRIPTS.parent / "benchmark"
@@ -614,23 +616,57 @@ def test_bad_input_gets_one_line(place: Place, words: list[str], told: str) -> N
     assert status == 2 and told in err and len(err.splitlines()) == 1 and place.manifest() == before
 
 
-def dry(figure: str) -> list[list[str]]:
-    """Return the commands of a figure's script, the launcher's and the plotter's among them."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("SMOKE", "FLAGS")
-    } | {"DRY": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    result = subprocess.run(
-        [BENCHMARK / f"{figure}.sh"], capture_output=True, text=True, check=True, env=environment
-    )
-    return [shlex.split(line) for line in result.stdout.splitlines()]
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What DRY=1 of every figure's script prints.
+
+    A stand-in for Python writes down the command lines, which then are done in this process: to
+    start Python 300 times would take a minute.
+    """
+    folder = tmp_path_factory.mktemp("stand_in")
+    (folder / "python").write_text("#!/bin/bash\nprintf '%q ' \"$@\"; echo\n")
+    (folder / "python").chmod(0o755)
+    clean = {name: text for name, text in os.environ.items() if name not in ("SMOKE", "FLAGS")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("SMOKE", "FLAGS"):
+            patch.delenv(name, raising=False)
+        patch.setenv("DRY", "1")
+        patch.syspath_prepend(str(BENCHMARK))
+        launch, plot = load_benchmark("launch"), load_benchmark("plot")
+        found = dict[str, list[str]]()
+        for figure in LISTS:
+            path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+            called = dry(figure, clean | {"PATH": path})
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                for program, *words in map(shlex.split, called):
+                    if program == "benchmark/launch.py":
+                        assert launch.main(words) == 0
+                    else:
+                        patch.setattr(sys, "argv", [program, *words])
+                        plot.main(tyro.cli(plot.Args))
+            found[figure] = out.getvalue().splitlines()
+    return found
+
+
+def dry(figure: str, environment: dict[str, str]) -> list[str]:
+    """Return what a figure's script prints with DRY=1."""
+    words, environment = [BENCHMARK / f"{figure}.sh"], environment | {"DRY": "1"}
+    result = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    return result.stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
-def commands() -> dict[str, list[list[str]]]:
-    """The commands of every figure's script."""
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(LISTS, pool.map(dry, LISTS)))
+def commands(lines: dict[str, list[str]]) -> dict[str, list[list[str]]]:
+    """The commands of every figure's script, the launcher's and the plotter's among them."""
+    return {figure: [shlex.split(line) for line in own] for figure, own in lines.items()}
+
+
+@pytest.mark.parametrize("figure", ["gmp_figure13", "eaudesac_mujoco"])
+def test_a_script_prints_its_commands(figure: str, lines: dict[str, list[str]]) -> None:
+    """With Python itself, as a user does it."""
+    clean = {name: text for name, text in os.environ.items() if name not in ("SMOKE", "FLAGS")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    assert dry(figure, clean | {"PATH": path}) == lines[figure]
 
 
 def test_the_figures_commands_are_accepted_by_their_scripts(
