@@ -1,5 +1,5 @@
 """What the launcher and the plotter share: switches of the environment, one name for one game,
-output that nobody needs to read.
+messages, output that nobody needs to read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ANCHORS = Path(__file__).parent / "anchors"
 with open(ANCHORS / "atari_human_normalisation.csv", newline="") as _table:
@@ -23,12 +23,22 @@ MINATAR = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
 OFF, ON = ("", "0", "false", "no", "off"), ("1", "true", "yes", "on")
 
 
+def say(line: str) -> None:
+    """Write a line to standard error, with the program's name before it."""
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+
+
+def refuse(line: str) -> NoReturn:
+    """End with a line about bad input, and status 2."""
+    say(line)
+    sys.exit(2)
+
+
 def switch(name: str) -> bool:
     """Tell whether a variable of the environment, such as DRY, is on; end where it is neither."""
     value = os.environ.get(name, "").lower()
     if value not in OFF + ON:
-        print(f"{Path(sys.argv[0]).name}: {name}={value}: must be 1 or 0", file=sys.stderr)
-        sys.exit(2)
+        refuse(f"{name}={value}: must be 1 or 0")
     return value in ON
 
 

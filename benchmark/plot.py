@@ -32,64 +32,57 @@ that redraws the seeds within each game; of an environment with up to three seed
 from __future__ import annotations
 
 import csv
-import json
-import re
+import itertools
 import shlex
 import sys
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
-import matplotlib
-import matplotlib.ticker
 import numpy as np
 import tyro
-from common import ANCHORS, GAMES, HUMAN, canonical, outlive_readers, runs_folder, switch
-from matplotlib.figure import Figure
+from common import ANCHORS, GAMES, HUMAN, outlive_readers, refuse, runs_folder, switch
+from rows import (
+    NUMBERS,
+    SPARSITY,
+    Row,
+    Run,
+    collect,
+    matching,
+    plans_of_folders,
+    plans_of_grid,
+    read_runs,
+    words,
+    write_rows,
+)
 
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "cleanrl-sparse",
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.linewidth": 1.2,
-    "pdf.fonttype": 42,  # text stays text, as publishers ask for
-    "text.parse_math": False,  # a $ is a $
-}
-matplotlib.rcParams.update(STYLE)
+# Type 42: text stays text, as publishers ask for. Without parse_math a $ is a $.
+STYLE = """svg.hashsalt cleanrl-sparse; axes.grid True; grid.alpha 0.3; font.size 9;
+    axes.titlesize 9; axes.spines.top False; axes.spines.right False; lines.linewidth 1.2;
+    pdf.fonttype 42; text.parse_math False"""
 REFERENCES = ("CNN-DQN", "CNN-Rainbow", "Impala-DQN", "Impala-Rainbow")
 with open(ANCHORS / "minatar_random.csv", newline="") as table:
     RANDOM = {row["game"]: float(row["random"]) for row in csv.DictReader(table)}
 RANDOM |= {game: random for game, (random, _) in HUMAN.items()}
-SPARSITY = {"sparsity_target": "sparsity/target", "sparsity_prunable": "sparsity/prunable"}
-# Columns of numbers; those of keys have a slash.
-NUMBERS = ("step", "return", "d4rl_score", *SPARSITY, "i", "j", "cosine", "offline")
 SCORES = {
     "human": "human-normalised score",
     "baseline": "return, of the baseline's",
     "return": "return",
     "d4rl": "D4RL score",
 }
-SCORING = ("curves", "sweep", "profile")
+SCORING = "curves sweep profile"  # kinds
+# The flags that only some kinds read.
 USES = {
-    "flat": ("sweep",),
-    "keys": ("metrics",),
-    "sparsity": ("curves",),
-    "against": ("curves",),
-    "baseline": SCORING,
-    "per_env": SCORING,
-    "reference": (*SCORING, "epochs"),
-    "score": SCORING,
-    "bootstrap": SCORING,
-    "seed": SCORING,
-    "last": (*SCORING, "metrics", "layers"),
-}  # flag: the kinds that read it
+    "sweep": "flat",
+    "metrics": "keys",
+    "curves": "sparsity against",
+    SCORING: "baseline per_env score bootstrap seed",
+    f"{SCORING} epochs": "reference",
+    f"{SCORING} metrics layers": "last",
+}
 # Okabe and Ito's colours, which the colour-blind can tell apart; dashes and markers for prints in
 # black and white. As their numbers have no common divisor, 28 curves differ in colour or dash.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
@@ -98,8 +91,7 @@ MARKERS = "os^Dv*XP<"
 
 Words = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]  # --keys A B --keys C
 Strata = Sequence[np.ndarray]  # of each environment [..., its seeds]
-Row = dict[str, Any]
-Drawing = tuple[Figure, list[Row], str]  # picture, table, what to say below both
+Drawing = tuple[Any, list[Row], str]  # picture, table, what to say below both
 
 
 @dataclass
@@ -134,295 +126,33 @@ class Args:
     few: tyro.conf.Suppress[bool] = False  # mean and range, as no environment has four seeds
 
 
-@dataclass
-class Run:
-    """A planned run and what it has logged."""
-
-    curve: str
-    env_id: str
-    seed: int
-    x: str
-    panel: str
-    finished: bool
-    columns: dict[str, np.ndarray]  # [T] each; T = 0 if it has not begun
-    # Where a column was logged, since NaN may have been; a column that is not in it: where not NaN.
-    logged: dict[str, np.ndarray] = field(default_factory=dict)
-    scored: bool = True  # False for a game without a human score where that is asked for
-    published: bool = False
-
-    def series(self, column: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return steps and values of a column where it was logged."""
-        steps = self.columns["step"]
-        values = self.columns.get(column, np.full(len(steps), np.nan))
-        where = self.logged.get(column, ~np.isnan(values))
-        return steps[where], values[where]
-
-    def final(self, column: str, last: int) -> float | None:
-        """Return the mean of the last values of a column, None if the run has not finished or has
-        none.
-        """
-        values = self.series(column)[1][-last:]
-        return float(values.mean()) if self.finished and len(values) else None
-
-
-def fail(text: str) -> NoReturn:
-    """End with one line and status 2."""
-    print(f"plot.py: {text}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def words(groups: Words) -> list[str]:
-    """Return the words of a flag that may be repeated."""
-    return [word for group in groups for word in group]
-
-
 def check(args: Args) -> None:
     """Refuse bad values, and flags that this kind would not read."""
     if args.kind not in KINDS:
-        fail(f"KIND must be one of {', '.join(KINDS)}, not {args.kind}")
-    for flag, kinds in USES.items():
-        if getattr(args, flag) != getattr(Args, flag) and args.kind not in kinds:
-            fail(f"--{flag.replace('_', '-')} is for {', '.join(kinds)}, not for {args.kind}")
+        refuse(f"KIND must be one of {', '.join(KINDS)}, not {args.kind}")
+    for kinds, flags in USES.items():
+        for flag in flags.split() if args.kind not in kinds.split() else []:
+            if getattr(args, flag) != getattr(Args, flag):
+                what = f"is for {', '.join(kinds.split())}, not for {args.kind}"
+                refuse(f"--{flag.replace('_', '-')} {what}")
     if args.kind == "sweep" and not args.x:
-        fail("--x is missing: the flag in which the runs differ, such as --x width")
+        refuse("--x is missing: the flag in which the runs differ, such as --x width")
     if args.kind == "epochs" and not args.reference:
-        fail("--reference is missing: the published runs, such as --reference CNN-DQN")
+        refuse("--reference is missing: the published runs, such as --reference CNN-DQN")
     for flag, name in (("x", args.x), ("panel", args.panel)):
         if name.replace("-", "_") in ("curve", "env_id", "seed", "finished", "seconds", *NUMBERS):
-            fail(f"--{flag} must be a flag in which runs differ, such as width, not {name}")
+            refuse(f"--{flag} must be a flag in which runs differ, such as width, not {name}")
     if args.score not in ("auto", *SCORES):
-        fail(f"--score must be auto, {', '.join(SCORES)}, not {args.score}")
+        refuse(f"--score must be auto, {', '.join(SCORES)}, not {args.score}")
     if args.score == "baseline" and not args.baseline:
-        fail("--score baseline needs --baseline CURVE")
+        refuse("--score baseline needs --baseline CURVE")
     if len(args.baseline) > 1 + bool(args.x or args.panel):
-        fail("--baseline takes a curve, and with --x or --panel its value too")
+        refuse("--baseline takes a curve, and with --x or --panel its value too")
     if args.last < 1 or args.bootstrap < 100 or args.seed < 0:
-        fail("--last must be at least 1, --bootstrap at least 100, --seed at least 0")
+        refuse("--last must be at least 1, --bootstrap at least 100, --seed at least 0")
     for name in words(args.reference):
         if name not in REFERENCES:
-            fail(f"--reference must be one of {', '.join(REFERENCES)}, not {name}")
-
-
-def records(path: Path, wanted: Iterable[str]) -> Iterator[Row]:
-    """Yield the records of a metrics.jsonl that name something wanted; not the last line if it was
-    cut off.
-    """
-    # Most records are of single episodes: parsing all would take minutes for a large grid.
-    pattern = re.compile("|".join(map(re.escape, wanted)))
-    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    for i, line in enumerate(lines, 1):
-        if pattern.search(line):
-            try:
-                yield json.loads(line)
-            except ValueError:
-                if i < len(lines):
-                    fail(f"{path}: line {i} is not JSON")
-
-
-def matching(keys: Iterable[str], wanted: Iterable[str]) -> list[str]:
-    """Return the keys that are wanted: by their name, or by their beginning up to a slash."""
-    return [
-        key
-        for name in wanted
-        for key in keys
-        if key == name or (name.endswith("/") and key.startswith(name))
-    ]
-
-
-def measure(folder: Path, trained: bool, args: Args) -> list[Row]:
-    """Return a row for each score of a run (metrics: for each step with a key); sparsity is the
-    latest until then.
-    """
-    score = "charts/epoch_return" if trained else "eval/episodic_return"
-    wanted = words(args.keys) if args.kind == "metrics" else [score]
-    steps, latest, rows = defaultdict[int, Row](dict), Row(), list[Row]()
-    for record in records(folder / "metrics.jsonl", [*wanted, "sparsity/"]):
-        # A step may have several records; that of the last evaluation has no sparsity.
-        steps[record["step"]].update(record)
-    for step, record in sorted(steps.items()):
-        latest |= {key: record[key] for key in matching(record, ["sparsity/"])}
-        if not (found := matching(record, wanted)):
-            continue
-        row = {"step": step, "seconds": record["seconds"], "return": record.get(score)}
-        row |= {"d4rl_score": record["eval/d4rl_score"]} if "eval/d4rl_score" in record else {}
-        row |= {column: latest.get(key) for column, key in SPARSITY.items()}
-        layers = matching(latest, ["sparsity/layer/"]) if args.kind == "layers" else []
-        row |= {key: record[key] for key in found if args.kind == "metrics"}
-        rows.append(row | {key: latest[key] for key in layers})
-    return rows
-
-
-def entries(folder: Path) -> list[Row]:
-    """Return the upper triangle, diagonal included, of a run's latest gradient covariance, which is
-    symmetric.
-    """
-    if not (paths := sorted(folder.glob("gradient_covariance-*.npy"))):
-        return []
-    try:
-        matrix = np.load(paths[-1], allow_pickle=False).astype(float)
-        pairs = np.argwhere(np.triu(np.ones_like(matrix)))
-        step = int(paths[-1].stem.rpartition("-")[2])
-        return [{"step": step, "i": int(i), "j": int(j), "cosine": matrix[i, j]} for i, j in pairs]
-    except (OSError, EOFError, ValueError):
-        fail(f"{paths[-1]}: must be a square matrix of cosines, written by np.save")
-
-
-def text_of(value: Any) -> str:
-    """Return a flag's value as the same text, whether the manifest or args.json gave it: 3, 0.95,
-    True, 16 32 32.
-    """
-    if isinstance(value, list):
-        return " ".join(map(text_of, value))
-    try:
-        return str(value) if isinstance(value, bool) else f"{float(value):g}"
-    except (TypeError, ValueError):
-        return "" if value is None else str(value)
-
-
-def flags_of(folder: Path) -> Row:
-    """Return the flags of a run from its args.json, {} before it has begun."""
-    path = folder / "args.json"
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        fail(f"{path}: not JSON")
-
-
-def plans_of_grid(path: Path) -> list[tuple[str, Row]]:
-    """Return what a manifest plans: for each line where it stands, and curve, script, flags (with
-    those of args.json) and folder.
-    """
-    if not path.exists():
-        known = ", ".join(sorted(other.stem for other in path.parent.glob("*.jsonl"))) or "none"
-        hint = f"the grids there are: {known}; or give a .csv file or run folders"
-        fail(f"{path}: no such grid; {hint}")
-    plans = []
-    for i, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            plan = json.loads(line)
-            folder = path.parent / plan["folder"]
-            own = {name.replace("-", "_"): value for name, value in plan["flags"].items()}
-            plan = {"curve": str(plan["curve"]), "script": str(plan["script"]), "folder": folder}
-        except (ValueError, TypeError, KeyError, AttributeError):
-            fail(f"{path}: line {i} must be a JSON object with curve, script, flags and folder")
-        flags = flags_of(folder) | {name[3:]: False for name in own if name.startswith("no_")}
-        flags |= {name: True if value == "" else value for name, value in own.items()}
-        plans.append((f"{path}: line {i}", plan | {"flags": flags}))
-    return plans
-
-
-def plans_of_folders(folders: list[Path], args: Args) -> list[tuple[str, Row]]:
-    """Return the same for runs made by hand; a curve is named by the flags in which they differ."""
-    found = {folder: flags_of(folder) for folder in folders}
-    if missing := [folder for folder, flags in found.items() if not flags]:
-        fail(f"{missing[0]}: no run is there (it has no args.json)")
-    # What says where and how a run is made says nothing about what it is.
-    ignored = {"env_id", "seed", "run_dir", "resume", "device", "track", "wandb_project", "dataset"}
-    ignored |= {"checkpoint_minutes", "keep_checkpoint", args.x, args.panel}
-    names = list(dict.fromkeys(name for flags in found.values() for name in flags))
-    texts = {name: {text_of(flags.get(name)) for flags in found.values()} for name in names}
-    differing = [name for name in names if name not in ignored and len(texts[name]) > 1]
-    plans = []
-    for folder, flags in found.items():
-        script = str(flags.get("script", ""))
-        parts = [Path(script).stem] if "script" in differing else []
-        for name in differing:
-            if name in flags and name != "script":
-                parts.append(f"{name.replace('_', '-')} {text_of(flags[name])}")
-        curve = ", ".join(parts) or Path(script).stem
-        plan = {"curve": curve, "script": script, "flags": flags, "folder": folder}
-        plans.append((str(folder), plan))
-    return plans
-
-
-def collect(path: Path, plans: list[tuple[str, Row]], args: Args) -> list[Row]:
-    """Return the rows of the CSV file; a planned run that has nothing to show is a row without a
-    step.
-    """
-    rows, seen, families = list[Row](), set[tuple[Any, ...]](), set[str]()
-    for where, plan in plans:
-        flags, folder = plan["flags"], plan["folder"]
-        game = flags.get("env_id") if "atari" in plan["script"] else ""  # one dataset has many
-        name = str(game or flags.get("dataset") or flags.get("env_id") or "")
-        if not name or not str(flags.get("seed", "")).isdecimal():
-            fail(f"{where}: its flags must have a seed, and env-id or dataset")
-        env_id = name if flags.get("dataset") and not game else canonical(name, plan["script"])
-        if env_id.endswith(".hdf5") or Path(env_id).is_absolute():
-            env_id = Path(env_id).name.removesuffix(".hdf5")
-        run = {"curve": plan["curve"], "env_id": env_id, "seed": int(flags["seed"])}
-        for flag in filter(None, (args.x, args.panel)):
-            flat = flag == args.x and plan["curve"] in words(args.flat)
-            run[flag] = "" if flat else text_of(flags.get(flag))
-        if tuple(run.values()) in seen:
-            again = f"{plan['curve']}, {env_id}, seed {run['seed']} once more"
-            fail(f"{where}: {again}; --x must be what differs")
-        seen.add(tuple(run.values()))
-        family = re.search("minatar|atari|rainbow", plan["script"])
-        families.add(family[0].replace("rainbow", "atari") if family else "")
-        run["finished"] = int((folder / "final.json").exists())
-        run |= {"offline": 1} if "cql_atari" in plan["script"] else {}  # steps are gradient steps
-        covariance = args.kind == "covariance"
-        trained = family is not None and "cql" not in plan["script"]  # by playing, and so scored
-        found = entries(folder) if covariance else measure(folder, trained, args)
-        rows += [run | row for row in found or [{}]]
-    if not rows or len(families) > 1:
-        mixed = "has Atari and other runs, which no picture can show"
-        fail(f"{path}: {mixed if rows else 'no runs are in it'}")
-    if not any("step" in row for row in rows):
-        keys = f"--keys {' '.join(words(args.keys))}"
-        what = keys if args.kind == "metrics" else "what this kind shows"
-        fail(f"{path}: no run in it has logged {what} yet")
-    return rows
-
-
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """Write a CSV file of all columns that a row has; six digits of a fraction, all of an
-    integer.
-    """
-    with open(path, "w", newline="") as file:
-        names = list(dict.fromkeys(key for row in rows for key in row))
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            texts = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow(texts)
-
-
-def read_runs(path: Path, args: Args) -> list[Run]:
-    """Return the runs of a CSV file in its order; spreadsheets and pandas may have written it."""
-    groups = defaultdict[tuple[str, ...], list[dict[str, str]]](list)
-    needed = ["curve", "env_id", "seed", "finished", "step"]
-    needed += [flag for flag in (args.x, args.panel) if flag]
-    needed += ["i", "j", "cosine"] if args.kind == "covariance" else ["return", *SPARSITY]
-    needed += ["d4rl_score"] if args.score == "d4rl" else []
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:  # Excel's mark comes off
-            reader = csv.DictReader(file)
-            names = list(reader.fieldnames or ())
-            if missing := ", ".join(name for name in needed if name not in names):
-                fail(f"{path}: no column {missing}; there are {', '.join(names) or 'none'}")
-            for row in reader:
-                seed, flags = f"{float(row['seed']):g}", (row.get(args.x), row.get(args.panel))
-                key = (row["curve"], row["env_id"], seed, *(text or "" for text in flags))
-                groups[key].append(row)
-        runs = []
-        for (curve, env_id, seed, x, panel), rows in groups.items():
-            begun = [row for row in rows if row["step"]]
-            kept = [name for name in names if name in NUMBERS or "/" in name]
-            columns = {k: np.array([float(row[k] or "nan") for row in begun]) for k in kept}
-            logged = {k: np.array([row[k] != "" for row in begun], bool) for k in kept}
-            if args.kind != "covariance" and (np.diff(columns["step"]) <= 0).any():
-                what = f"{curve}, {env_id}, seed {seed} is there more than once"
-                fail(f"{path}: {what}; --x must be what differs")
-            if x and args.kind != "sweep":
-                curve = f"{curve}, {args.x} {x}"
-            done = {"true": 1.0, "false": 0.0}.get(rows[0]["finished"].lower())
-            finished = bool(float(rows[0]["finished"]) if done is None else done)
-            run = Run(curve, env_id, int(seed), text_of(x), text_of(panel), finished, columns)
-            runs.append(replace(run, logged=logged))
-    except (TypeError, ValueError) as error:
-        fail(f"{path}: not a CSV file of this program ({' '.join(str(error).split())})")
-    return runs
+            refuse(f"--reference must be one of {', '.join(REFERENCES)}, not {name}")
 
 
 def published(name: str, games: set[str], end: float) -> list[Run]:
@@ -439,8 +169,8 @@ def published(name: str, games: set[str], end: float) -> list[Run]:
     for game, rows in values.items():
         steps, *returns = np.array(rows).T
         for seed, own in enumerate(returns, 1):
-            columns = {"step": steps, "return": own}
-            runs.append(Run(curve, game, seed, "", "", True, columns, published=True))
+            columns = {"return": (steps, own)}
+            runs.append(Run(curve, game, seed, "", "", True, steps, columns, published=True))
     return runs
 
 
@@ -456,34 +186,28 @@ def baseline_of(runs: list[Run], args: Args) -> dict[str, tuple[float, float]]:
             finals[run.env_id].append(final)
     if not finals:
         names = ", ".join(curves_of(runs))
-        fail(f"--baseline {' '.join(args.baseline)}: no finished run of it; curves: {names}")
+        refuse(f"--baseline {' '.join(args.baseline)}: no finished run of it; curves: {names}")
     if unknown := [env_id for env_id in finals if env_id not in RANDOM]:
-        fail(f"--baseline: the score of random play is not known of {unknown[0]}")
+        refuse(f"--baseline: the score of random play is not known of {unknown[0]}")
     return {env_id: (RANDOM[env_id], float(np.mean(own))) for env_id, own in finals.items()}
 
 
 def add_scores(runs: list[Run], args: Args) -> None:
-    """Give each run a column score: its return, its D4RL score, or (return - low) / (high - low)
-    with random play as low, a human or the baseline as high.
-    """
+    """Give each run a column score: return, D4RL score, or share of a human's or the baseline's."""
     scale = {"human": HUMAN}.get(args.score, {})
     if args.score == "baseline":
         scale = baseline_of(runs, args)
     for run in runs:
-        source = "d4rl_score" if args.score == "d4rl" else "return"
-        values = run.columns.get(source, np.full(0, np.nan))
-        run.logged["score"] = run.logged.get(source, ~np.isnan(values))
+        steps, values = run.series("d4rl_score" if args.score == "d4rl" else "return")
         if args.score in ("human", "baseline"):
             run.scored = run.env_id in scale
             low, high = scale.get(run.env_id, (np.nan, np.nan))
             values = (values - low) / (high - low)
-        run.columns["score"] = values
+        run.columns["score"] = steps, values
 
 
 def iqm(strata: Strata) -> np.ndarray:
-    """Return the mean of all scores but the int(n / 4) lowest and highest, over environments and
-    seeds.
-    """
+    """Return the mean of all scores, of all environments, but the int(n / 4) lowest and highest."""
     scores = np.sort(np.concatenate(strata, -1), -1)
     cut = scores.shape[-1] // 4
     return scores[..., cut : scores.shape[-1] - cut].mean(-1)
@@ -500,18 +224,13 @@ STATISTICS: dict[str, Callable[[Strata], np.ndarray]] = {
 
 def estimate(statistic: Callable[[Strata], np.ndarray], strata: Strata, args: Args) -> np.ndarray:
     """Return [3, ...]: a statistic and its 95 % interval, NaN where an environment has one seed,
-    which never varies.
-
-    Stratified bootstrap: each replicate redraws as many seeds as there are, with replacement,
-    within each environment.
+    which never varies. Each replicate redraws, with replacement, the seeds within each environment.
     """
     point = statistic(strata)
     if min(map(len, strata)) < 2:
         return np.stack([point, np.full_like(point, np.nan), np.full_like(point, np.nan)])
     rng = np.random.default_rng(args.seed)
-    redrawn = [
-        scores[rng.integers(len(scores), size=(args.bootstrap, len(scores)))] for scores in strata
-    ]
+    redrawn = [own[rng.integers(len(own), size=(args.bootstrap, len(own)))] for own in strata]
     return np.stack([point, *np.percentile(statistic(redrawn), [2.5, 97.5], axis=0)])
 
 
@@ -532,12 +251,11 @@ def strata_of(runs: Sequence[Run], values: Sequence[float]) -> Strata:
 
 
 def timeline(runs: list[Run], column: str) -> tuple[np.ndarray, np.ndarray, list[Run]]:
-    """Return steps [T], values [T, n] and the n runs: those that have finished, or where none has,
-    all that have begun.
+    """Return steps [T], values [T, n], and the n runs: those that have finished, else begun ones.
 
     A run keeps a value until its next one: an epoch in which no episode ended has no score. The
-    first step is the first one at which all have a value; the last is the end or, if none has
-    finished, the last step that all have reached.
+    steps are those at which all have a value, to the end or, if none has finished, as far as all
+    have come.
     """
     runs = [run for run in runs if len(run.series(column)[0])]
     runs = [run for run in runs if run.finished] or runs
@@ -569,21 +287,20 @@ def panels_of(runs: list[Run], args: Args) -> list[tuple[Row, list[Run]]]:
         own = {text: [run for run in runs if run.panel == text or run.published] for text in texts}
         panels = [({args.panel: text}, mine) for text, mine in own.items()]
     if args.per_env:
-        env_ids = sorted({run.env_id for run in runs if run.scored})
-        panels = [
-            (facts | {"environment": env_id}, [run for run in mine if run.env_id == env_id])
-            for facts, mine in panels
-            for env_id in env_ids
-        ]
+        env_ids, wide = sorted({run.env_id for run in runs if run.scored}), panels
+        panels = []
+        for (facts, mine), env_id in itertools.product(wide, env_ids):
+            own_env = [run for run in mine if run.env_id == env_id]
+            panels.append((facts | {"environment": env_id}, own_env))
     if args.against:
-        if args.against not in (names := list(curves_of(runs))):
-            fail(f"--against {args.against}: no such curve; there are {', '.join(names)}")
-        panels = [
-            (facts, [run for run in mine if run.curve in (args.against, name) or run.published])
-            for facts, mine in panels
-            for name in names
-            if name != args.against and not curves_of(runs)[name][0].published
-        ]
+        names = [name for name, curve in curves_of(runs).items() if not curve[0].published]
+        if args.against not in names:
+            refuse(f"--against {args.against}: no such curve; there are {', '.join(names)}")
+        names.remove(args.against)
+        wide, panels = panels, []
+        for (facts, mine), name in itertools.product(wide, names):
+            pair = [run for run in mine if run.curve in (args.against, name) or run.published]
+            panels.append((facts, pair))
     return panels
 
 
@@ -596,10 +313,8 @@ def sortable(text: str) -> tuple[float, str]:
 
 
 def title_of(facts: Row) -> str:
-    """Return what stands above a panel: environment, or the value of --panel."""
-    own = [
-        f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if key != "environment"
-    ]
+    """Return what stands above a panel: value of --panel, environment."""
+    own = [f"{key.replace('_', ' ')} {facts[key]}" for key in facts if key != "environment"]
     return "\n".join([*own, *filter(None, [facts.get("environment")])])
 
 
@@ -609,9 +324,7 @@ def literal(text: str) -> str:
 
 
 def looks_of(runs: list[Run]) -> dict[str, Row]:
-    """Return how each curve is drawn: our own in colours, published ones behind them in grey and
-    without markers.
-    """
+    """Return how each curve is drawn: ours in colours, published ones in grey, without markers."""
     looks, greys = dict[str, Row](), 0
     for name, mine in curves_of(runs).items():
         i, scored = len(looks), [run for run in mine if run.scored]
@@ -626,31 +339,23 @@ def looks_of(runs: list[Run]) -> dict[str, Row]:
 
 
 def draw_line(axis: Any, x: np.ndarray, lines: np.ndarray, look: Row) -> None:
-    """Draw lines [3, T], a middle between low and high, with markers apart from those of other
-    curves.
-    """
+    """Draw lines [3, T], a middle between low and high, with markers apart from other curves'."""
     stride = max(1, len(x) // 8)
     first = MARKERS.find(look.get("marker", "o")) * stride // 9
     axis.plot(x, lines[0], **look, markevery=(first, stride))
     axis.fill_between(x, lines[1], lines[2], color=look["color"], alpha=0.12, linewidth=0, zorder=1)
 
 
-def draw_range(axis: Any, runs: list[Run], column: str, scale: float, look: Row) -> None:
-    """Draw the mean of a column over the steps between its lowest and highest run."""
+def draw_range(
+    axis: Any, runs: list[Run], column: str, scale: float, look: Row, left: bool = False
+) -> None:
+    """Draw the mean of a column over the steps between its lowest and highest run; with `left` what
+    is left of 1.
+    """
     steps, values, used = timeline(runs, column)
     if used:
+        values = np.maximum(1 - values, 1e-4) if left else values
         lines = np.stack([values.mean(1), values.min(1), values.max(1)])
-        draw_line(axis, steps * scale, lines, look)
-
-
-def draw_density(axis: Any, runs: list[Run], scale: float, look: Row) -> None:
-    """Draw the mean share of weights that is left, between lowest and highest run."""
-    # Of what is pruned before training only the network's own sparsity is logged.
-    logged = [key for key in SPARSITY if any(len(run.series(key)[0]) for run in runs)]
-    steps, values, used = timeline(runs, (logged or [""])[0])
-    if used:
-        left = np.maximum(1 - values, 1e-4)
-        lines = np.stack([left.mean(1), left.min(1), left.max(1)])
         draw_line(axis, steps * scale, lines, look)
 
 
@@ -661,7 +366,7 @@ def scale_density(axes: Sequence[Any]) -> None:
     for axis in axes:
         axis.set(yscale="log", ylim=(low, 1.2), ylabel="weights left")
         axis.set_yticks(ticks, [f"{100 * t:g} %" for t in ticks])
-        axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axis.minorticks_off()
 
 
 def unit_of(runs: list[Run]) -> tuple[float, str]:
@@ -669,23 +374,25 @@ def unit_of(runs: list[Run]) -> tuple[float, str]:
     offline = any("offline" in run.columns for run in runs)
     if any(run.env_id in GAMES for run in runs) and not offline:
         return 4e-6, "million frames"
-    largest = max(run.columns["step"].max(initial=0) for run in runs)
+    largest = max(run.steps.max(initial=0) for run in runs)
     scale, many = (1e-6, "million") if largest >= 1e6 else (1e-3, "thousand")
     return scale, f"{many} {'gradient ' * offline}steps"
 
 
-def new_figure(
-    count: int, deep: int = 1, across: int = 0, size: float = 2.3
-) -> tuple[Figure, np.ndarray]:
+def new_figure(count: int, deep: int = 1, across: int = 0) -> tuple[Any, np.ndarray]:
     """Return a figure and its axes [count, deep]: panels of `deep` axes one above the other,
     `across` in a row.
     """
+    from matplotlib import rcParams  # takes almost a second, which DRY=1 does not need
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = dict(map(str.split, STYLE.split(";")))
+    rcParams.update(style)
     across = across or (count if count <= 4 else 5 if count <= 20 else 6)
-    rows = -(-count // across)
+    rows, size = -(-count // across), 2.3
     large = max(1, 3.6 / (across * size))  # a single panel is larger than one of many
-    width = across * size * large
     height = rows * deep * 0.8 * size * (0.4 + 0.6 * large)
-    figure = Figure((width, height), layout="constrained")
+    figure = Figure((across * size * large, height), layout="constrained")
     axes = figure.subplots(rows * deep, across, squeeze=False)
     axes = axes.reshape(rows, deep, across).transpose(0, 2, 1).reshape(rows * across, deep)
     for axis in axes[count:].flat:
@@ -693,17 +400,14 @@ def new_figure(
     return figure, axes[:count]
 
 
-def seeds_of(runs: list[Run]) -> Counter[tuple[str, ...]]:
+def seeds_of(runs: list[Run]) -> dict[tuple[str, ...], int]:
     """Return how many runs of ours count for each curve, environment and flag: those that have
     finished, or where none has, all that have begun.
     """
     ours = [run for run in runs if not run.published]
-    begun = [run for run in ours if len(run.columns["step"])]
-    seeds: Counter[tuple[str, ...]] = Counter()
-    seeds.update({(run.curve, run.env_id, run.x, run.panel): 0 for run in ours})
-    used = [run for run in ours if run.finished] or begun
-    seeds.update((run.curve, run.env_id, run.x, run.panel) for run in used)
-    return seeds
+    used = [run for run in ours if run.finished] or [run for run in ours if len(run.steps)]
+    seeds = Counter((run.curve, run.env_id, run.x, run.panel) for run in used)
+    return {key: seeds[key] for key in ((run.curve, run.env_id, run.x, run.panel) for run in ours)}
 
 
 def caption_of(runs: list[Run], args: Args, what: str, band: str) -> str:
@@ -724,9 +428,7 @@ def caption_of(runs: list[Run], args: Args, what: str, band: str) -> str:
 
 
 def range_row(values: Sequence[float | None]) -> Row:
-    """Return number, mean, lowest and highest of final values, which are None for runs that have
-    not finished.
-    """
+    """Return number, mean, lowest and highest of final values, None where not finished."""
     known = [value for value in values if value is not None]
     row: Row = {"runs": len(known), "of_runs": len(values)}
     if not known:
@@ -735,9 +437,7 @@ def range_row(values: Sequence[float | None]) -> Row:
 
 
 def final_row(facts: Row, runs: list[Run], args: Args) -> Row:
-    """Return facts and the statistics of final scores, of all games together or of one
-    environment.
-    """
+    """Return facts and the statistics of final scores, of all games or of one environment."""
     finals = {id(run): run.final("score", args.last) for run in runs if run.scored}
     known = {key: value for key, value in finals.items() if value is not None}
     done = [run for run in runs if id(run) in known]
@@ -765,38 +465,36 @@ def once(rows: list[Row]) -> list[Row]:
     return list({repr(row): row for row in rows}.values())  # by its text, as NaN is not NaN
 
 
-def score_label(args: Args, what: str) -> str:
-    """Return the text at the axis of scores, in lines that are no longer than a low panel."""
-    return textwrap.fill(f"{SCORES[args.score]}, {what}", 18, break_on_hyphens=False)
-
-
-def band_of(args: Args) -> tuple[str, str]:
-    """Return what is drawn of the scores, and what the bands around it are."""
+def drawn(args: Args) -> tuple[str, str, str]:
+    """Return what is drawn of the scores, what their bands are, and the text at their axis."""
+    what, band = "IQM", "bands: 95 % bootstrap intervals over seeds"
     if args.few:
-        return "mean", "bands: lowest to highest seed"
-    return "IQM", "bands: 95 % bootstrap intervals over seeds"
+        what, band = "mean", "bands: lowest to highest seed"
+    # in lines that are no longer than a low panel
+    return what, band, textwrap.fill(f"{SCORES[args.score]}, {what}", 18, break_on_hyphens=False)
 
 
 def draw_curves(runs: list[Run], args: Args) -> Drawing:
     """Draw the scores, and if asked for the weights that are left, over the steps."""
     panels, looks, (scale, unit) = panels_of(runs, args), looks_of(runs), unit_of(runs)
     figure, axes = new_figure(len(panels), 1 + args.sparsity)
-    rows, (what, band) = list[Row](), band_of(args)
-    for (facts, mine), column in zip(panels, axes):
+    rows, (what, band, label) = list[Row](), drawn(args)
+    for i, ((facts, mine), column) in enumerate(zip(panels, axes)):
         for name, curve in curves_of(mine).items():
             steps, values, used = timeline(curve, "score")
             bands = [centre(strata_of(used, row), args) for row in values]
             draw_line(column[0], steps * scale, np.reshape(bands, (-1, 3)).T, looks[name])
-            if args.sparsity and not curve[0].published:
-                draw_density(column[1], curve, scale, looks[name])
+            # Of what is pruned before training only the network's own sparsity is logged.
+            shares = [key for key in SPARSITY if any(key in run.columns for run in curve)]
+            if args.sparsity and shares and not curve[0].published:
+                draw_range(column[1], curve, shares[0], scale, looks[name], left=True)
             rows.append(final_row({"curve": name} | facts, curve, args))
-        column[0].set(title=title_of(facts), ylabel=score_label(args, what))
+        column[0].set(title=title_of(facts), ylabel=label)
         column[-1].set_xlabel(unit)
+        if args.against and i > 0 and facts == panels[i - 1][0]:
+            column[0].sharey(axes[i - 1, 0])  # beside one curve, those of an environment share y
     if args.sparsity:
         scale_density([*axes[:, 1]])
-    for i, (facts, _) in enumerate(panels):  # beside one curve, those of an environment share y
-        if args.against and i > 0 and facts == panels[i - 1][0]:
-            axes[i, 0].sharey(axes[i - 1, 0])
     return figure, once(rows), caption_of(runs, args, what[0].upper() + what[1:], band)
 
 
@@ -821,15 +519,14 @@ def draw_profile(runs: list[Run], args: Args) -> Drawing:
             rows.append(final_row({"curve": name} | facts, curve, args))
         axis.set(title=title_of(facts), xlabel=f"tau: {SCORES[args.score]}")
         axis.set_ylabel("share of runs above")
-    band = "bands: 95 % bootstrap intervals over seeds"
+    band = drawn(replace(args, few=False))[1]
     return figure, rows, caption_of(runs, args, "Final scores", band)
 
 
 def places_of(values: list[str], x: str) -> tuple[list[str], np.ndarray]:
     """Return the values in order and where they stand: to scale, on a logarithmic one from a ratio
-    of 50; sparsities by the logarithm of what they leave.
-
-    At equal distances stand words, and numbers whose labels would overlap.
+    of 50, sparsities by the logarithm of what they leave; at equal distances words, and numbers
+    whose labels would overlap.
     """
     try:
         values = sorted(values, key=float)
@@ -849,14 +546,14 @@ def draw_sweep(runs: list[Run], args: Args) -> Drawing:
     horizontal lines.
     """
     if unknown := [name for name in words(args.flat) if name not in curves_of(runs)]:
-        fail(f"--flat {unknown[0]}: no such curve; there are {', '.join(curves_of(runs))}")
+        refuse(f"--flat {unknown[0]}: no such curve; there are {', '.join(curves_of(runs))}")
     flat = {run.curve for run in runs if run.published or run.curve in words(args.flat)}
     lost = [run for run in runs if not run.x and run.curve not in flat]
     runs = [run for run in runs if run.x or run.curve in flat]
     values = list(dict.fromkeys(run.x for run in runs if run.curve not in flat))
     if not values:
         what = f"no run of {' '.join(args.grid)} has that flag, in the manifest or in its args.json"
-        fail(f"--x {args.x}: {what}")
+        refuse(f"--x {args.x}: {what}")
     values, places = places_of(values, args.x)
     panels, looks, rows = panels_of(runs, args), looks_of(runs), list[Row]()
     moving = [name for name in looks if name not in flat]
@@ -864,37 +561,34 @@ def draw_sweep(runs: list[Run], args: Args) -> Drawing:
     # can be told apart.
     step = min(0.06, 0.4 / len(moving)) * (np.diff(places).min() if len(places) > 1 else 1)
     figure, axes = new_figure(len(panels))
-    what, band = band_of(args)
+    what, band, label = drawn(args)
     middle = ("mean", "lowest", "highest") if args.few else ("iqm", "iqm_low", "iqm_high")
     for (facts, mine), axis in zip(panels, axes[:, 0]):
         for name, curve in curves_of(mine).items():
             look, points = looks[name], list[tuple[float, ...]]()
             for value, place in [("", 0.0)] if name in flat else zip(values, places):
-                some = [run for run in curve if name in flat or run.x == value]
-                if not some:
-                    continue
-                row = final_row({"curve": name} | facts | {args.x: value}, some, args)
-                rows.append(row)
-                if middle[0] in row:
-                    points.append((place, *(row[key] for key in middle)))
+                if some := [run for run in curve if name in flat or run.x == value]:
+                    row = final_row({"curve": name} | facts | {args.x: value}, some, args)
+                    rows.append(row)
+                    if middle[0] in row:
+                        points.append((place, *(row[key] for key in middle)))
+            x, y, low, high = np.reshape(points, (-1, 4)).T
             if name in flat:
                 line = {key: value for key, value in look.items() if "marker" not in key}
-                for _, level, *ends in points:
+                for level, *ends in zip(y, low, high):
                     axis.axhline(level, **line)
                     axis.axhspan(*ends, color=look["color"], alpha=0.12, linewidth=0, zorder=1)
             else:
-                x, y, low, high = np.reshape(points, (-1, 4)).T
                 x = x + step * (moving.index(name) - (len(moving) - 1) / 2)
                 axis.plot(x, y, **look)
                 bars: Row = {"fmt": "none", "color": look["color"], "capsize": 2}
                 axis.errorbar(x, (low + high) / 2, (high - low) / 2, **bars)
-        axis.set(title=title_of(facts), xlabel=args.x.replace("_", " "))
-        axis.set_ylabel(score_label(args, what))
+        axis.set(title=title_of(facts), xlabel=args.x.replace("_", " "), ylabel=label)
         axis.set_xticks(places, values, fontsize=8)
     bars_are = band.replace("bands:", "bars and bands:")
     caption = caption_of(runs, args, f"{what[0].upper()}{what[1:]} of final scores", bars_are)
     if args.reference:
-        frames = max(run.columns["step"][-1] for run in runs if run.published) * 4e-6
+        frames = max(run.steps[-1] for run in runs if run.published) * 4e-6
         caption += f" Published scores are those at {frames:g} million frames."
     if lost:
         caption += f" {len(lost)} runs that do not say their {args.x} are left out."
@@ -906,49 +600,43 @@ def draw_epochs(runs: list[Run], args: Args) -> Drawing:
     which a sixth run of theirs would lie 95 times of 100: mean +- t(0.975, 4) sd sqrt(1 + 1 / 5).
     """
     ours = [run for run in runs if not run.published]
-    pairs = []  # curve of ours, game, and the published runs of its agent
-    for name, curve in curves_of(ours).items():
+    pairs = list(dict.fromkeys((run.curve, run.env_id) for run in ours))
+    pairs.sort(key=lambda pair: ([*curves_of(ours)].index(pair[0]), pair[1]))
+    figure, axes = new_figure(len(pairs))
+    rows = list[Row]()
+    for (name, env_id), axis in zip(pairs, axes[:, 0]):
         agent = name.partition(" ")[0]
         theirs = [run for run in runs if run.published and f" {agent} " in run.curve]
         if not theirs:
-            fail(f"--reference: none is of {agent}, the first word of the curve {name}")
-        for env_id in sorted({run.env_id for run in curve}):
-            pairs.append((name, env_id, [run for run in theirs if run.env_id == env_id]))
-    figure, axes = new_figure(len(pairs))
-    rows, inside, total = list[Row](), 0, 0
-    for (name, env_id, theirs), axis in zip(pairs, axes[:, 0]):
-        known = np.stack([run.columns["return"] for run in theirs])  # [5, epochs]
-        steps = theirs[0].columns["step"]
+            refuse(f"--reference: none is of {agent}, the first word of the curve {name}")
+        theirs = [run for run in theirs if run.env_id == env_id]
+        known = np.stack([run.series("return")[1] for run in theirs])  # [5, epochs]
+        steps, label = theirs[0].steps, theirs[0].curve
         half = 2.776 * known.std(0, ddof=1) * (1 + 1 / 5) ** 0.5
         bounds = np.stack([known.mean(0), known.mean(0) - half, known.mean(0) + half])
-        label = theirs[0].curve
         draw_line(axis, steps * 4e-6, bounds, {"color": "0.55", "linestyle": "--", "label": label})
         for run in (run for run in ours if (run.curve, run.env_id) == (name, env_id)):
             own_steps, values = run.series("return")
             axis.plot(own_steps * 4e-6, values, "o", color=COLOURS[2], markersize=4, label="ours")
             for step, value in zip(own_steps, values):
-                if step not in steps:
-                    continue
-                middle, low, high = bounds[:, np.flatnonzero(steps == step)[0]]
-                row: Row = {"curve": name, "environment": env_id, "seed": run.seed}
-                row |= {"million frames": step * 4e-6, "return": value}
-                row |= {"published": middle, "published_low": low, "published_high": high}
-                rows.append(row | {"inside": "yes" if low <= value <= high else "no"})
-                inside, total = inside + (low <= value <= high), total + 1
+                if step in steps:
+                    middle, low, high = bounds[:, np.flatnonzero(steps == step)[0]]
+                    row: Row = {"curve": name, "environment": env_id, "seed": run.seed}
+                    row |= {"million frames": step * 4e-6, "return": value}
+                    row |= {"published": middle, "published_low": low, "published_high": high}
+                    rows.append(row | {"inside": "yes" if low <= value <= high else "no"})
         axis.set(title=f"{name}, {env_id}", xlabel="million frames", ylabel="return")
+    inside = sum(row["inside"] == "yes" for row in rows)
     interval = "bands: 95 % prediction intervals of the five published runs"
-    return figure, rows, f"{inside} of {total} epochs lie inside; {interval}."
+    return figure, rows, f"{inside} of {len(rows)} epochs lie inside; {interval}."
 
 
 def draw_metrics(runs: list[Run], args: Args) -> Drawing:
-    """Draw what was logged over the steps: a row of panels for each key, a column for each
-    environment.
-    """
-    names = [key for run in runs for key in run.columns if "/" in key and len(run.series(key)[0])]
-    logged = list(dict.fromkeys(names))
+    """Draw what was logged over the steps: panels of each key in a row, of an environment below."""
+    logged = list(dict.fromkeys(key for run in runs for key in run.columns if "/" in key))
     if missing := [name for name in words(args.keys) if not matching(logged, [name])]:
         what = f"no run of {' '.join(args.grid)} has logged it; there are {', '.join(logged)}"
-        fail(f"--keys {missing[0]}: {what}")
+        refuse(f"--keys {missing[0]}: {what}")
     keys, env_ids = matching(logged, words(args.keys)), sorted({run.env_id for run in runs})
     looks, (scale, unit), rows = looks_of(runs), unit_of(runs), list[Row]()
     figure, axes = new_figure(len(env_ids), len(keys), len(env_ids))
@@ -965,18 +653,15 @@ def draw_metrics(runs: list[Run], args: Args) -> Drawing:
 
 
 def draw_layers(runs: list[Run], args: Args) -> Drawing:
-    """Draw the sparsity of each layer over the steps, a mean over environments and seeds: a panel
-    for each curve.
-    """
-    names = [key for run in runs for key in run.columns if key.startswith("sparsity/layer/")]
-    layers = list(dict.fromkeys(names))
-    if not layers:
-        what = (
-            "no sparsity/layer/NAME is in it; a .csv file must come from an earlier plot.py layers"
-        )
-        fail(f"{' '.join(args.grid)}: {what}")
+    """Draw each layer's sparsity, a mean over environments and seeds: a panel for each curve."""
+    from matplotlib import colormaps
+
+    logged = list(dict.fromkeys(key for run in runs for key in run.columns))
+    if not (layers := matching(logged, ["sparsity/layer/"])):
+        what = "no sparsity/layer/NAME is in it; a .csv file must be of an earlier plot.py layers"
+        refuse(f"{' '.join(args.grid)}: {what}")
     figure, axes = new_figure(len(curves_of(runs)))
-    shades, (scale, unit), rows = matplotlib.colormaps["viridis"], unit_of(runs), list[Row]()
+    shades, (scale, unit), rows = colormaps["viridis"], unit_of(runs), list[Row]()
     for (name, curve), axis in zip(curves_of(runs).items(), axes[:, 0]):
         for i, key in enumerate(layers):
             if mine := [run for run in curve if len(run.series(key)[0])]:
@@ -999,19 +684,19 @@ def draw_covariance(runs: list[Run], args: Args) -> Drawing:
     """
     env_ids, names = sorted({run.env_id for run in runs}), list(curves_of(runs))
     means = dict[int, float | None]()
-    figure, axes = new_figure(len(env_ids), len(names), len(env_ids), 2.3)
+    figure, axes = new_figure(len(env_ids), len(names), len(env_ids))
     for run in sorted(runs, key=lambda run: -run.seed):  # a lower seed is drawn over a higher one
         axis = axes[env_ids.index(run.env_id), names.index(run.curve)]
-        i, j = (run.columns[key] for key in "ij")
+        i, j, cosines = (run.series(key)[1] for key in ("i", "j", "cosine"))
         rows, columns = i.astype(int), j.astype(int)
         matrix = np.eye(int(max(i, default=0)) + 1)
-        matrix[rows, columns] = matrix[columns, rows] = run.columns["cosine"]
+        matrix[rows, columns] = matrix[columns, rows] = cosines
         off = matrix[~np.eye(len(matrix), dtype=bool)]
         means[id(run)] = float(np.abs(off).mean()) if len(off) else None
         if len(off):
             axis.clear()
             image = axis.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="none")
-            axis.set_xlabel(f"seed {run.seed}, step {run.columns['step'][0]:,.0f}", fontsize=7)
+            axis.set_xlabel(f"seed {run.seed}, step {run.steps[0]:,.0f}", fontsize=7)
         axis.set(xticks=[], yticks=[], ylabel=textwrap.fill(run.curve, 24))
     for env_id, column in zip(env_ids, axes):
         column[0].set_title(env_id)
@@ -1028,18 +713,19 @@ def draw_covariance(runs: list[Run], args: Args) -> Drawing:
     return figure, table, what
 
 
-KINDS = {
-    "curves": draw_curves,
-    "sweep": draw_sweep,
-    "profile": draw_profile,
-    "epochs": draw_epochs,
-    "metrics": draw_metrics,
-    "layers": draw_layers,
-    "covariance": draw_covariance,
-}
+DRAW = (
+    draw_curves,
+    draw_sweep,
+    draw_profile,
+    draw_epochs,
+    draw_metrics,
+    draw_layers,
+    draw_covariance,
+)
+KINDS = {draw.__name__.removeprefix("draw_"): draw for draw in DRAW}
 
 
-def save_picture(figure: Figure, title: str, out: Path) -> None:
+def save_picture(figure: Any, title: str, out: Path) -> None:
     """Write OUT.png, OUT.svg and OUT.pdf, with the legend below the panels."""
     labels = dict[str, Any]()
     for axis in figure.axes:
@@ -1072,9 +758,7 @@ def number(value: Any) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """Return a table in Markdown: `9 of 15` from runs and of_runs, `1.68 [1.64, 1.71]` from iqm,
-    iqm_low, iqm_high.
-    """
+    """Return a table in Markdown: `9 of 15` of runs, of_runs; `2 [1, 3]` of iqm, iqm_low, _high."""
     names = {"iqm": "IQM", "gap": "optimality gap"}
     columns = list(dict.fromkeys(key for row in rows for key in row))
     kept = [k for k in columns if not k.startswith("of_") and not k.endswith(("_low", "_high"))]
@@ -1089,19 +773,18 @@ def markdown(rows: list[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def source_of(args: Args) -> tuple[Path, list[tuple[str, Row]]]:
-    """Return the CSV file or manifest that GRID names, or where the comparison of run folders would
-    have one; and what is planned, nothing for a CSV file.
+def source_of(args: Args) -> tuple[Path, list[Row]]:
+    """Return the CSV file or the manifest that GRID names, or the one that run folders would have;
+    and what is planned, nothing for a CSV file.
     """
-    first = Path(args.grid[0])
-    if all(Path(name).is_dir() for name in args.grid):
-        plans = plans_of_folders([Path(name) for name in args.grid], args)
-        return first.parent / "comparison.jsonl", plans
-    if len(args.grid) > 1:
-        missing = next(name for name in args.grid if not Path(name).is_dir())
-        fail(f"{missing}: not a folder; GRID is one grid, one .csv file, or folders of runs")
-    if first.suffix == ".csv":
-        return first, []
+    folders = [Path(name) for name in args.grid]
+    if all(folder.is_dir() for folder in folders):
+        return folders[0].parent / "comparison.jsonl", plans_of_folders(folders, args)
+    if len(folders) > 1:
+        missing = next(folder for folder in folders if not folder.is_dir())
+        refuse(f"{missing}: not a folder; GRID is one grid, one .csv file, or folders of runs")
+    if folders[0].suffix == ".csv":
+        return folders[0], []
     path = runs_folder() / f"{args.grid[0]}.jsonl"
     return path, plans_of_grid(path)
 
@@ -1118,16 +801,16 @@ def make(args: Args) -> None:
         path = Path(f"{out}.csv")
         write_rows(path, rows)
     runs = read_runs(path, args)
-    end = max((run.columns["step"].max(initial=0) for run in runs), default=0)
+    end = max((run.steps.max(initial=0) for run in runs), default=0)
     if end == 0:
-        fail(f"{path}: no run in it has a step")
+        refuse(f"{path}: no run in it has a step")
     atari = any(run.env_id in GAMES for run in runs)
     if not atari and (args.reference or args.score == "human"):
         flag = "reference" if args.reference else "score human"
-        fail(f"--{flag}: {' '.join(args.grid)} is not of Atari games")
+        refuse(f"--{flag}: {' '.join(args.grid)} is not of Atari games")
     if args.score == "auto":
         pooled = "baseline" if args.baseline else "human" if atari and not args.per_env else ""
-        args = replace(args, score=pooled if pooled and args.kind in SCORING else "return")
+        args = replace(args, score=pooled if pooled and args.kind in SCORING.split() else "return")
     # Nothing but human and baseline scores is on one scale.
     args = replace(args, per_env=args.per_env or args.score not in ("human", "baseline"))
     for name in words(args.reference):
@@ -1136,7 +819,7 @@ def make(args: Args) -> None:
     add_scores(runs, args)
     if not any(run.scored for run in runs):
         what = f"no game of {' '.join(args.grid)} has a human score; --per-env shows their returns"
-        fail(f"--score human: {what}")
+        refuse(f"--score human: {what}")
     figure, table, caption = KINDS[args.kind](runs, args)
     save_picture(figure, args.title, out)
     write_rows(Path(f"{out}_table.csv"), table)
@@ -1146,16 +829,14 @@ def make(args: Args) -> None:
 
 
 def main(args: Args) -> None:
-    """Check the flags and make the files; with DRY in the environment only print the command
-    line.
-    """
+    """Check the flags and make the files; with DRY=1 only print the command line."""
     check(args)
     if switch("DRY"):  # tests of shell scripts look at what they would run
         return print(shlex.join(["python", *sys.argv]))
     try:
         make(args)
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}")
+        refuse(f"{error.filename}: {error.strerror}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import itertools
 import json
 import os
@@ -18,11 +19,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import tyro
 from conftest import FIFTEEN_GAMES, SCRIPTS, load_script
+from test_docs import load_benchmark
 from test_runs import wait_until
 
 BENCHMARK = SCRIPTS.parent / "benchmark"
@@ -81,7 +83,7 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.runs = folder, folder / "runs"
-        for name in ("launch.py", "common.py"):
+        for name in ("launch.py", "flags.py", "common.py"):
             (folder / "benchmark").mkdir(exist_ok=True)
             shutil.copy(BENCHMARK / name, folder / "benchmark")
         shutil.copytree(BENCHMARK / "anchors", folder / "benchmark" / "anchors")
@@ -185,6 +187,9 @@ def test_the_same_run_has_one_id_however_it_is_written(place: Place) -> None:
         {"ticks": "7", "quiet": ""},
     ]
     assert place.manifest()[5]["id"] == ids[4]
+    place.launch("add", "g", "7", "stand_in.py", "--quiet", FLAGS="--no-quiet --ticks 6")
+    assert place.manifest()[7]["flags"] == {"no-quiet": "", "ticks": "6"}
+    assert place.manifest()[7]["id"] == ids[0]
 
 
 def test_what_is_done_is_left_alone_and_shared(place: Place) -> None:
@@ -293,9 +298,8 @@ def test_a_launcher_at_work_takes_up_what_is_retried(place: Place) -> None:
     wait_until((bad / ".failed").exists)
     assert place.launch("retry", "g")[0] == 0
     _, err = launcher.communicate()
-    assert launcher.returncode == 1 and err.count("ended with status 3") == 3, (
-        "when it does, twice; and at the end"
-    )
+    assert launcher.returncode == 1 and err.count("ended with status 3: stand_in.py: it broke") == 2
+    assert err.splitlines()[-2] == f"launch.py: {bad.name} failed: stand_in.py: it broke"
     assert place.starts() == ["start end", "start start"]
 
 
@@ -330,6 +334,16 @@ def test_a_launcher_that_is_stopped_stops_its_runs_and_goes_on_later(
     status, out, _ = place.launch("launch", "g", "--workers", "3")
     assert status == 0 and out.count("] go on with Pong") == 2 and out.count("] begin Pong") == 1
     assert place.starts() == ["start start end"] * 2 + ["start end"]
+
+
+def test_a_launcher_under_nohup_outlives_its_terminal(place: Place) -> None:
+    place.add("a", "--ticks", "15")
+    words = ["nohup", sys.executable, "benchmark/launch.py", "launch", "g"]
+    launcher = subprocess.Popen(words, cwd=place.folder, stdout=subprocess.PIPE, text=True)
+    place.wait_for(1)
+    launcher.send_signal(signal.SIGHUP)
+    out, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 0 and out.splitlines()[-1] == "g: all 1 runs are done"
 
 
 def test_a_launcher_whose_output_nobody_reads_stops_its_runs(place: Place) -> None:
@@ -572,6 +586,10 @@ def test_what_slurm_does_not_take_waits_for_a_later_launch(place: Place, tmp_pat
         (["add", "g", "a", "stand_in.py", "--rate", "fast"], "--rate fast: must be a number"),
         (["add", "g", "a", "stand_in.py", "--kind", "c"], "--kind c: must be one of a, b"),
         (["add", "g", "a", "stand_in.py", "--seed"], "--seed: a value is missing"),
+        (["add", "g", "a", "stand_in.py", "--mask", ""], "--mask: a value is missing"),
+        (["add", "g", "a", "stand_in.py", "--no-seed"], "--no-seed: stand_in.py has no such flag"),
+        (["add", "g", "a", "stand_in.py", "--quiet", "--no-quiet"], "--no-quiet: given twice"),
+        (["launch", "g", "--workers", "0"], "--workers 0: must be at least 1"),
         (["add", "g", "a", "stand_in.py", "--limit", "1"], "--limit: stand_in.py has no such flag"),
         (["launch", "g", "--runs-per-job", "4"], "--runs-per-job is for --backend slurm"),
         (
@@ -598,23 +616,57 @@ def test_bad_input_gets_one_line(place: Place, words: list[str], told: str) -> N
     assert status == 2 and told in err and len(err.splitlines()) == 1 and place.manifest() == before
 
 
-def dry(figure: str) -> list[list[str]]:
-    """Return the commands of a figure's script, the launcher's and the plotter's among them."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("SMOKE", "FLAGS")
-    } | {"DRY": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    result = subprocess.run(
-        [BENCHMARK / f"{figure}.sh"], capture_output=True, text=True, check=True, env=environment
-    )
-    return [shlex.split(line) for line in result.stdout.splitlines()]
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What DRY=1 of every figure's script prints.
+
+    A stand-in for Python writes down the command lines, which then are done in this process: to
+    start Python 300 times would take a minute.
+    """
+    folder = tmp_path_factory.mktemp("stand_in")
+    (folder / "python").write_text("#!/bin/bash\nprintf '%q ' \"$@\"; echo\n")
+    (folder / "python").chmod(0o755)
+    clean = {name: text for name, text in os.environ.items() if name not in ("SMOKE", "FLAGS")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("SMOKE", "FLAGS"):
+            patch.delenv(name, raising=False)
+        patch.setenv("DRY", "1")
+        patch.syspath_prepend(str(BENCHMARK))
+        launch, plot = load_benchmark("launch"), load_benchmark("plot")
+        found = dict[str, list[str]]()
+        for figure in LISTS:
+            path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+            called = dry(figure, clean | {"PATH": path})
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                for program, *words in map(shlex.split, called):
+                    if program == "benchmark/launch.py":
+                        assert launch.main(words) == 0
+                    else:
+                        patch.setattr(sys, "argv", [program, *words])
+                        plot.main(tyro.cli(plot.Args))
+            found[figure] = out.getvalue().splitlines()
+    return found
+
+
+def dry(figure: str, environment: dict[str, str]) -> list[str]:
+    """Return what a figure's script prints with DRY=1."""
+    words, environment = [BENCHMARK / f"{figure}.sh"], environment | {"DRY": "1"}
+    result = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    return result.stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
-def commands() -> dict[str, list[list[str]]]:
-    """The commands of every figure's script."""
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(LISTS, pool.map(dry, LISTS)))
+def commands(lines: dict[str, list[str]]) -> dict[str, list[list[str]]]:
+    """The commands of every figure's script, the launcher's and the plotter's among them."""
+    return {figure: [shlex.split(line) for line in own] for figure, own in lines.items()}
+
+
+@pytest.mark.parametrize("figure", ["gmp_figure13", "eaudesac_mujoco"])
+def test_a_script_prints_its_commands(figure: str, lines: dict[str, list[str]]) -> None:
+    """With Python itself, as a user does it."""
+    clean = {name: text for name, text in os.environ.items() if name not in ("SMOKE", "FLAGS")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    assert dry(figure, clean | {"PATH": path}) == lines[figure]
 
 
 def test_the_figures_commands_are_accepted_by_their_scripts(

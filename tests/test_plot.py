@@ -257,7 +257,7 @@ def test_published_scores_of_fifteen_games(
 def test_anchors_have_every_game_and_epoch(module: ModuleType) -> None:
     for name in module.REFERENCES:
         runs = module.published(name, module.GAMES, 1e9)
-        assert len(runs) == 60 * 5 and {len(run.columns["step"]) for run in runs} == {40}
+        assert len(runs) == 60 * 5 and {len(run.steps) for run in runs} == {40}
     assert (
         len(module.HUMAN) == 55
         and len(module.GAMES) == 60
@@ -758,6 +758,9 @@ def test_the_command_line_and_its_environment(tmp_path: Path) -> None:
         result.returncode == 0
         and result.stdout == f"python {PLOT} sweep nowhere --x width --flat 'DQN dense'\n"
     )
+    trace = [sys.executable, "-X", "importtime", PLOT, *words]
+    result = subprocess.run(trace, env=plain | {"DRY": "1"}, capture_output=True, text=True)
+    assert "numpy" in result.stderr and "matplotlib" not in result.stderr, "it takes a second"
 
 
 def hopper(*returns: float) -> list[Record]:
