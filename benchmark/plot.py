@@ -383,9 +383,11 @@ def new_figure(count: int, deep: int = 1, across: int = 0) -> tuple[Any, np.ndar
     """Return a figure and its axes [count, deep]: panels of `deep` axes one above the other,
     `across` in a row.
     """
-    from matplotlib import rcParams  # takes almost a second, which DRY=1 does not need
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib import rcParams  # takes almost a second, which DRY=1 does not need
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        refuse(f"{error}: pip install matplotlib, or pip install -e '.[plot]'")
     style: dict[Any, Any] = dict(map(str.split, STYLE.split(";")))
     rcParams.update(style)
     across = across or (count if count <= 4 else 5 if count <= 20 else 6)

@@ -62,8 +62,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import gymnasium as gym
-import h5py
-import minari
 import numpy as np
 import torch
 import tyro
@@ -72,6 +70,12 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tyro.constructors import PrimitiveConstructorSpec
+
+try:
+    import h5py
+    import minari
+except ImportError as error:
+    sys.exit(f"{error}: pip install 'minari[hf]' h5py pillow, or pip install -e '.[offline]'")
 
 
 @dataclass

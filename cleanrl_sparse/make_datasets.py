@@ -59,17 +59,21 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
-import minari
 import numpy as np
 import torch
 import tyro
 from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
-from minari.data_collector import EpisodeBuffer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+try:
+    import minari
+    from minari.data_collector import EpisodeBuffer
+except ImportError as error:
+    sys.exit(f"{error}: pip install 'minari[hf]' h5py pillow, or pip install -e '.[offline]'")
 
 
 class Exit(Exception):

@@ -931,3 +931,25 @@ def test_the_last_checkpoint_with_finite_losses_is_kept(
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoint").iterdir())
     assert [name[:13] for name in kept] == ["000000000100-", "000000000200-"]
     assert "step 300: the losses are" in line and line.endswith("checkpoint kept: 000000000200")
+
+
+@pytest.mark.parametrize(
+    ("script", "package"),
+    [
+        ("cleanrl_sparse/cql_offline_snip", "h5py"),
+        ("cleanrl_sparse/make_datasets", "minari"),
+        ("benchmark/plot", "matplotlib"),
+    ],
+)
+def test_a_package_of_an_extra_that_is_missing_is_named(
+    script: str, package: str, tmp_path: Path
+) -> None:
+    (tmp_path / f"{package}.py").write_text("raise ImportError('No module named ' + __name__)")
+    results = "benchmark/results/minatar_eaudeqn.csv"
+    flags = ["curves", results, "--out", str(tmp_path / "x")] if "plot" in script else []
+    root, environment = SCRIPTS.parent, os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, f"{script}.py", *flags]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert f"No module named {package}" in line and "pip install" in line

@@ -130,7 +130,7 @@ LINES = {
     "dqn_atari_baselines": (1069, 538),
     "sac_mujoco_eaudeqn": (936, 455),
     "sac_mujoco_gmp": (909, 425),
-    "cql_offline_snip": (1013, 409),
+    "cql_offline_snip": (1017, 413),
     "eaudeqn_minatar": (809, 360),
     "dqn_minatar_gmp": (768, 316),
     "cql_atari_eaudeqn": (868, 328),
