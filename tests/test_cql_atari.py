@@ -204,7 +204,7 @@ def test_an_epochs_checkpoints_follow_from_seed_and_epoch(
     going.load(17)
     count = int(going.count)
     assert fresh.drawn == going.drawn == list(seen[17]) and count == int(fresh.count) > 0
-    for name in ("frames", "facts", "actions"):
+    for name in ("frames", "outcomes", "actions"):
         assert torch.equal(getattr(fresh, name), getattr(going, name))
     assert torch.equal(fresh.rows[:count], going.rows[:count])
     other = dataset_of(either, tmp_path, seed=2, **flags)

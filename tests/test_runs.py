@@ -124,7 +124,7 @@ KEY = re.compile(
 )
 # What `wc -l` may say at most, and where `main` begins at the latest; see CONTRIBUTING.
 LINES = {
-    "eaudeqn_atari": (835, 331),
+    "eaudeqn_atari": (836, 332),
     "dqn_atari_gmp": (964, 386),
     "rainbow_resnet_gmp": (1071, 434),
     "dqn_atari_baselines": (1069, 538),
@@ -133,7 +133,7 @@ LINES = {
     "cql_offline_snip": (1017, 413),
     "eaudeqn_minatar": (809, 360),
     "dqn_minatar_gmp": (768, 316),
-    "cql_atari_eaudeqn": (868, 328),
+    "cql_atari_eaudeqn": (869, 329),
     "cql_atari_gmp": (976, 433),
 }
 VOLATILE = {
