@@ -589,4 +589,4 @@ if __name__ == "__main__":
         print(f"\nlaunch.py: Ctrl-C; {told}", file=sys.stderr)
         sys.exit(STOPPED)
     except OSError as error:
-        refuse(f"{error.filename}: {error.strerror}")
+        refuse(str(error))  # which may have no file name

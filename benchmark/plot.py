@@ -838,7 +838,7 @@ def main(args: Args) -> None:
     try:
         make(args)
     except OSError as error:
-        refuse(f"{error.filename}: {error.strerror}")
+        refuse(str(error))  # which may have no file name
 
 
 if __name__ == "__main__":

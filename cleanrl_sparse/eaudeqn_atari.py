@@ -223,8 +223,7 @@ class EauDeQN(nn.Module):
         self.losses = np.zeros(k)  # copy of accumulated_loss on the host
         self.sparsity = [0.0] * k  # nominal; the masks' counts are rounded
         self.gradient_step, self.selected = 0, 0
-        # A generator for each use: with K = 1 the actions are plain DQN's.
-        uses = ("act", "network", "exponent", "score")
+        uses = ("act", "network", "exponent", "score")  # with K = 1 the actions are plain DQN's
         self.rng = {use: np.random.default_rng((args.seed, i)) for i, use in enumerate(uses)}
         self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -297,7 +296,8 @@ class EauDeQN(nn.Module):
                 self.graph.register_generator_state(replay.generator)
                 with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                     self.update(*replay.sample(self.args.batch_size))
-            self.losses = np.array(self.accumulated_loss.tolist())
+            if self.gradient_step == due:  # once, since it waits for the device
+                self.losses = np.array(self.accumulated_loss.tolist())
 
     @torch.no_grad()
     def update_target(self, step: int) -> None:
