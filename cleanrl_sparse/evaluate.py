@@ -292,7 +292,8 @@ def play(
 ) -> list[float]:
     """Play one episode in each environment; return their undiscounted returns."""
     scores, over = np.zeros(args.episodes), np.zeros(args.episodes, bool)
-    with tqdm(total=args.episodes, unit="episode", dynamic_ncols=True) as bar:
+    pause = 0.1 if sys.stderr.isatty() else 30  # seconds between its updates
+    with tqdm(total=args.episodes, unit="episode", dynamic_ncols=True, mininterval=pause) as bar:
         for step in range(args.steps):
             actions = act(envs.obs)
             if film and not over[0]:
@@ -300,7 +301,7 @@ def play(
             rewards, ended = envs.step(actions)
             scores += np.where(over, 0, rewards)
             over |= ended
-            bar.set_postfix_str(f"step {step} of at most {args.steps}", refresh=False)
+            bar.set_postfix_str(f"step {step + 1} of at most {args.steps}", refresh=False)
             bar.update(int(over.sum()) - bar.n)
             if over.all():
                 break
@@ -426,7 +427,8 @@ def main(args: Args) -> None:
     zeros = sum(int((w == 0).sum()) for w in matrices) / sum(w.numel() for w in matrices)
     what = "an actor" if policy else "a network"
     how = "by the mean action" if policy else f"at epsilon {args.epsilon:g}"
-    lines = [f"{envs.title}: {args.episodes} episodes {how}, {what} of {zeros:.1%} sparsity"]
+    count = "1 episode" if args.episodes == 1 else f"{args.episodes} episodes"
+    lines = [f"{envs.title}: {count} {how}, {what} of {zeros:.1%} sparsity"]
     low, high = mean_interval(scores)
     interval = f"95 % interval [{low:.2f}, {high:.2f}], from {min(scores):g} to {max(scores):g}"
     lines += [f"return {np.mean(scores):.2f}, {interval}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,9 @@ import pytest
 SCRIPTS = Path(
     os.environ.get("SCRIPTS_DIR") or Path(__file__).resolve().parent.parent / "cleanrl_sparse"
 )
+
+# Under nohup the runs that tests start would inherit that a closed terminal is ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The games of most figures of the pruning paper.
 FIFTEEN_GAMES = {
