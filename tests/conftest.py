@@ -19,8 +19,9 @@ SCRIPTS = Path(
     os.environ.get("SCRIPTS_DIR") or Path(__file__).resolve().parent.parent / "cleanrl_sparse"
 )
 
-# Under nohup the runs that tests start would inherit that a closed terminal is ignored.
+# Under nohup, or in the background of a shell, the runs that tests start would ignore these too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The games of most figures of the pruning paper.
 FIFTEEN_GAMES = {

@@ -1818,11 +1818,14 @@ def test_a_run_outlives_the_readers_of_its_output(script: str, tmp_path: Path, s
     )
     os.close(write)
     os.close(read)
-    wait_until((tmp_path / "run" / "metrics.jsonl").exists)
-    wait_until(lambda: len(records(tmp_path / "run")) > 2 or process.poll() is not None)
-    assert process.poll() is None, "it goes on in silence"
-    process.send_signal(signum)
-    assert process.wait(TIMEOUT) == 75
+    try:
+        wait_until((tmp_path / "run" / "metrics.jsonl").exists)
+        wait_until(lambda: len(records(tmp_path / "run")) > 2 or process.poll() is not None)
+        assert process.poll() is None, "it goes on in silence"
+        process.send_signal(signum)
+        assert process.wait(TIMEOUT) == 75
+    finally:
+        process.kill()
     assert len(saved_steps(tmp_path / "run")) == 1
 
 
