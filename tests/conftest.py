@@ -19,6 +19,10 @@ SCRIPTS = Path(
     os.environ.get("SCRIPTS_DIR") or Path(__file__).resolve().parent.parent / "cleanrl_sparse"
 )
 
+# One thread per process: the processes of the tests fill the machine, and threads of such small
+# networks would mostly wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Under nohup, or in the background of a shell, the runs that tests start would ignore these too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -145,19 +145,15 @@ def catch_return(module: ModuleType, agent: Any) -> float:
     """Train an agent with a pruning schedule on Catch for 24,000 steps; return the mean of its last
     200 returns.
     """
-    env, returns, threads = Catch(1), list[float](), torch.get_num_threads()
+    env, returns = Catch(1), list[float]()
     kind = getattr(module, "PrioritisedReplay", module.FrameReplay)
     replay = kind(agent.args, CPU, env.obs[:, -1])
-    torch.set_num_threads(1)  # tensors are small
-    try:
-        for step in range(1, 24_001):
-            actions = agent.act(env.obs, max(0.01, min(1.0, 1 - 0.99 * (step - 1_000) / 2_400)))
-            replay.add(actions, env.step(int(actions[0])), env.obs[:, -1])
-            returns += [score for score, _ in env.episodes]
-            agent.learn(replay, step)
-            if step > 1_004 and step % 80 == 0:
-                agent.update_target()
-    finally:
-        torch.set_num_threads(threads)
+    for step in range(1, 24_001):
+        actions = agent.act(env.obs, max(0.01, min(1.0, 1 - 0.99 * (step - 1_000) / 2_400)))
+        replay.add(actions, env.step(int(actions[0])), env.obs[:, -1])
+        returns += [score for score, _ in env.episodes]
+        agent.learn(replay, step)
+        if step > 1_004 and step % 80 == 0:
+            agent.update_target()
     print("\nreturns", *(f"{np.mean(returns[i : i + 400]):.2f}" for i in range(0, 4000, 400)))
     return float(np.mean(returns[-200:]))

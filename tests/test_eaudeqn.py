@@ -821,26 +821,19 @@ def test_sparsity_at_the_pace_of_learning(
     episodes.
     """
     monkeypatch.setattr(eaudeqn, "QNetwork", CatchNetwork)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors are small
     ends = {}
-    try:
-        for feature_size, learning_rate in ((512, 6e-5), (64, 2e-4)):
-            returns, sparsities = learn_catch(eaudeqn, feature_size, learning_rate, seed)
-            print(
-                f"\n{feature_size} features, seed {seed}: returns", *(f"{r:.2f}" for r in returns)
-            )
-            print("sparsities", *(f"{s:.3f}" for s in sparsities))
-            assert returns[-1] >= 0.9
-            saturated = int(np.argmax(returns >= 0.9))
-            before, after = (
-                pace(sparsities, 1, saturated),
-                pace(sparsities, saturated, len(sparsities) - 2),
-            )
-            print(f"pace {before:.2f} until entry {saturated}, {after:.2f} from there")
-            assert 0 < saturated < len(returns) - 3 and after < before / 2
-            ends[feature_size] = sparsities[-1]
-    finally:
-        torch.set_num_threads(threads)
+    for feature_size, learning_rate in ((512, 6e-5), (64, 2e-4)):
+        returns, sparsities = learn_catch(eaudeqn, feature_size, learning_rate, seed)
+        print(f"\n{feature_size} features, seed {seed}: returns", *(f"{r:.2f}" for r in returns))
+        print("sparsities", *(f"{s:.3f}" for s in sparsities))
+        assert returns[-1] >= 0.9
+        saturated = int(np.argmax(returns >= 0.9))
+        before, after = (
+            pace(sparsities, 1, saturated),
+            pace(sparsities, saturated, len(sparsities) - 2),
+        )
+        print(f"pace {before:.2f} until entry {saturated}, {after:.2f} from there")
+        assert 0 < saturated < len(returns) - 3 and after < before / 2
+        ends[feature_size] = sparsities[-1]
     assert ends[512] > 0.5
     assert ends[512] > ends[64]

@@ -851,12 +851,12 @@ def test_samples_are_uniform_and_whole(module: ModuleType) -> None:
 @pytest.mark.parametrize("env_id", ["Hopper-v5", "HalfCheetah-v5", "Pendulum-v1"])
 @pytest.mark.parametrize(("num_envs", "capacity"), [(1, 2000), (1, 130), (3, 390)])
 def test_restored_environments_and_replay_go_on(
-    module: ModuleType, env_id: str, num_envs: int, capacity: int
+    eaudesac: ModuleType, env_id: str, num_envs: int, capacity: int
 ) -> None:
     """From a past at any step the same replay, and then the same future."""
-    rng, args = np.random.default_rng(1), module.Args(buffer_size=capacity, batch_size=130)
-    envs = module.MujocoEnvs(env_id, num_envs, 5)
-    replay = module.Replay(args, CPU, envs)
+    rng, args = np.random.default_rng(1), eaudesac.Args(buffer_size=capacity, batch_size=130)
+    envs = eaudesac.MujocoEnvs(env_id, num_envs, 5)
+    replay = eaudesac.Replay(args, CPU, envs)
     pasts = {}
     actions = rng.uniform(-1, 1, (700, num_envs, envs.num_actions)).astype(np.float32)
     for step, row in enumerate(actions):
@@ -864,9 +864,9 @@ def test_restored_environments_and_replay_go_on(
             pasts[step] = copy.deepcopy(past_of(envs)), replay.table.clone()
         store(replay, envs, row)
     for step, (past, table) in pasts.items():
-        again = module.MujocoEnvs(env_id, num_envs, 5)
-        other = module.Replay(args, CPU, again)
-        module.play_again(again, other, past, types.SimpleNamespace(stops=[], path=""))
+        again = eaudesac.MujocoEnvs(env_id, num_envs, 5)
+        other = eaudesac.Replay(args, CPU, again)
+        eaudesac.play_again(again, other, past, types.SimpleNamespace(stops=[], path=""))
         assert torch.equal(other.table, table) and other.count == min(step * num_envs, capacity)
         for row in actions[step:]:
             store(other, again, row)
@@ -1108,12 +1108,7 @@ def test_it_learns_to_swing_up_a_pendulum(
     ways |= {"eau de, pruned actor": {"prune_actor": True}, "bf16": {"precision": "bf16"}}
     own = ways.get(which, {})
     module = sac if "sparsity" in own else eaudesac
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        module.main(module.Args(**flags, **own))
-    finally:
-        torch.set_num_threads(threads)
+    module.main(module.Args(**flags, **own))
     final = json.loads((tmp_path / "run" / "final.json").read_text())
     print(which, final["eval/episodic_return"], final["sparsity/prunable"])
     assert final["eval/episodic_return"] > -250
