@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         )
         names = {*getattr(item, "fixturenames", ())}
         costly = names & {"straight", "broken_off"} or re.search(
-            "_gmp-3|alone|cut_off|when_the_target", item.name
+            "_gmp-3|alone|when_the_target", item.name
         )
         if (
             "cql_offline_snip-3" in item.name

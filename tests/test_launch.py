@@ -811,7 +811,7 @@ def test_a_grid_that_is_killed_at_random_ends_as_an_undisturbed_one(tmp_path: Pa
     ]
     flags += ["--checkpoint-minutes", "0.01", "--sparsity", "0.9"]
     for name in ("whole", "killed"):
-        environment = os.environ | {"RUNS": str(tmp_path / name), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"RUNS": str(tmp_path / name)}
         launch = [sys.executable, BENCHMARK / "launch.py"]
         subprocess.run(
             [*launch, "add", "g", "SAC", "sac_mujoco_gmp.py", *flags], check=True, env=environment

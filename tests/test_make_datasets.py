@@ -106,11 +106,7 @@ def test_one_command_trains_and_records(
         "500",
     ]
     command = [sys.executable, SCRIPTS / "make_datasets.py", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    results = [
-        subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-        for _ in "12"
-    ]
+    results = [subprocess.run(command, cwd=tmp_path, capture_output=True, text=True) for _ in "12"]
     assert all(result.returncode == 0 for result in results), results[0].stderr
     tables = [
         [line for line in result.stdout.splitlines() if line.startswith("| local")]
@@ -174,10 +170,7 @@ def test_what_is_stopped_goes_on(tmp_path: Path, number: signal.Signals) -> None
         str(tmp_path),
     ]
     command = [sys.executable, SCRIPTS / "make_datasets.py", *flags]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "MINARI_DATASETS_PATH": str(tmp_path / "datasets"),
-    }
+    environment = os.environ | {"MINARI_DATASETS_PATH": str(tmp_path / "datasets")}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "Pendulum-v1__1__4000"
     wait_until(

@@ -28,6 +28,7 @@ from test_runs import (
 LACKS = missing()
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.slurm,
     pytest.mark.skipif(bool(LACKS), reason=f"no Slurm: {', '.join(LACKS)}"),
 ]
 
@@ -64,7 +65,7 @@ class Place:
             "SLURM_CONF": there["SLURM_CONF"],
             "PATH": there["PATH"],
         }
-        self.begun.append(Process(LAUNCHER, command, cwd=self.folder, threads=1, **environment))
+        self.begun.append(Process(LAUNCHER, command, cwd=self.folder, **environment))
         return self.begun[-1]
 
     def call(self, command: str, status: int = 0, **environment: str) -> Output:
