@@ -1952,7 +1952,7 @@ def test_kills_at_random_moments(script: str, num_envs: int, tmp_path: Path) -> 
         pytest.skip("it has one environment or none to train in")
     flags = f"{SMALL[script]} --checkpoint-minutes 0.003 --epoch-steps 40"
     if script not in OFFLINE:
-        flags += " --replay-ratio 0.03 --total-timesteps 6000"
+        flags += " --replay-ratio 0.03 --total-timesteps 3000"
     if script not in SINGLE:
         flags += f" --num-envs {num_envs}"
     assert Process(script, flags, "--run-dir whole", cwd=tmp_path).wait().status == 0
