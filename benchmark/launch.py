@@ -301,7 +301,8 @@ def work(
             told = len(stops)
             for child in children:
                 child.process.send_signal(signal.SIGTERM)
-            print(f"stopping {len(children)} runs; each writes a checkpoint")
+            s = "s" * (len(children) != 1)
+            print(f"stopping {len(children)} run{s}; each writes its checkpoint")
         for child in [child for child in children if child.process.poll() is not None]:
             run, status = child.run, child.process.returncode
             said = last_line(run.path / ".log")
