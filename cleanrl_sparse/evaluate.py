@@ -119,6 +119,8 @@ def q_values(weights: dict[str, Tensor], flags: dict[str, Any], obs: Tensor) -> 
     return x
 
 
+# <<< shared: forward
+# >>> shared: agents
 def mean_actions(weights: dict[str, Tensor], obs: Tensor) -> Tensor:
     """Return a policy's mean actions [B, A] in [-1, 1] for obs [B, O]."""
     x, i = obs, 1
@@ -138,7 +140,7 @@ def load_agent(folder: Path, use_c: bool = True) -> Any:
     return module.Agent(folder, use_c)
 
 
-# <<< shared: forward
+# <<< shared: agents
 class AtariGames:
     """N games under Dopamine's protocol; `obs` [N, 4, 84, 84] uint8, or [N, 1, 210, 160, 3]."""
 

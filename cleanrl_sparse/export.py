@@ -163,6 +163,8 @@ def q_values(weights: dict[str, Tensor], flags: dict[str, Any], obs: Tensor) -> 
     return x
 
 
+# <<< shared: forward
+# >>> shared: agents
 def mean_actions(weights: dict[str, Tensor], obs: Tensor) -> Tensor:
     """Return a policy's mean actions [B, A] in [-1, 1] for obs [B, O]."""
     x, i = obs, 1
@@ -182,7 +184,7 @@ def load_agent(folder: Path, use_c: bool = True) -> Any:
     return module.Agent(folder, use_c)
 
 
-# <<< shared: forward
+# <<< shared: agents
 def network_of(flags: dict[str, Any], weights: dict[str, Tensor]) -> Network:
     """Return the acting network of a run."""
     found = {name: tensor.float().numpy() for name, tensor in weights.items()}

@@ -40,10 +40,8 @@ import difflib
 import fcntl
 import gzip
 import hashlib
-import importlib.util
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -51,8 +49,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +62,7 @@ import tyro
 from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 try:
@@ -145,111 +141,52 @@ def make_env(env_id: str, **options: Any) -> gym.Env:
         isinstance(s, gym.spaces.Box) and len(s.shape) == 1 and s.shape[0] > 0
         for s in (obs, actions)
     )
-    bounded = (
-        fits and actions.dtype.kind == "f" and bool(np.isfinite([actions.low, actions.high]).all())
-    )
-    require(
-        bounded,
-        f"--env-id {env_id}: needs a vector of observations and one of bounded continuous actions",
-    )
+    bounded = fits and actions.dtype.kind == "f" and np.isfinite([actions.low, actions.high]).all()
+    line = "needs a vector of observations and one of bounded continuous actions"
+    require(bool(bounded), f"--env-id {env_id}: {line}")
     return env
 
 
-class MujocoSteps(NamedTuple):
-    """One step of N environments."""
+class Step(NamedTuple):
+    """One step of an environment."""
 
-    last_obs: np.ndarray  # [N, O] float32, the observation before any reset
-    rewards: np.ndarray  # [N] float64
-    terminated: np.ndarray  # [N] bool
-    ended: np.ndarray  # [N] bool, terminated or truncated
-    episodes: list[tuple[float, int]]  # (undiscounted return, steps) of each episode that ended
+    obs: np.ndarray  # [O] float32
+    action: np.ndarray  # [A] float32, in [-1, 1]
+    reward: float
+    terminated: bool
+    truncated: bool
+    next_obs: np.ndarray  # [O] float32, before any reset
 
 
-class MujocoEnvs:
-    """N copies of an environment with actions in [-1, 1], rescaled to its bounds.
+class MujocoEnv:
+    """An environment with actions in [-1, 1], rescaled to its bounds.
 
-    `obs` [N, O] float32 is the current observation: after an episode has ended, the first of
-    the next. Each episode has its own seed, from (seed, environment, step), as in the training
-    scripts: so a run's actions suffice to replay it.
+    `obs` [O] float32 is the current observation: after an episode has ended, the first of the next.
+    Each episode has its own seed, from (seed, 0, step), as in the training scripts with one
+    environment, so a run's actions suffice to replay it.
     """
 
-    def __init__(self, env_id: str, num_envs: int, seed: int, **options: Any) -> None:
-        self.envs: list[Any] = [make_env(env_id, **options) for _ in range(num_envs)]
-        space = self.envs[0].action_space
+    def __init__(self, env_id: str, seed: int) -> None:
+        self.env = make_env(env_id)
+        space: Any = self.env.action_space
         self.middle, self.half = (space.high + space.low) / 2, (space.high - space.low) / 2
-        self.title, self.num_actions = self.envs[0].spec.id, len(space.low)
-        self.seed, self.actions = seed, bytearray()  # all actions so far, float32
-        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
-        self.obs = np.zeros((num_envs, *self.envs[0].observation_space.shape), np.float32)
-        for i in range(num_envs):
-            self.reset(i)
+        self.num_actions, self.seed, self.steps = len(space.low), seed, 0
+        self.begin()
 
-    def __len__(self) -> int:
-        """Return the number of steps so far."""
-        return len(self.actions) // (4 * len(self.envs) * self.num_actions)
+    def begin(self) -> None:
+        """Start an episode."""
+        seed = np.random.SeedSequence((self.seed, 0, self.steps)).generate_state(1)[0]
+        self.obs = self.env.reset(seed=int(seed))[0].astype(np.float32)
 
-    def reset(self, i: int) -> None:
-        """Start an episode of environment i."""
-        seed = np.random.SeedSequence((self.seed, i, len(self))).generate_state(1)[0]
-        self.obs[i] = self.envs[i].reset(seed=int(seed))[0]
-        self.returns[i] = self.lengths[i] = 0
-
-    def step(self, actions: np.ndarray) -> MujocoSteps:
-        """Take a step with actions [N, A] in [-1, 1]; episodes that ended are reset."""
-        n = len(self.envs)
-        self.actions += actions.astype(np.float32).tobytes()
-        last_obs, rewards = np.zeros_like(self.obs), np.zeros(n)
-        terminated, ended = np.zeros((2, n), bool)
-        episodes = list[tuple[float, int]]()
-        for i in range(n):
-            last_obs[i], rewards[i], terminated[i], truncated, _ = self.envs[i].step(
-                self.middle + self.half * actions[i]
-            )
-            self.obs[i], ended[i] = last_obs[i], terminated[i] or truncated
-            self.returns[i] += rewards[i]
-            self.lengths[i] += 1
-            if ended[i]:
-                episodes.append((float(self.returns[i]), int(self.lengths[i])))
-                self.reset(i)
-        return MujocoSteps(last_obs, rewards, terminated, ended, episodes)
-
-
-class Actor(nn.Sequential):
-    """A Gaussian over actions, squashed to [-1, 1] by tanh; hidden layers of `units`."""
-
-    output: nn.Linear
-
-    def __init__(self, obs_size: int, num_actions: int, units: int, layers: int = 2) -> None:
-        parts = OrderedDict[str, nn.Module]()
-        for i in range(1, layers + 1):
-            parts |= {
-                f"dense{i}": nn.Linear(units if i > 1 else obs_size, units),
-                f"relu{i}": nn.ReLU(inplace=True),
-            }
-        super().__init__(parts | {"output": nn.Linear(units, 2 * num_actions)})
-        for p in self.parameters():
-            nn.init.xavier_uniform_(p) if p.ndim > 1 else nn.init.zeros_(p)
-
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Map obs [B, O] to mean and log standard deviation [B, A] each, the latter in [-20, 2]."""
-        x, output = obs, self.output
-        for layer in list(self)[:-1]:
-            x = layer(x)
-        with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for actions
-            mean, log_std = output(x.to(output.weight.dtype)).chunk(2, 1)
-            return mean, log_std.clamp(-20, 2)
-
-    def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return actions [..., B, A] in [-1, 1] and their log-probabilities [..., B].
-
-        obs is [B, O], noise [..., B, A] standard normal. With u = mean + std * noise,
-        log p(tanh u) = log N(u) - log(1 - tanh(u) ** 2), and the last term is
-        2 * (log 2 - u - softplus(-2 * u)), which neither overflows nor loses digits at large |u|.
-        """
-        mean, log_std = self(obs)
-        u = mean + log_std.exp() * noise
-        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        return u.tanh(), (log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
+    def step(self, action: np.ndarray) -> Step:
+        """Take a step with an action [A] in [-1, 1]; after an end the next episode starts."""
+        obs, scaled = self.obs, self.middle + self.half * action
+        next_obs, reward, terminated, truncated, _ = self.env.step(scaled)
+        self.obs = next_obs = next_obs.astype(np.float32)
+        self.steps += 1
+        if terminated or truncated:
+            self.begin()
+        return Step(obs, action, float(reward), bool(terminated), bool(truncated), next_obs)
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -314,80 +251,71 @@ def train(args: Args, env_id: str, steps: int) -> Path:
     return folder
 
 
-def transitions(steps: Iterator[tuple[np.ndarray, np.ndarray, MujocoSteps]]) -> list[Episode]:
-    """Return the episodes in one environment's (obs, actions, outcome); the last is truncated."""
-    episodes, parts = list[Episode](), list[tuple[Any, ...]]()
-    last = None
-
-    def close() -> None:
-        """End an episode."""
-        obs, actions, rewards, terminated = map(np.array, zip(*parts))
-        final = np.arange(len(parts)) == len(parts) - 1
+def episodes_of(steps: Iterable[Step]) -> list[Episode]:
+    """Return the steps as episodes; the last one is truncated where the steps end."""
+    parts: list[list[Step]] = [[]]
+    for step in steps:
+        parts[-1].append(step)
+        if step.terminated or step.truncated:
+            parts.append([])
+    episodes = list[Episode]()
+    for part in filter(None, parts):
+        obs, actions, rewards, terminated, _, next_obs = map(np.array, zip(*part))
+        final = np.arange(len(part)) == len(part) - 1
         episodes.append(
             {
-                "observations": np.concatenate([obs, [last]]),
+                "observations": np.concatenate([obs, next_obs[-1:]]),
                 "actions": actions,
                 "rewards": rewards,
                 "terminations": terminated,
                 "truncations": final & ~terminated,
             }
         )
-        parts.clear()
-
-    for obs, actions, outcome in steps:
-        parts.append((obs[0], actions[0], outcome.rewards[0], outcome.terminated[0]))
-        last = outcome.last_obs[0].copy()
-        if outcome.ended[0]:
-            close()
-    if parts:
-        close()
     return episodes
 
 
-def play(
-    args: Args, seed: int, policy: Actor | None
-) -> Iterator[tuple[np.ndarray, np.ndarray, MujocoSteps]]:
-    """Yield (obs, actions, outcome) of whole episodes; without a policy actions are uniform."""
-    env, rng, ended = MujocoEnvs(args.env_id, 1, seed), np.random.default_rng(seed), False
-    while len(env) < args.transitions or not ended:
-        obs = env.obs.copy()
-        if policy is None:
-            actions = rng.uniform(-1, 1, (1, env.num_actions)).astype(np.float32)
+def play(args: Args, seed: int, weights: dict[str, Tensor]) -> Iterator[Step]:
+    """Yield the steps of whole episodes of an actor; without weights actions are uniform."""
+    env, rng, ended = MujocoEnv(args.env_id, seed), np.random.default_rng(seed), False
+    # Copies are aligned in memory, wherever the weights lie in their file: that decides rounding.
+    weights = {name: tensor.clone() for name, tensor in weights.items()}
+    while env.steps < args.transitions or not ended:
+        if weights:
+            noise = torch.from_numpy(rng.standard_normal((1, env.num_actions), np.float32))
+            action = sample(weights, torch.from_numpy(env.obs)[None], noise)[0].numpy()
         else:
-            with torch.no_grad():
-                noise = torch.from_numpy(rng.standard_normal((1, env.num_actions), np.float32))
-                actions = policy.sample(torch.from_numpy(obs), noise)[0].numpy()
-        outcome = env.step(actions)
-        ended = bool(outcome.ended[0])
-        yield obs, actions, outcome
+            action = rng.uniform(-1, 1, env.num_actions).astype(np.float32)
+        step = env.step(action)
+        ended = step.terminated or step.truncated
+        yield step
 
 
-def replay(args: Args, folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray, MujocoSteps]]:
-    """Yield (obs, actions, outcome) of everything a run did, by replaying its actions.
+def sample(weights: dict[str, Tensor], obs: Tensor, noise: Tensor) -> Tensor:
+    """Return an actor's actions [B, A] in [-1, 1] for obs [B, O] and standard normal noise [B, A].
+
+    It is a Gaussian, squashed by tanh, whose log standard deviation is kept in [-20, 2].
+    """
+    x = obs
+    for name in ("dense1", "dense2"):
+        x = F.relu(F.linear(x, weights[f"actor.{name}.weight"], weights[f"actor.{name}.bias"]))
+    x = F.linear(x, weights["actor.output.weight"], weights["actor.output.bias"])
+    mean, log_std = x.chunk(2, 1)
+    return (mean + log_std.clamp(-20, 2).exp() * noise).tanh()
+
+
+def replay(args: Args, folder: Path) -> Iterator[Step]:
+    """Yield every step of a run, by replaying its actions.
 
     They are in its last checkpoint, which --keep-checkpoint has kept.
     """
     path = max((folder / "checkpoint").glob("[0-9]*"))
     past, _, last = torch.load(path, weights_only=True)["episodes"]
-    env = MujocoEnvs(args.env_id, 1, args.seed)
-    for actions in np.frombuffer(past, np.float32).reshape(-1, 1, env.num_actions):
-        obs = env.obs.copy()
-        yield obs, actions, env.step(actions)
-    if not np.array_equal(env.obs, last.numpy()):
+    env = MujocoEnv(args.env_id, args.seed)
+    for action in np.frombuffer(past, np.float32).reshape(-1, env.num_actions):
+        yield env.step(action)
+    if not np.array_equal(env.obs, last[0].numpy()):
         line = f"{folder}: its episodes went differently; install the packages in versions.json"
         raise Exit(1, line)
-
-
-def load_policy(folder: Path) -> Actor:
-    """Return a finished run's actor."""
-    weights = load_file(folder / "model.safetensors")
-    weights = {
-        name.removeprefix("actor."): p for name, p in weights.items() if name.startswith("actor.")
-    }
-    units, obs_size = weights["dense1.weight"].shape
-    actor = Actor(obs_size, len(weights["output.bias"]) // 2, units)
-    actor.load_state_dict(weights)
-    return actor
 
 
 def described(args: Args, env_id: str, kind: str) -> str:
@@ -487,25 +415,6 @@ def q_values(weights: dict[str, Tensor], flags: dict[str, Any], obs: Tensor) -> 
             x = x - x.mean(1, keepdim=True) + F.linear(features, *parameters("value"))[:, None]
         return (x.softmax(2) * returns).sum(2)
     return x
-
-
-def mean_actions(weights: dict[str, Tensor], obs: Tensor) -> Tensor:
-    """Return a policy's mean actions [B, A] in [-1, 1] for obs [B, O]."""
-    x, i = obs, 1
-    while f"actor.dense{i}.weight" in weights:
-        x = F.relu(F.linear(x, weights[f"actor.dense{i}.weight"], weights[f"actor.dense{i}.bias"]))
-        i += 1
-    x = F.linear(x, weights["actor.output.weight"], weights["actor.output.bias"])
-    return x.chunk(2, 1)[0].tanh()  # the other half is log standard deviations
-
-
-def load_agent(folder: Path, use_c: bool = True) -> Any:
-    """Return the agent in a folder that export.py wrote, loaded by its agent.py."""
-    spec = importlib.util.spec_from_file_location("agent", folder / "agent.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Agent(folder, use_c)
 
 
 # <<< shared: forward
@@ -639,10 +548,10 @@ def main(args: Args) -> None:
     medium = train(args, spec.id, args.medium_steps)
     expert = train(args, spec.id, args.expert_steps)
     kinds = {
-        "random": transitions(play(args, args.seed + 3_000_000, None)),
-        "medium": transitions(play(args, args.seed + 3_000_001, load_policy(medium))),
-        "medium-replay": transitions(replay(args, medium)),
-        "expert": transitions(play(args, args.seed + 3_000_002, load_policy(expert))),
+        "random": episodes_of(play(args, args.seed + 3_000_000, {})),
+        "medium": episodes_of(play(args, args.seed + 3_000_001, load_model(medium)[1])),
+        "medium-replay": episodes_of(replay(args, medium)),
+        "expert": episodes_of(play(args, args.seed + 3_000_002, load_model(expert)[1])),
     }
     kinds["medium-expert"] = kinds["medium"] + kinds["expert"]
     head = "| dataset | episodes | transitions | return: mean | lowest | highest | SHA-256 |"

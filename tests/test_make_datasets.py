@@ -21,29 +21,16 @@ from test_runs import wait_until
 datasets = script_fixture("make_datasets")
 
 
-def outcome(module: ModuleType, last: float, reward: float, terminated: bool, ended: bool) -> Any:
-    ends = (np.array([terminated]), np.array([ended]))
-    return module.MujocoSteps(np.array([[last]], np.float32), np.array([reward]), *ends, [])
-
-
 def test_steps_become_episodes(datasets: ModuleType) -> None:
     """One that terminates, one that is truncated, one that is cut where the recording ends."""
 
-    def steps() -> Any:
-        for obs, last, terminated, ended in (
-            (0, 1, False, False),
-            (1, 2, True, True),
-            (5, 6, False, True),
-            (8, 9, False, False),
-        ):
-            action = np.array([[obs / 10]], np.float32)
-            yield (
-                np.array([[obs]], np.float32),
-                action,
-                outcome(datasets, last, 10.0 * obs, terminated, ended),
-            )
+    def step(obs: int, last: int, terminated: bool, truncated: bool) -> Any:
+        before, after = (np.array([x], np.float32) for x in (obs, last))
+        return datasets.Step(before, before / 10, 10.0 * obs, terminated, truncated, after)
 
-    first, second, third = datasets.transitions(steps())
+    steps = [step(0, 1, False, False), step(1, 2, True, True)]
+    steps += [step(5, 6, False, True), step(8, 9, False, False)]
+    first, second, third = datasets.episodes_of(steps)
     assert first["observations"].tolist() == [[0], [1], [2]] and first["rewards"].tolist() == [
         0,
         10,
@@ -63,8 +50,8 @@ def test_a_dataset_is_written_and_known_again(
     """Whole episodes of Hopper by random actions, replaced by the same flags only."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     args = datasets.Args(env_id="Hopper-v5", transitions=50)
-    steps = [*datasets.play(args, 7, None)]
-    episodes = datasets.transitions(steps)
+    steps = [*datasets.play(args, 7, {})]
+    episodes = datasets.episodes_of(steps)
     lines = [datasets.write(args, "random", episodes) for _ in "12"]
     assert (
         lines[0] == lines[1]
@@ -72,15 +59,13 @@ def test_a_dataset_is_written_and_known_again(
     )
     data, env_id = cql.read_dataset("local/hopper/random-v0")
     assert env_id == "Hopper-v5" and 50 <= len(data.obs) == len(steps)
-    for i, (obs, actions, outcome) in enumerate(steps):
-        assert np.array_equal(data.obs[i], obs[0]) and np.array_equal(data.actions[i], actions[0])
-        assert (
-            np.array_equal(data.next_obs[i], outcome.last_obs[0])
-            and data.terminated[i] == outcome.terminated[0]
+    for i, step in enumerate(steps):
+        assert np.array_equal(data.obs[i], step.obs) and np.array_equal(
+            data.actions[i], step.action
         )
-        assert (
-            data.rewards[i] == np.float32(outcome.rewards[0]) and data.ended[i] == outcome.ended[0]
-        )
+        assert np.array_equal(data.next_obs[i], step.next_obs)
+        assert data.terminated[i] == step.terminated and data.rewards[i] == np.float32(step.reward)
+        assert data.ended[i] == (step.terminated or step.truncated)
     for other in ({"env_id": "Hopper-v4"}, {"transitions": 51}, {"seed": 2}):
         with pytest.raises(
             datasets.Exit, match=r"random-v0 holds another dataset \(random of Hopper-v5, "

@@ -1680,13 +1680,23 @@ def test_the_defaults_are_the_papers(script: str, module: ModuleType) -> None:
     assert {*flags} - {*PAPERS[script]} <= rest
 
 
+def assert_short_and_plain(lines: list[str], most: int) -> None:
+    """At most `most` lines of 100 columns, laid out by `ruff format` and not dense."""
+    assert len(lines) <= most and max(map(len, lines)) <= 100
+    assert np.mean([len(line) for line in lines if line.strip()]) <= 60.5
+    assert not any("fmt: skip" in line or "fmt: off" in line for line in lines)
+
+
+@pytest.mark.parametrize("tool", ["evaluate", "make_datasets"])
+def test_a_tool_is_short_and_plain(tool: str) -> None:
+    assert_short_and_plain((FOLDER / f"{tool}.py").read_text().splitlines(), 600)
+
+
 def test_a_script_is_short_and_plain(script: str) -> None:
     """Bars that a script may not pass on its way down to 600 lines; the method comes first."""
     lines = (FOLDER / f"{script}.py").read_text().splitlines()
     most, main_by = LINES[script]
-    assert len(lines) <= most and max(map(len, lines)) <= 100
-    assert np.mean([len(line) for line in lines if line.strip()]) <= 60.5
-    assert not any("fmt: skip" in line or "fmt: off" in line for line in lines)
+    assert_short_and_plain(lines, most)
     (main,) = (
         node
         for node in ast.parse("\n".join(lines)).body
