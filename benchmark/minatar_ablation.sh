@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MinAtar: what of Eau De Q-Network matters: the number of networks, which of them acts, and, as a control, the next target
 # chosen at random and not by its loss.
-# 125 runs of 1M steps, minutes each on one core: docs/eaudeqn_minatar.md.
+# 125 runs of 1M steps, half an hour (K = 5: an hour) each on one core: docs/eaudeqn_minatar.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 grid=$(basename "$0" .sh)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MinAtar, Eau De Q-Network's main figure in small: DQN, PolyPruneDQN (95 %) and EauDeDQN with 32, 128 and 512 units.
 # It found on Atari: EauDeDQN keeps the score and ends at a sparsity of its own, higher in larger networks.
-# 225 runs of 1M steps, minutes each on one core: docs/eaudeqn_minatar.md.
+# 225 runs of 1M steps, half an hour (K = 5: an hour) each on one core: docs/eaudeqn_minatar.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 grid=$(basename "$0" .sh)

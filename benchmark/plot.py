@@ -69,9 +69,9 @@ with open(ANCHORS / "minatar_random.csv", newline="") as table:
 RANDOM |= {game: random for game, (random, _) in HUMAN.items()}
 SCORES = {
     "human": "human-normalised score",
-    "baseline": "return, of the baseline's",
+    "baseline": "share of the baseline's return",
     "return": "return",
-    "d4rl": "D4RL score",
+    "d4rl": "normalised score",
 }
 SCORING = "curves sweep profile"  # kinds
 # The flags that only some kinds read.
@@ -601,7 +601,9 @@ def draw_epochs(runs: list[Run], args: Args) -> Drawing:
     """Draw each epoch's return beside the published runs of the same agent, with the interval in
     which a sixth run of theirs would lie 95 times of 100: mean +- t(0.975, 4) sd sqrt(1 + 1 / 5).
     """
-    ours = [run for run in runs if not run.published]
+    ours = [run for run in runs if not run.published and len(run.series("return")[0])]
+    if not ours:
+        refuse("no epoch has ended yet")
     pairs = list(dict.fromkeys((run.curve, run.env_id) for run in ours))
     pairs.sort(key=lambda pair: ([*curves_of(ours)].index(pair[0]), pair[1]))
     figure, axes = new_figure(len(pairs))
@@ -616,7 +618,7 @@ def draw_epochs(runs: list[Run], args: Args) -> Drawing:
         steps, label = theirs[0].steps, theirs[0].curve
         half = 2.776 * known.std(0, ddof=1) * (1 + 1 / 5) ** 0.5
         bounds = np.stack([known.mean(0), known.mean(0) - half, known.mean(0) + half])
-        draw_line(axis, steps * 4e-6, bounds, {"color": "0.55", "linestyle": "--", "label": label})
+        axis.errorbar(steps * 4e-6, bounds[0], half, color="0.55", capsize=4, label=label)
         for run in (run for run in ours if (run.curve, run.env_id) == (name, env_id)):
             own_steps, values = run.series("return")
             axis.plot(own_steps * 4e-6, values, "o", color=COLOURS[2], markersize=4, label="ours")
@@ -629,7 +631,7 @@ def draw_epochs(runs: list[Run], args: Args) -> Drawing:
                     rows.append(row | {"inside": "yes" if low <= value <= high else "no"})
         axis.set(title=f"{name}, {env_id}", xlabel="million frames", ylabel="return")
     inside = sum(row["inside"] == "yes" for row in rows)
-    interval = "bands: 95 % prediction intervals of the five published runs"
+    interval = "bars: 95 % prediction intervals of the five published runs"
     return figure, rows, f"{inside} of {len(rows)} epochs lie inside; {interval}."
 
 

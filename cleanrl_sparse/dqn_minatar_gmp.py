@@ -17,7 +17,7 @@ removed along a cubic schedule (Zhu and Gupta 2017). Removed weights stay remove
     python dqn_minatar_gmp.py --resume RUN_DIR
 
 The method and its guesses are as in dqn_atari_gmp.py. Differences ([D] our decision):
- 1. [D] The agent's settings are those with which a dense DQN learns best on two of the games.
+ 1. [D] The target period was chosen by dense DQN on two games; see the docs for the settings.
  2. [D] One environment without a step limit, as in MinAtar's own DQN; rewards are not clipped.
  3. [D] No n-step returns and no analyses of the network.
  4. [D] --compile and --precision bf16 are refused: networks this small gain nothing.
@@ -193,7 +193,7 @@ def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
 
 @torch.no_grad()
 def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
-    """Shrink the masks to these densities; the weights do not change.
+    """Shrink the masks, the network's only buffers, to these densities; the weights do not change.
 
     Counts are exact, ties keep the lower index, and every tensor keeps at least one weight. Pruned
     weights score -inf, so they stay pruned.

@@ -19,7 +19,7 @@ set when pruning starts, how fast it goes or where it ends.
     python eaudeqn_minatar.py --resume RUN_DIR
 
 The method and its guesses are as in eaudeqn_atari.py. Differences ([D] our decision):
- 1. [D] The agent's settings are those with which a dense DQN learns best on two of the games.
+ 1. [D] The target period was chosen by dense DQN on two games; see the docs for the settings.
  2. [D] One environment without a step limit, as in MinAtar's own DQN; rewards are not clipped.
  3. [D] The K networks are computed as one batched product and share Adam's step count.
  4. [D] --compile and --precision bf16 are refused: networks this small gain nothing.
@@ -197,7 +197,7 @@ def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
 
 @torch.no_grad()
 def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
-    """Shrink the masks to these densities; the weights do not change.
+    """Shrink the masks, the network's only buffers, to these densities; the weights do not change.
 
     Counts are exact, ties keep the lower index, and every tensor keeps at least one weight. Pruned
     weights score -inf, so they stay pruned.
@@ -238,7 +238,7 @@ class EauDeQN(nn.Module):
         # The networks' tensors are views of stacked ones [K, ...], with which updates compute.
         self.stacked = stack([list(network.parameters()) for network in self.online])
         self.masks = stack([list(network.buffers()) for network in self.online])
-        self.weights = [p.requires_grad_() for p in self.stacked][::2]
+        self.weights = [p.requires_grad_() for p in self.stacked][::2]  # without the biases
         adam: Any = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True}
         self.optimizer = torch.optim.Adam(self.stacked, **adam)
         self.accumulated_loss = nn.Buffer(torch.zeros(k, device=device))  # since target update

@@ -278,7 +278,7 @@ def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
 
 @torch.no_grad()
 def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
-    """Shrink the masks to these densities; the weights do not change.
+    """Shrink the masks, the network's only buffers, to these densities; the weights do not change.
 
     Counts are exact, ties keep the lower index, and every tensor keeps at least one weight. Pruned
     weights score -inf, so they stay pruned.
