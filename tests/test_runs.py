@@ -1965,7 +1965,7 @@ def test_kills_at_random_moments(script: str, num_envs: int, tmp_path: Path) -> 
         flags += " --replay-ratio 0.03 --total-timesteps 3000"
     if script not in SINGLE:
         flags += f" --num-envs {num_envs}"
-    succeed(script, flags, "--checkpoint-minutes 10 --run-dir whole", cwd=tmp_path)
+    succeed(script, flags, "--run-dir whole", cwd=tmp_path)
     rng, kills, wanted = random.Random(num_envs), 0, 20 if script in SINGLE else 10
     flags += " --run-dir cut"
     while not (tmp_path / "cut" / "final.json").exists():
