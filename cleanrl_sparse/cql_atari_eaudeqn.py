@@ -305,10 +305,9 @@ class EauDeCQL(nn.Module):
             self.sparsity[k] = next_sparsity(sparsity, exponent, step, args)
             if self.sparsity[k] > sparsity:
                 prune(network, erk_densities(network, self.sparsity[k]), self.rng["score"])
-            if args.reset_optimizer or not math.isfinite(self.losses[k]):
+            if self.optimizer.state and (args.reset_optimizer or not math.isfinite(self.losses[k])):
                 for p in network.parameters():
-                    for tensor in self.optimizer.state[p].values():
-                        tensor.zero_()
+                    torch._foreach_zero_(list(self.optimizer.state[p].values()))
         torch._foreach_mul_(self.weights, self.masks)
         self.accumulated_loss.zero_()
         self.losses, self.selected = np.zeros(len(self.online)), best + 1

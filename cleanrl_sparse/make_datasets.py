@@ -116,10 +116,10 @@ class Args:
         require(fits, f"--name {self.name}: {line}")
 
 
-def make_env(env_id: str, **options: Any) -> gym.Env:
+def make_env(env_id: str) -> gym.Env:
     """Make a Gymnasium environment (Hopper: Hopper-v5) with vectors of real numbers."""
     try:
-        import mujoco  # not before require_pictures()
+        import mujoco
     except Exception as error:  # of any kind, depending on the drawing library
         text = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot be imported with it"
         raise Exit(2, f"{text} ({' '.join(str(error).split())})") from None
@@ -132,7 +132,7 @@ def make_env(env_id: str, **options: Any) -> gym.Env:
     near = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0.3)) or "none"
     require(bool(name), f"--env-id {env_id}: no such environment; the nearest are: {near}")
     try:
-        env = gym.make(name, disable_env_checker=True, **options)
+        env = gym.make(name, disable_env_checker=True)
     except (gym.error.Error, ImportError) as error:
         raise Exit(2, f"--env-id {env_id} cannot be made: {' '.join(str(error).split())}") from None
     obs: Any = env.observation_space
