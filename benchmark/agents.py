@@ -39,9 +39,11 @@ def row(folder: Path, episodes: int) -> str:
 
     command = [sys.executable, str(ROOT / "cleanrl_sparse/evaluate.py"), str(folder)]
     command += ["--episodes", str(episodes)]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"return (\S+), 95 % interval (\[.*?\])", text)
-    assert found, text
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if result.returncode:  # evaluate.py has said why
+        sys.exit(result.returncode)
+    found = re.search(r"return (\S+), 95 % interval (\[.*?\])", result.stdout)
+    assert found, result.stdout
     agent = export.load_agent(folder)
     matrices = agent.describe()[1].values()
     sparsity = 1 - sum(map(np.count_nonzero, matrices)) / sum(w.size for w in matrices)

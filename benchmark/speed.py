@@ -1,16 +1,17 @@
 """Speed of the scripts: steps per second after warm-up, and where the time goes.
 
-    python benchmark/speed.py                # the whole table, about 12 minutes on 2 CPU cores
+    python benchmark/speed.py                # the whole table, about 15 minutes on 2 CPU cores
     python benchmark/speed.py --scripts eaudeqn_atari --num-networks 1 --precisions fp32
     python benchmark/speed.py --device cuda --num-envs 8 --compile
 
 Each row runs a script's own parts (act, environment, replay, update) in the order of its main loop,
 without logging and, for several environments, without letting them step while the networks learn:
 on Atari Breakout with 1 % of the actions random and a replay ratio of 0.25, on MuJoCo HalfCheetah
-with one update per step. `update` includes `sample`, which is also timed alone. Rows are measured
-in turn, `--repeats` times over, and the median is shown, because machines drift. With K = 5 four of
-the networks are at 50 % sparsity; masks are applied at every update, also to a dense network.
-eaudeqn_atari has the CNN alone, of width 1.
+with one update per step. Offline, on the recorded transitions of the tests, a step is an update.
+`update` includes `sample`, which is also timed alone. Rows are measured in turn, `--repeats` times
+over, and the median is shown, because machines drift. With K = 5 four of the networks are at 50 %
+sparsity; masks are applied at every update, also to a dense network. The EauDeQN scripts on Atari
+have the CNN alone, of width 1.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,13 +40,14 @@ ATARI = {
     "rainbow_resnet_gmp": "Rainbow",
 }  # script: its agent
 MUJOCO = {"sac_mujoco_eaudeqn": "EauDeSAC", "sac_mujoco_gmp": "SAC"}
+OFFLINE = {"cql_atari_eaudeqn": "EauDeCQL", "cql_atari_gmp": "CQL"}
 
 
 @dataclasses.dataclass
 class Args:
     """Flags; lists are measured in all combinations."""
 
-    scripts: tuple[str, ...] = (*ATARI, *MUJOCO)
+    scripts: tuple[str, ...] = (*ATARI, *MUJOCO, *OFFLINE)
     networks: tuple[str, ...] = ("cnn", "impala")  # cnn, impala (Atari)
     num_networks: tuple[int, ...] = (1, 5)  # K, of Eau De Q-Network
     precisions: tuple[str, ...] = ("fp32", "bf16")  # fp32, bf16
@@ -87,10 +90,14 @@ class AtariRow:
         self.replay = kind(flags, self.device, self.envs.obs[:, -1])
         self.batch_size = flags.batch_size
         if k > 1:
-            self.agent.args = dataclasses.replace(flags, max_sparsity_step=0.5, max_exponent=1e9)
-            self.agent.update_target(0)
-            self.agent.args = flags
+            self.prune(flags, lambda: self.agent.update_target(0))
         self.times: list[dict[str, float]] = []
+
+    def prune(self, flags: Any, choose: Callable[[], None]) -> None:
+        """Let the agent prune all candidates but the first to 50 % at one choice."""
+        self.agent.args = dataclasses.replace(flags, max_sparsity_step=0.5, max_exponent=1e9)
+        choose()
+        self.agent.args = flags
 
     def act(self) -> Any:
         """Return actions for what the environments show."""
@@ -189,9 +196,7 @@ class MujocoRow(AtariRow):
         self.replay = script.Replay(flags, self.device, self.envs)
         self.batch_size = flags.batch_size
         if k > 1:
-            self.agent.args = dataclasses.replace(flags, max_sparsity_step=0.5, max_exponent=1e9)
-            self.agent.choose_and_prune()
-            self.agent.args = flags
+            self.prune(flags, lambda: self.agent.choose_and_prune())
         self.times: list[dict[str, float]] = []
 
     def act(self) -> Any:
@@ -206,6 +211,49 @@ class MujocoRow(AtariRow):
     def store(self, actions: Any, outcome: Any) -> None:
         """Give a step to the replay."""
         self.replay.add(self.seen, actions, *outcome[:3])
+
+
+class OfflineRow(AtariRow):
+    """Updates alone, on 600 recorded transitions of Breakout."""
+
+    def __init__(
+        self, script: ModuleType, args: Args, network: str, k: int, precision: str
+    ) -> None:
+        self.name = f"{script.__name__} | {network} | {k} | {precision} | -"
+        self.device, self.updates = torch.device(args.device), args.updates
+        own: Any = {"num_networks": k}
+        if script.__name__ != "cql_atari_eaudeqn":
+            own = {"network": network, "width": args.width}
+        folder = Path(__file__).resolve().parent.parent / "tests/data/atari/Breakout/1/replay_logs"
+        flags = script.Args(
+            dataset=str(folder),
+            transitions=300,
+            checkpoints_per_epoch=2,
+            precision=precision,
+            feature_size=args.feature_size,
+            compile=args.compile,
+            **own,
+        )
+        self.agent = getattr(script, OFFLINE[script.__name__])(flags, 4, self.device)
+        self.replay = script.Dataset(folder, 4, flags, self.device)
+        self.replay.load(0)
+        self.batch_size = flags.batch_size
+        if k > 1:
+            self.prune(flags, lambda: self.agent.update_target(0))
+        self.times: list[dict[str, float]] = []
+
+    def fill(self, steps: int) -> None:
+        """Do nothing: the data are there."""
+
+    def run(self, updates: int) -> dict[str, float]:
+        """Take `updates` gradient steps; return seconds per part and the number of steps."""
+        begin = self.clock()
+        self.agent.learn(self.replay, updates)
+        learnt = self.clock()
+        for _ in range(updates):
+            self.replay.sample(self.batch_size)
+        spent = dict.fromkeys(COLUMNS, 0.0) | {"update": learnt - begin}
+        return spent | {"sample": self.clock() - learnt, "updates": updates, "steps": updates}
 
 
 def main(args: Args) -> None:
@@ -226,10 +274,12 @@ def main(args: Args) -> None:
         for k, precision, num_envs in itertools.product(ks, args.precisions, args.num_envs):
             if script.__name__ in MUJOCO:
                 rows.append(MujocoRow(script, args, k, precision, num_envs))
-            else:
-                alone = script.__name__ == "eaudeqn_atari"
-                for network in ("cnn",) if alone else args.networks:
+                continue
+            for network in ("cnn",) if "eaudeqn" in script.__name__ else args.networks:
+                if script.__name__ not in OFFLINE:
                     rows.append(AtariRow(script, args, network, k, precision, num_envs))
+                elif num_envs == args.num_envs[0]:  # it has none
+                    rows.append(OfflineRow(script, args, network, k, precision))
     for row in rows:
         row.fill(32)
         row.run(20)  # settles caches

@@ -15,7 +15,8 @@ a model elsewhere, load_model() and then q_values() or mean_actions() are all yo
 
 The protocol is the same as in training. Atari: sticky actions 0.25, losing a life does not end an
 episode, 27,000 steps at most, scores undiscounted and unclipped. MinAtar (which needs
-pip install --no-deps minatar): sticky actions 0.1. MuJoCo: the policy's mean action.
+pip install --no-deps minatar): sticky actions 0.1, 10,000 steps at most. MuJoCo: the policy's mean
+action, 1,000 steps at most.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Args:
 
     run_dir: Annotated[Path, tyro.conf.Positional]  # folder of a finished run or of its export
     episodes: int = 10  # episodes to play, at least 1
-    steps: int = 27_000  # steps after which an episode is cut off, at least 1
+    steps: int | None = None  # at least 1, to cut an episode off; default: as in training
     epsilon: float = 0.001  # Atari, MinAtar: probability of a random action, in [0, 1]
     seed: int = 0  # seed of the episodes, which training never sees; at least 0
     device: str = "cpu"  # cpu, cuda or cuda:INDEX
@@ -61,7 +62,7 @@ class Args:
     def __post_init__(self) -> None:
         """Refuse values out of range, naming the flag."""
         require(self.episodes >= 1, f"--episodes {self.episodes}: must be at least 1")
-        require(self.steps >= 1, f"--steps {self.steps}: must be at least 1")
+        require(self.steps is None or self.steps >= 1, f"--steps {self.steps}: must be at least 1")
         require(0 <= self.epsilon <= 1, f"--epsilon {self.epsilon}: must be in [0, 1]")
         require(self.seed >= 0, f"--seed {self.seed}: must be at least 0")
         known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -294,16 +295,17 @@ def play(
 ) -> list[float]:
     """Play one episode in each environment; return their undiscounted returns."""
     scores, over = np.zeros(args.episodes), np.zeros(args.episodes, bool)
+    limit = args.steps or {MinAtarGames: 10_000, Environments: 1_000}.get(type(envs), 27_000)
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds between its updates
     with tqdm(total=args.episodes, unit="episode", dynamic_ncols=True, mininterval=pause) as bar:
-        for step in range(args.steps):
+        for step in range(limit):
             actions = act(envs.obs)
             if film and not over[0]:
                 film.send(actions)
             rewards, ended = envs.step(actions)
             scores += np.where(over, 0, rewards)
             over |= ended
-            bar.set_postfix_str(f"step {step + 1} of at most {args.steps}", refresh=False)
+            bar.set_postfix_str(f"step {step + 1} of at most {limit}", refresh=False)
             bar.update(int(over.sum()) - bar.n)
             if over.all():
                 break
@@ -380,17 +382,18 @@ def require(accepted: bool, line: str) -> None:
 
 def main(args: Args) -> None:
     """Evaluate and print."""
-    agent = None
+    agent, exported = None, (args.run_dir / "agent.bin").exists()
+    require(not exported or not args.card, "--card: not for an exported agent; give its run")
     try:
-        if (args.run_dir / "agent.bin").exists():
+        if exported:
             agent = load_agent(args.run_dir)
             flags, weights = agent.describe()
             weights = {name: torch.from_numpy(weight) for name, weight in weights.items()}
         else:
             flags, weights = load_model(args.run_dir)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        line = f"no finished run is there ({str(error).splitlines()[0]})"
-        require(False, f"{args.run_dir}: {line}")
+        line = str(error).splitlines()[0]
+        require(False, line if exported else f"{args.run_dir}: no finished run is there ({line})")
     known = not args.card or (args.run_dir / "final.json").exists()
     require(known, f"--card: {args.run_dir}/final.json is missing; it needs a run's own folder")
     env_id, seed, rng = flags["env_id"], args.seed + 2_000_000, np.random.default_rng(args.seed)

@@ -52,3 +52,12 @@ def test_a_card_needs_the_runs_own_folder(run_dir: Path, capsys: pytest.CaptureF
         evaluate.main(evaluate.Args(run_dir, card=True))
     line = f"evaluate.py: --card: {run_dir}/final.json is missing; it needs a run's own folder\n"
     assert capsys.readouterr().err == line
+
+
+def test_an_exported_agent_has_no_card(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    (run_dir / "agent.bin").touch()
+    evaluate = load_script("evaluate")
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(evaluate.Args(run_dir, card=True))
+    line = "evaluate.py: --card: not for an exported agent; give its run\n"
+    assert capsys.readouterr().err == line

@@ -34,15 +34,18 @@ class Agent:
 
     def __init__(self, folder=None, use_c=True):
         self.folder = Path(folder or Path(__file__).parent)
-        self.data = np.fromfile(self.folder / "agent.bin", np.uint8)
+        self.path = self.folder / "agent.bin"
+        self.data = np.fromfile(self.path, np.uint8)
         if len(self.data) < HEADER.size:
-            raise ValueError(f"{self.folder / 'agent.bin'}: too short")
+            raise ValueError(f"{self.path}: too short")
         magic, version, self.family, self.head, size, crc, *rest = HEADER.unpack(self.data[:64])
         self.num_layers, self.actions, channels, side, kind, _, env_id = rest
         if magic != b"CRSA" or version != 1:
-            raise ValueError(f"{self.folder / 'agent.bin'}: no agent of version 1")
+            raise ValueError(f"{self.path}: not of version 1, which this agent.py reads")
         if size != len(self.data) or zlib.crc32(self.data[16:], zlib.crc32(self.data[:12])) != crc:
-            raise ValueError(f"{self.folder / 'agent.bin'}: damaged (its CRC does not fit)")
+            raise ValueError(f"{self.path}: damaged (its CRC does not fit)")
+        if self.family > 3 or self.head > 3 or kind > 2:
+            raise ValueError(f"{self.path}: unknown network, output or type of weights")
         self.env_id, self.type = env_id.rstrip(b"\0").decode(), TYPES[kind]
         self.shape = (channels, side, side) if self.family != ACTOR else (channels,)
         self.unit = np.float32(1 / 255 if side == 84 else 1)
@@ -88,17 +91,22 @@ class Agent:
             return self._values.copy()
 
     def _check(self, observation):
-        """Refuse what NumPy would stretch to the right shape, and scaled pixels."""
+        """Refuse what NumPy would stretch to the right shape, scaled pixels, cells not 0 or 1."""
         if np.shape(observation) != self.shape:
             raise ValueError(f"observation {np.shape(observation)}: must be {self.shape}")
         if self.unit != 1 and (kind := np.asarray(observation).dtype) != np.uint8:
             raise ValueError(f"observation of {kind}: must be uint8, grays from 0 to 255")
+        if self.family == MINATAR and ((x := np.asarray(observation)) != (x != 0)).any():
+            raise ValueError("observation: its cells must be 0 or 1")
 
     def layers(self):
         """Return the layers as dictionaries, with dense `weight` and `bias`."""
         if self._layers is None:
             heads = [self.data[64 + 44 * i :][:44].tobytes() for i in range(self.num_layers)]
-            self._layers = [self._decode(dict(zip(FIELDS, LAYER.unpack(h)))) for h in heads]
+            try:
+                self._layers = [self._decode(dict(zip(FIELDS, LAYER.unpack(h)))) for h in heads]
+            except (IndexError, MemoryError, ValueError, struct.error) as error:
+                raise ValueError(f"{self.path}: no network of export.py ({error})") from error
         return self._layers
 
     def describe(self):
@@ -114,8 +122,9 @@ class Agent:
 
         def take(count, kind):
             nonlocal place
-            place += -place % np.dtype(kind).itemsize
-            start, place = place, place + count * np.dtype(kind).itemsize
+            kind = np.dtype(kind).newbyteorder("<")
+            place += -place % kind.itemsize
+            start, place = place, place + count * kind.itemsize
             return self.data[start:place].view(kind)
 
         bits, layer["kernel"] = divmod(layer["kernel"], 16)
@@ -192,34 +201,44 @@ def pooled(x):
 
 def compiled(folder):
     """Return agent.c as a library, compiled once into the user's cache; OSError says why not."""
-    found = [os.environ.get("CC"), *map(shutil.which, ("cc", "gcc", "clang"))]
-    compiler = next(filter(None, found), None)
+    try:
+        compiler = shlex.split(os.environ.get("CC", ""))
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
+    except (ValueError, RuntimeError) as error:  # a quotation without an end; a user without home
+        raise OSError(f"CC, XDG_CACHE_HOME: {error}") from error
+    compiler = compiler or [x for x in map(shutil.which, ("cc", "gcc", "clang")) if x][:1]
     if not compiler:
         raise OSError("no C compiler")
     processor = Path("/proc/cpuinfo")
     lines = processor.read_text().splitlines() if processor.exists() else [platform.processor()]
     features = [x for x in lines if x.startswith(("flags", "Feat"))]
-    text = repr([platform.machine(), compiler, FLAGS, features]).encode()
-    text += (folder / "agent.h").read_bytes() + (folder / "agent.c").read_bytes()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleanrl-sparse"
-    library = cache / f"agent-{hashlib.sha256(text).hexdigest()[:32]}.so"
+    sources = {name: (folder / name).read_bytes() for name in ("agent.h", "agent.c")}
+    text = repr([platform.machine(), compiler, FLAGS, features, sources])
+    cache /= "cleanrl-sparse"
+    library = cache / f"agent-{hashlib.sha256(text.encode()).hexdigest()[:32]}.so"
     if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as place:  # another process may do the same
+            for name, source in sources.items():  # the files may change meanwhile
+                Path(place, name).write_bytes(source)
             for extra in (["-march=native"], []):
-                command = [*shlex.split(compiler), *FLAGS, *extra, str(folder / "agent.c")]
+                command = [*compiler, *FLAGS, *extra, f"{place}/agent.c"]
                 command += ["-o", f"{place}/agent.so", "-lm"]
-                if subprocess.run(command, capture_output=True).returncode == 0:
+                result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+                if result.returncode == 0:
                     break
             else:
-                raise OSError(f"{compiler} cannot compile {folder / 'agent.c'}")
+                reason = (result.stderr.strip() or "no reason given").splitlines()[-1]
+                raise OSError(f"{shlex.join(compiler)} cannot compile agent.c: {reason}")
             os.replace(f"{place}/agent.so", library)
+    if library.stat().st_uid != os.getuid():
+        raise OSError(f"{library} is another user's")
     try:
         found = ctypes.CDLL(str(library))
-    except OSError:  # damaged: the next time it is compiled anew
+        found.agent_state_size.restype = ctypes.c_size_t
+    except (OSError, AttributeError) as error:  # damaged: the next time it is compiled anew
         library.unlink(missing_ok=True)
-        raise
-    found.agent_state_size.restype = ctypes.c_size_t
+        raise OSError(f"{library}: {error}") from error
     if hasattr(found, "agent_q_values"):
         found.agent_q_values.restype = ctypes.POINTER(ctypes.c_float)
     return found
