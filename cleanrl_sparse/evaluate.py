@@ -211,6 +211,9 @@ class Environments:
     """N Gymnasium environments, actions in [-1, 1] rescaled; `obs` [N, O] float32."""
 
     def __init__(self, env_id: str, num_envs: int, seed: int, **options: Any) -> None:
+        import mujoco  # here, as MUJOCO_GL may be wrong
+
+        mujoco.set_mju_user_warning(lambda x: "deprecated" in x or sys.stderr.write(f"{x}\n"))
         name = env_id if env_id in gym.registry else f"{env_id}-v5"
         self.envs = [gym.make(name, disable_env_checker=True, **options) for _ in range(num_envs)]
         space: Any = self.envs[0].action_space
@@ -264,9 +267,9 @@ def film_of(args: Args, envs: Games, env_id: str, seed: int) -> Any:
 
     def picture() -> np.ndarray:
         """Return the current picture, [H, W, 3] uint8."""
-        if not atari:
-            return film.envs[0].render() if mujoco else film.picture()
-        return np.ascontiguousarray(film.obs[0, 0])
+        if atari:
+            return np.ascontiguousarray(film.obs[0, 0])
+        return np.ascontiguousarray(film.envs[0].render()) if mujoco else film.picture()
 
     def write() -> Any:
         """Write the picture before each step."""

@@ -275,15 +275,18 @@ def drop_units(network: Network) -> int:
     return dropped
 
 
-def choose_kernel(layer: Layer, first: bool, last: bool, fine: bool) -> int:
+def choose_kernel(layer: Layer, first: bool, last: bool, int8: bool, actor: bool) -> int:
     """Return the fastest kernel, by cycles per action as fitted to measurements (docs/export.md).
 
-    A dense kernel stores all weights, so it must be much faster. `fine`: int8 would change greedy
-    actions. So the last layer is fp32, and small layers are sparse if that takes at most 15 % more
-    bytes, because sparse entries have more than eight bits.
+    A dense kernel stores all weights, so it must be much faster. Dense int8 would change actions:
+    the last layer is fp32, and small layers are sparse if that takes at most 15 % more bytes,
+    because sparse entries have more than eight bits. Of an actor any layer may be sparse for that,
+    and otherwise the first is fp32 too: its inputs are not between 0 and 1.
     """
     size, entries = layer.weight.size, np.count_nonzero(layer.weight)
-    if fine and last and size <= 16384:
+    compact = 2 * entries <= 1.15 * size
+    edge = (first or last) and not compact if actor else last
+    if int8 and edge and size <= 16384:
         return FLOAT_ROWS
     if layer.weight.ndim == 4:
         kernel = DENSE_ROWS if layer.density > 0.6 else ROWS
@@ -297,8 +300,10 @@ def choose_kernel(layer: Layer, first: bool, last: bool, fine: bool) -> int:
             DENSE_COLUMNS: inputs * (3 + active * (outputs / 8 + 5)) / 0.6,
         }
         kernel = min(cycles, key=lambda kernel: cycles[kernel])
-    small = size <= 1024 or (size <= 32768 and 2 * entries <= 1.15 * size)
-    return ROWS if fine and small and kernel >= DENSE_ROWS else kernel
+        if int8 and actor and compact:
+            return min((ROWS, COLUMNS), key=lambda kernel: cycles[kernel])
+    small = size <= 1024 or (size <= 32768 and compact)
+    return ROWS if int8 and small and kernel >= DENSE_ROWS else kernel
 
 
 def gaps_of(lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -367,8 +372,8 @@ def write_weights(network: Network, kind: str) -> bytes:
     for i, layer in enumerate(network.layers):
         most = max(len(layer.bias), layer.weight[0].size)
         require(most < 65536, f"{layer.name}: {most:,} inputs or outputs; must be at most 65,535")
-        fine = kind == "int8" and network.head != TANH
-        layer.kernel = choose_kernel(layer, i == 0, layer is network.layers[-1], fine)
+        last, actor = layer is network.layers[-1], network.family == ACTOR
+        layer.kernel = choose_kernel(layer, i == 0, last, kind == "int8", actor)
         layer.at, layer.parts = place + len(data), {}
         for name, part in encode(layer, kind):
             data += bytes(-len(data) % part.itemsize)  # NumPy's views must be aligned
@@ -383,12 +388,12 @@ def write_weights(network: Network, kind: str) -> bytes:
         counts = (outputs, inputs, layer.entries, layer.groups, layer.at)
         heads += LAYER.pack(layer.name.encode(), *form, *counts)
     env_id, size = network.env_id.encode()[:32], HEADER.size + len(heads) + len(data) + 64
-    first = (b"CRSA", 1, network.family, network.head, size)
-    last = (len(network.layers), network.actions, *network.obs, list(TYPES).index(kind), 0, env_id)
+    begin = (b"CRSA", 1, network.family, network.head, size)
+    rest = (len(network.layers), network.actions, *network.obs, list(TYPES).index(kind), 0, env_id)
     body = heads + bytes(data) + bytes(64)  # vectors may read that far past the end
-    head = HEADER.pack(*first, 0, *last)
+    head = HEADER.pack(*begin, 0, *rest)
     crc = zlib.crc32(head[16:] + body, zlib.crc32(head[:12]))  # of all but itself
-    return HEADER.pack(*first, crc, *last) + body
+    return HEADER.pack(*begin, crc, *rest) + body
 
 
 C_KERNELS = r"""
@@ -1300,9 +1305,10 @@ class Agent:
         """Refuse what NumPy would stretch to the right shape, scaled pixels, cells not 0 or 1."""
         if np.shape(observation) != self.shape:
             raise ValueError(f"observation {np.shape(observation)}: must be {self.shape}")
-        if self.unit != 1 and (kind := np.asarray(observation).dtype) != np.uint8:
-            raise ValueError(f"observation of {kind}: must be uint8, grays from 0 to 255")
-        if self.family == MINATAR and ((x := np.asarray(observation)) != (x != 0)).any():
+        x = np.asarray(observation)
+        if self.unit != 1 and x.dtype != np.uint8:
+            raise ValueError(f"observation of {x.dtype}: must be uint8, grays from 0 to 255")
+        if self.family == MINATAR and x.dtype != bool and (x != (x != 0)).any():
             raise ValueError("observation: its cells must be 0 or 1")
 
     def layers(self):
@@ -1462,6 +1468,9 @@ def observations(network: Network, count: int, seed: int, act: Any) -> np.ndarra
     if network.family == MINATAR:
         return minatar_observations(network, count, seed, act)
     if network.family == ACTOR:
+        import mujoco
+
+        mujoco.set_mju_user_warning(lambda x: "deprecated" in x or sys.stderr.write(f"{x}\n"))
         known = network.env_id in gym.registry
         name = network.env_id if known else f"{network.env_id}-v5"
         mode = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
@@ -1500,7 +1509,7 @@ def minatar_observations(network: Network, count: int, seed: int, act: Any) -> n
     env.reset()
     rng, moves, found = np.random.default_rng(seed), env.minimal_action_set(), {}
     for _ in range(20 * count):
-        obs = env.state().transpose(2, 0, 1).astype(np.uint8)
+        obs = env.state().transpose(2, 0, 1).astype(bool)
         found[obs.tobytes()] = obs
         if len(found) == count:
             break

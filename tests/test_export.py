@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -697,6 +698,38 @@ def test_int8_plays_as_trained_agents_do(folder: Path, export: ModuleType, tmp_p
     obs = export.observations(agent, 1000, 0, lambda batch: [agent.act(x) for x in batch])
     assert sum(agent.act(x) == small.act(x) for x in obs) >= 0.99 * len(obs)
     assert len(small.data) <= 0.6 * len(agent.data)
+
+
+@pytest.mark.parametrize("name", ["halfcheetah", "hopper"])
+def test_int8_acts_as_trained_actors_do(name: str, export: ModuleType, tmp_path: Path) -> None:
+    """Their first layers see numbers up to 30; as dense int8 no action was within 0.01."""
+    agent, weights = export.load_agent(AGENTS / name), {}
+    for layer in agent.layers():
+        weight, bias = (torch.from_numpy(layer[x].copy()) for x in ("weight", "bias"))
+        if layer["name"] == "output":  # with log standard deviations, which export.py leaves out
+            weight, bias = torch.cat([weight, 0 * weight]), torch.cat([bias, 0 * bias])
+        weights |= {f"actor.{layer['name']}.weight": weight, f"actor.{layer['name']}.bias": bias}
+    save(tmp_path, weights, env_id=agent.env_id, script="sac_mujoco_eaudeqn.py")
+    export.export(*export.load_model(tmp_path), tmp_path / "out", "int8")
+    small = export.load_agent(tmp_path / "out")
+    obs = export.observations(agent, 1000, 0, lambda batch: np.stack([*map(agent.act, batch)]))
+    differences = np.array([np.abs(agent.act(x) - small.act(x)).max() for x in obs])
+    assert differences.max() <= 0.05 and np.mean(differences <= 0.01) >= 0.95
+    assert len(small.data) <= 1.05 * len(agent.data)
+
+
+@pytest.mark.parametrize("name", ["halfcheetah", "minatar_breakout"])
+def test_a_trained_agent_is_played_and_filmed(name: str, tmp_path: Path) -> None:
+    """It leaves the film alone, and prints no warning of MuJoCo's about Gymnasium's models."""
+    (tmp_path / "here").mkdir()
+    flags = ["--episodes", "2", "--steps", "20", "--video", "film.mp4"]
+    command = [sys.executable, str(SCRIPTS / "evaluate.py"), str(AGENTS / name), *flags]
+    result = subprocess.run(command, cwd=tmp_path / "here", capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "return" in result.stdout and "WARNING" not in result.stderr, result.stderr
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["film.mp4"]
+    frames, _ = imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "here" / "film.mp4"))
+    assert frames == 20 or (name != "halfcheetah" and 5 < frames < 20)
 
 
 @pytest.mark.parametrize("folder", sorted(AGENTS.glob("*/")), ids=lambda path: path.name)

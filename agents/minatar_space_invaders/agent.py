@@ -94,9 +94,10 @@ class Agent:
         """Refuse what NumPy would stretch to the right shape, scaled pixels, cells not 0 or 1."""
         if np.shape(observation) != self.shape:
             raise ValueError(f"observation {np.shape(observation)}: must be {self.shape}")
-        if self.unit != 1 and (kind := np.asarray(observation).dtype) != np.uint8:
-            raise ValueError(f"observation of {kind}: must be uint8, grays from 0 to 255")
-        if self.family == MINATAR and ((x := np.asarray(observation)) != (x != 0)).any():
+        x = np.asarray(observation)
+        if self.unit != 1 and x.dtype != np.uint8:
+            raise ValueError(f"observation of {x.dtype}: must be uint8, grays from 0 to 255")
+        if self.family == MINATAR and x.dtype != bool and (x != (x != 0)).any():
             raise ValueError("observation: its cells must be 0 or 1")
 
     def layers(self):
