@@ -258,7 +258,10 @@ def film_of(args: Args, envs: Games, env_id: str, seed: int) -> Any:
         elif not mujoco:
             film = MinAtarGames(env_id, 1, seed)
         else:
-            film = Environments(env_id, 1, seed, render_mode="rgb_array")
+            options = {"render_mode": "rgb_array"}
+            if isinstance(envs, Environments) and hasattr(envs.envs[0].unwrapped, "camera_name"):
+                options["camera_name"] = "track"  # else a robot runs out of Gymnasium 1.4's picture
+            film = Environments(env_id, 1, seed, **options)
             film.envs[0].render()
     except Exception as error:  # of any kind, depending on the drawing library
         hint = "without a screen MuJoCo draws with EGL, or with OSMesa if MUJOCO_GL=osmesa"
