@@ -903,6 +903,7 @@ def test_onnx_without_its_package_is_refused_in_one_line(
 
 
 @pytest.mark.slow
+@pytest.mark.cross
 @pytest.mark.parametrize("name", ["cnn", "odd channels", "impala", "rainbow", "actor", "minatar"])
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
 def test_other_processors(name: str, kind: str, export: ModuleType, tmp_path: Path) -> None:
