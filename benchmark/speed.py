@@ -1,6 +1,6 @@
 """Speed of the scripts: steps per second after warm-up, and where the time goes.
 
-    python benchmark/speed.py                # the whole table, about 15 minutes on 2 CPU cores
+    python benchmark/speed.py                # the whole table
     python benchmark/speed.py --scripts eaudeqn_atari --num-networks 1 --precisions fp32
     python benchmark/speed.py --device cuda --num-envs 8 --compile
 

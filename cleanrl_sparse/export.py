@@ -1594,7 +1594,7 @@ def main(args: Args) -> None:
         network, dropped, blob = export(flags, weights, out, kind)
     except OSError as error:
         require(False, f"--out {out}: cannot be written ({error})")
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         require(False, f"{args.run_dir}: no network of these scripts ({error} is missing)")
 
     def outputs(obs: np.ndarray) -> np.ndarray:

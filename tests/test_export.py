@@ -730,8 +730,8 @@ def test_a_trained_agent_is_played_and_filmed(name: str, tmp_path: Path) -> None
     assert "return" in result.stdout and "WARNING" not in result.stderr, result.stderr
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["film.mp4"]
     film = imageio_ffmpeg.read_frames(str(tmp_path / "here" / "film.mp4"))
-    height, width = next(film)["size"]
-    *_, last = pictures = [np.frombuffer(x, np.uint8).reshape(width, height, 3) for x in film]
+    width, height = next(film)["size"]
+    *_, last = pictures = [np.frombuffer(x, np.uint8).reshape(height, width, 3) for x in film]
     if name == "halfcheetah":
         brown = last[:, :, 0].astype(int) - last[:, :, 2] > 40
         assert len(pictures) == steps and 500 < brown.sum() < 50_000, "it ran out of the picture"
