@@ -374,10 +374,10 @@ def test_where_the_logs_are(
 
 def test_a_run_takes_other_data_never_again(tmp_path: Path) -> None:
     """The files' own checksums tell, in those too that the epoch does not need."""
-    flags = f"{LOGGED['cql_atari_gmp']} --dataset logs --total-timesteps 5000 --epoch-steps 5000"
+    flags = f"{LOGGED['cql_atari_gmp']} --batch-size 2 --dataset logs --total-timesteps 5000"
     shutil.copytree(LOGS, tmp_path / "logs")
     (path,) = (tmp_path / "logs").glob("*/*/replay_logs/$store$_reward_ckpt.5.gz")
-    process = Process("cql_atari_gmp", flags, "--run-dir run", cwd=tmp_path)
+    process = Process("cql_atari_gmp", flags, "--epoch-steps 5000 --run-dir run", cwd=tmp_path)
     process.when((tmp_path / "run" / "metrics.jsonl").exists).stop(signal.SIGKILL)
     before = path.read_bytes()
     write_array(path, np.zeros(300, np.float32))
@@ -817,16 +817,16 @@ def test_masks_hold_nest_and_have_exact_counts(
 
 def test_the_records_follow_the_choices(tmp_path: Path) -> None:
     """A record at each target update; exponents are drawn from the seed, one for each candidate."""
-    flags = f"{LOGGED['cql_atari_eaudeqn']} --total-timesteps 400 --epoch-steps 100 --seed 3"
-    more = "--num-networks 3 --eval-episodes 0 --run-dir run"
+    flags = f"{LOGGED['cql_atari_eaudeqn']} --batch-size 2 --total-timesteps 200 --epoch-steps 50"
+    more = "--target-every 50 --num-networks 3 --eval-episodes 0 --seed 3 --run-dir run"
     succeed("cql_atari_eaudeqn", flags, more, cwd=tmp_path)
     every = records(tmp_path / "run")
     exponents, candidates = np.random.default_rng((3, 0)), [0.0] * 3
-    assert [record["step"] for record in every] == [100, 200, 300, 400]
+    assert [record["step"] for record in every] == [50, 100, 150, 200]
     for record in every[:3]:
         base = candidates[record["sparsity/selected"] - 1]
-        left = 400 - record["step"]
-        found = [1 - (1 - base) * ((left - 100) / left) ** exponents.uniform(0, 1) for _ in "12"]
+        left = 200 - record["step"]
+        found = [1 - (1 - base) * ((left - 50) / left) ** exponents.uniform(0, 1) for _ in "12"]
         candidates = [base, *(min(sparsity, base + 0.1) for sparsity in found)]
         names = [f"sparsity/candidate_{k}" for k in (1, 2, 3)]
         assert [record[name] for name in names] == pytest.approx(candidates, abs=1e-12)
@@ -874,8 +874,8 @@ def test_the_schedule_in_gradient_steps(
 
 def test_a_loss_that_is_not_finite_stops_the_run(either: ModuleType, tmp_path: Path) -> None:
     name = either.__name__
-    flags = f"{LOGGED[name]} --total-timesteps 300 --learning-rate 1e30 --run-dir run"
-    output = run(name, flags, cwd=tmp_path)
+    flags = f"{LOGGED[name]} --batch-size 2 --total-timesteps 300 --learning-rate 1e30"
+    output = run(name, flags, "--run-dir run", cwd=tmp_path)
     assert output.status == 1
     (line,) = output.complaints()
     assert "step 100: the losses are [" in line and ("nan" in line or "inf" in line)
@@ -884,8 +884,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(either: ModuleType, tmp_path: P
 
 def test_each_epoch_is_evaluated(either: ModuleType, tmp_path: Path) -> None:
     name = either.__name__
-    more = "--eval-episodes 2 --eval-steps 30 --total-timesteps 60 --epoch-steps 20 --run-dir run"
-    succeed(name, LOGGED[name], more, cwd=tmp_path)
+    flags = f"{LOGGED[name]} --batch-size 2 --total-timesteps 60 --epoch-steps 20 --run-dir run"
+    succeed(name, flags, "--eval-episodes 2 --eval-steps 30", cwd=tmp_path)
     every = records(tmp_path / "run")
     assert [r["step"] for r in every if "eval/episodic_return" in r] == [20, 40, 60]
     assert [r["step"] for r in every if "losses/td_loss" in r] == [20, 40, 60]
@@ -895,8 +895,9 @@ def test_each_epoch_is_evaluated(either: ModuleType, tmp_path: Path) -> None:
 
 def test_c51_trains_and_is_evaluated(tmp_path: Path) -> None:
     """Its value and advantages are both pruned; evaluate.py plays it."""
-    flags = f"{LOGGED['cql_atari_gmp']} --c51 --n-step 3 --total-timesteps 60 --epoch-steps 60"
-    succeed("cql_atari_gmp", flags, "--eval-episodes 0 --run-dir run", cwd=tmp_path)
+    flags = f"{LOGGED['cql_atari_gmp']} --batch-size 2 --total-timesteps 60 --epoch-steps 60"
+    more = "--c51 --n-step 3 --eval-episodes 0 --run-dir run"
+    succeed("cql_atari_gmp", flags, more, cwd=tmp_path)
     final = json.loads((tmp_path / "run" / "final.json").read_text())
     assert final["sparsity/prunable"] == pytest.approx(0.95, abs=1e-3)
     assert final["sparsity/layer/value"] > 0
