@@ -60,7 +60,7 @@ MINATAR = {
 }
 MUJOCO = {
     "sac_mujoco_eaudeqn": "--replay-ratio 0.25 --num-networks 3 --max-exponent 1"
-    " --max-sparsity-step 0.1 --prune-every 70 --prune-actor",
+    " --max-sparsity-step 0.1 --prune-every 20 --prune-actor",
     "sac_mujoco_gmp": "--replay-ratio 0.25 --width 1 --prune-every 7",
 }
 DATA = Path(__file__).parent / "data" / "hopper-random.hdf5"
