@@ -422,7 +422,7 @@ def caption_of(runs: list[Run], args: Args, what: str, band: str) -> str:
         what += f"; games: {len(games) - len(lost)}" + (f" of {len(games)}" if lost else "")
     if most <= 3 and "bootstrap" in band and len(games) == 1:
         band += ", which of so few are from the lowest to the highest"
-    text = f"{what}; seeds: {f'{few} to ' if few < most else ''}{most}"
+    text = f"{what}; seeds per curve: {f'{few} to ' if few < most else ''}{most}"
     text += f"; {band if most > 1 else 'no interval'}." if band else "."
     if args.score == "baseline":
         text += f" Random play is 0, the mean of {' '.join(args.baseline)} is 1 on each."

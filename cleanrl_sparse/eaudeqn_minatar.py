@@ -91,7 +91,7 @@ class Training:
 # <<< shared: minatar-flags
 @dataclass
 class Method:
-    """Eau De Q-Network; the defaults are the paper's."""
+    """Eau De Q-Network; the defaults are those of eaudeqn_atari.py."""
 
     num_networks: Count = 5  # K, the online networks
     max_exponent: Amount = 3.0  # U_max: exponents are drawn from U(0, U_max); 0 never prunes

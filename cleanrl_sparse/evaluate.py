@@ -1,7 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.13", "numpy>=1.26", "gymnasium>=1.2", "ale-py>=0.12.1", "mujoco>=3.3",
-#                 "tyro>=0.9", "safetensors>=0.5", "tqdm>=4.66", "imageio-ffmpeg>=0.5"]
+#                 "tyro>=0.9", "safetensors>=0.5", "tqdm>=4.66", "imageio>=2.14",
+#                 "imageio-ffmpeg>=0.5"]
 # ///
 """Evaluate the network of a finished run: play, print the scores, record a film.
 
@@ -13,8 +14,8 @@
 It needs only RUN_DIR/model.safetensors, which has the script and its flags in its metadata. To use
 a model elsewhere, load_model() and then q_values() or mean_actions() are all you need.
 
-The protocol is the same as in training. Atari: sticky actions 0.25, losing a life does not end an
-episode, 27,000 steps at most, scores undiscounted and unclipped. MinAtar (which needs
+The protocol is that of training's own evaluation. Atari: sticky actions 0.25, losing a life does
+not end an episode, 27,000 steps at most, scores undiscounted and unclipped. MinAtar (which needs
 pip install --no-deps minatar): sticky actions 0.1, 10,000 steps at most. MuJoCo: the policy's mean
 action, 1,000 steps at most.
 """
@@ -52,7 +53,7 @@ class Args:
 
     run_dir: Annotated[Path, tyro.conf.Positional]  # folder of a finished run or of its export
     episodes: int = 10  # episodes to play, at least 1
-    steps: int | None = None  # at least 1, to cut an episode off; default: as in training
+    steps: int | None = None  # at least 1, to cut an episode off; default: as training's own
     epsilon: float = 0.001  # Atari, MinAtar: probability of a random action, in [0, 1]
     seed: int = 0  # seed of the episodes, which training never sees; at least 0
     device: str = "cpu"  # cpu, cuda or cuda:INDEX
@@ -220,9 +221,9 @@ class Environments:
         self.title, self.num_actions = name, len(space.low)
         self.middle, self.half = (space.high + space.low) / 2, (space.high - space.low) / 2
         seeds = first_seeds(seed, num_envs)
-        self.set([env.reset(seed=n)[0] for env, n in zip(self.envs, seeds)])
+        self.observe([env.reset(seed=n)[0] for env, n in zip(self.envs, seeds)])
 
-    def set(self, obs: Any) -> None:
+    def observe(self, obs: Any) -> None:
         """Update `obs`."""
         self.obs = np.array(obs, np.float32)
 
@@ -231,7 +232,7 @@ class Environments:
         moves = self.middle + self.half * actions
         results = [env.step(move) for env, move in zip(self.envs, moves)]
         obs, rewards, terminated, truncated, _ = zip(*results)
-        self.set(obs)
+        self.observe(obs)
         ended = np.array(terminated) | np.array(truncated)
         for i in np.flatnonzero(ended).tolist():  # its score no longer counts
             self.envs[i].reset()
@@ -239,7 +240,7 @@ class Environments:
 
 
 def first_seeds(seed: int, num_envs: int) -> list[int]:
-    """Return the seeds with which training would start N environments."""
+    """Return one seed for each of N environments."""
     keys = [np.random.SeedSequence((seed, i, 0)) for i in range(num_envs)]
     return [int(key.generate_state(1)[0]) for key in keys]
 
@@ -318,9 +319,9 @@ def play(
     return scores.tolist()
 
 
-def mean_interval(scores: list[float], seed: int = 0) -> tuple[float, float]:
+def mean_interval(scores: list[float]) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of the mean of scores, from 10,000 resamples."""
-    draws = np.random.default_rng(seed).choice(scores, size=(10_000, len(scores))).mean(1)
+    draws = np.random.default_rng(0).choice(scores, size=(10_000, len(scores))).mean(1)
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
 
@@ -400,8 +401,8 @@ def main(args: Args) -> None:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         line = str(error).splitlines()[0]
         require(False, line if exported else f"{args.run_dir}: no finished run is there ({line})")
-    known = not args.card or (args.run_dir / "final.json").exists()
-    require(known, f"--card: {args.run_dir}/final.json is missing; it needs a run's own folder")
+    may_write = not args.card or (args.run_dir / "final.json").exists()
+    require(may_write, f"--card: {args.run_dir}/final.json is missing; it needs a run's own folder")
     env_id, seed, rng = flags["env_id"], args.seed + 2_000_000, np.random.default_rng(args.seed)
     weights = {name: weight.to(args.device) for name, weight in weights.items()}
     policy = "actor.output.weight" in weights
@@ -436,10 +437,10 @@ def main(args: Args) -> None:
         film.close()
     matrices = [weight for weight in weights.values() if weight.ndim > 1]
     zeros = sum(int((w == 0).sum()) for w in matrices) / sum(w.numel() for w in matrices)
-    what = "an actor" if policy else "a network"
+    player = "an actor" if policy else "a network"
     how = "by the mean action" if policy else f"at epsilon {args.epsilon:g}"
     count = "1 episode" if args.episodes == 1 else f"{args.episodes} episodes"
-    lines = [f"{envs.title}: {count} {how}, {what} of {zeros:.1%} sparsity"]
+    lines = [f"{envs.title}: {count} {how}, {player} of {zeros:.1%} sparsity"]
     low, high = mean_interval(scores)
     interval = f"95 % interval [{low:.2f}, {high:.2f}], from {min(scores):g} to {max(scores):g}"
     lines += [f"return {np.mean(scores):.2f}, {interval}"]

@@ -383,7 +383,7 @@ def test_curves_are_the_scores_of_each_epoch(
     ]
     caption = (tmp_path / "grid.md").read_text().splitlines()[-1]
     few = "95 % bootstrap intervals over seeds, which of so few are from the lowest to the highest"
-    assert caption == f"IQM; games: 1; seeds: 0 to 2; bands: {few}."
+    assert caption == f"IQM; games: 1; seeds per curve: 0 to 2; bands: {few}."
 
 
 def test_bands_of_curves_redraw_within_games(
