@@ -268,7 +268,7 @@ def test_a_failing_run_is_reported(cluster: Cluster, place: Place) -> None:
     launch = "launch faulty --backend slurm --time 30 --poll-seconds 1"
     output = place.call(launch, status=1)
     line = (bad / ".log").read_text().strip().splitlines()[-1]
-    assert line.startswith(f"{SCRIPT}.py: step 101: the losses are [inf, ")
+    assert line.startswith(f"{SCRIPT}.py: step 104: the losses are [inf, ")
     assert (
         f"launch.py: {bad.name} failed: {line}\n" in output.stderr
         and good.name not in output.stderr
