@@ -95,9 +95,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif kills:
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.kill)
-            if not runs or "eaudeqn_atari" in item.name or "sac_mujoco_gmp" in item.name:
-                item.add_marker(pytest.mark.ci)
-        if item.get_closest_marker("slurm") or item.get_closest_marker("cross"):
+        tried = not runs or "eaudeqn_atari" in item.name or "sac_mujoco_gmp" in item.name
+        marks = {mark.name for mark in item.iter_markers()}
+        if marks & {"slurm", "cross"} or ("kill" in marks and tried):
             item.add_marker(pytest.mark.ci)
 
 

@@ -374,7 +374,7 @@ def test_where_the_logs_are(
 
 def test_a_run_takes_other_data_never_again(tmp_path: Path) -> None:
     """The files' own checksums tell, in those too that the epoch does not need."""
-    flags = f"{LOGGED['cql_atari_gmp']} --batch-size 2 --dataset logs --total-timesteps 5000"
+    flags = f"{LOGGED['cql_atari_gmp']} --dataset logs --total-timesteps 5000"
     shutil.copytree(LOGS, tmp_path / "logs")
     (path,) = (tmp_path / "logs").glob("*/*/replay_logs/$store$_reward_ckpt.5.gz")
     process = Process("cql_atari_gmp", flags, "--epoch-steps 5000 --run-dir run", cwd=tmp_path)
@@ -817,7 +817,7 @@ def test_masks_hold_nest_and_have_exact_counts(
 
 def test_the_records_follow_the_choices(tmp_path: Path) -> None:
     """A record at each target update; exponents are drawn from the seed, one for each candidate."""
-    flags = f"{LOGGED['cql_atari_eaudeqn']} --batch-size 2 --total-timesteps 200 --epoch-steps 50"
+    flags = f"{LOGGED['cql_atari_eaudeqn']} --total-timesteps 200 --epoch-steps 50"
     more = "--target-every 50 --num-networks 3 --eval-episodes 0 --seed 3 --run-dir run"
     succeed("cql_atari_eaudeqn", flags, more, cwd=tmp_path)
     every = records(tmp_path / "run")
@@ -874,7 +874,7 @@ def test_the_schedule_in_gradient_steps(
 
 def test_a_loss_that_is_not_finite_stops_the_run(either: ModuleType, tmp_path: Path) -> None:
     name = either.__name__
-    flags = f"{LOGGED[name]} --batch-size 2 --total-timesteps 300 --learning-rate 1e30"
+    flags = f"{LOGGED[name]} --total-timesteps 300 --learning-rate 1e30"
     output = run(name, flags, "--run-dir run", cwd=tmp_path)
     assert output.status == 1
     (line,) = output.complaints()
@@ -884,7 +884,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(either: ModuleType, tmp_path: P
 
 def test_each_epoch_is_evaluated(either: ModuleType, tmp_path: Path) -> None:
     name = either.__name__
-    flags = f"{LOGGED[name]} --batch-size 2 --total-timesteps 60 --epoch-steps 20 --run-dir run"
+    flags = f"{LOGGED[name]} --total-timesteps 60 --epoch-steps 20 --run-dir run"
     succeed(name, flags, "--eval-episodes 2 --eval-steps 30", cwd=tmp_path)
     every = records(tmp_path / "run")
     assert [r["step"] for r in every if "eval/episodic_return" in r] == [20, 40, 60]
@@ -895,7 +895,7 @@ def test_each_epoch_is_evaluated(either: ModuleType, tmp_path: Path) -> None:
 
 def test_c51_trains_and_is_evaluated(tmp_path: Path) -> None:
     """Its value and advantages are both pruned; evaluate.py plays it."""
-    flags = f"{LOGGED['cql_atari_gmp']} --batch-size 2 --total-timesteps 60 --epoch-steps 60"
+    flags = f"{LOGGED['cql_atari_gmp']} --total-timesteps 60 --epoch-steps 60"
     more = "--c51 --n-step 3 --eval-episodes 0 --run-dir run"
     succeed("cql_atari_gmp", flags, more, cwd=tmp_path)
     final = json.loads((tmp_path / "run" / "final.json").read_text())

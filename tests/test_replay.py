@@ -197,7 +197,7 @@ def test_every_transition(
     rounds later.
     """
     module = request.getfixturevalue(name)
-    for seed in range(2):
+    for seed in range(3):
         world = World(num_envs, seed)
         replay = replay_of(module, world, capacity, n_step=n_step)
         check(replay, world, capacity, n_step)
@@ -409,7 +409,7 @@ class Unasked:
 
 @pytest.mark.parametrize(
     ("num_envs", "steps", "capacity"),
-    [(1, 1, 150), (1, 1000, 150), (3, 5, 150), (3, 1000, 150), (3, 400, 2000)],
+    [(1, 1, 150), (1, 1000, 150), (3, 5, 150), (3, 1000, 150), (3, 1000, 5000)],
 )
 def test_restored_games_and_replay_go_on(
     eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch, num_envs: int, steps: int, capacity: int

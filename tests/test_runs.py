@@ -65,7 +65,10 @@ MUJOCO = {
 }
 DATA = Path(__file__).parent / "data" / "hopper-random.hdf5"
 LOGS = Path(__file__).parent / "data" / "atari"
-LOGGED_FLAGS = f"--dataset {LOGS} --transitions 300 --checkpoints-per-epoch 2 --target-every 100"
+LOGGED_FLAGS = (
+    f"--dataset {LOGS} --transitions 300 --checkpoints-per-epoch 2 --target-every 100"
+    " --batch-size 2"
+)
 LOGGED = {
     "cql_atari_eaudeqn": f"{LOGGED_FLAGS} --feature-size 16 --num-networks 2"
     " --max-exponent 1 --max-sparsity-step 0.1",
@@ -89,7 +92,7 @@ def flags_of(
 
 
 # 2,000 steps with nine target updates or more, a replay that wraps round and a checkpoint now and
-# then: about 10 s.
+# then: 10 to 20 s.
 SMALL = flags_of(
     "--total-timesteps 2000 --batch-size 2 --epoch-steps 600 --eval-episodes 0",
     online="--learning-starts 300 --buffer-size 1000",
