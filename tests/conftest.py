@@ -52,18 +52,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is quick, what takes minutes, and what of that .ci/run adds; sort.
+    """Mark what is quick and what takes minutes; sort.
 
     What is `shared` is text that all scripts have in common: the quick suite tries it through
     the first one only.
 
     Of what test_runs.py does, some is slow too: all with the baselines, which have most in common
     with dqn_atari_gmp; all that trains for the scripts that have most in common with another one,
-    but for sac_mujoco_gmp. Killing and damaging is a suite of its own, `kill`; .ci/run has it of
-    two scripts, and of the launcher. The files that take longest come first.
+    but for sac_mujoco_gmp. Killing and damaging is a suite of its own, `kill`, but for one script
+    of small runs, which stands for what all have in common. The file that takes longest comes first.
     """
-    first = ("test_slurm.py", "test_runs.py")
-    items.sort(key=lambda item: [item.path.name != name for name in first])
+    items.sort(key=lambda item: item.path.name != "test_runs.py")
     alone = "test_one_file_alone_trains[eaudeqn_atari]"
     for item in items:
         if item.path.name in ("test_blocks.py", "test_sparsity.py") or item.name == alone:
@@ -92,13 +91,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         twin = twin and "sac_mujoco_gmp-1" not in item.name
         if item.get_closest_marker("slow") or baselines or shared or (twin and costly):
             item.add_marker(pytest.mark.slow)
-        elif kills:
+        elif kills and "eaudeqn_minatar" not in item.name:
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.kill)
-        tried = not runs or "eaudeqn_atari" in item.name or "sac_mujoco_gmp" in item.name
-        marks = {mark.name for mark in item.iter_markers()}
-        if marks & {"slurm", "cross"} or ("kill" in marks and tried):
-            item.add_marker(pytest.mark.ci)
 
 
 def load_script(name: str) -> ModuleType:

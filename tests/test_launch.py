@@ -226,7 +226,7 @@ def test_two_launchers_start_each_run_once(place: Place) -> None:
 
 @pytest.mark.kill
 def test_runs_outlive_their_launcher_and_are_not_started_again(place: Place) -> None:
-    place.add("a", "--seed", "1", "2", "3", "--ticks", "30")
+    place.add("a", "--seed", "1", "2", "3", "--ticks", "60")
     first = place.begin("launch", "g", "--workers", "2")
     place.wait_for(2)
     time.sleep(0.5)  # for steps to show

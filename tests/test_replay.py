@@ -458,7 +458,8 @@ def test_restored_games_and_replay_go_on(
         for name in ("obs", "actions", "rewards", "discounts"):
             assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
 
-    assert_same_replays()
+    if capacity < 5000:  # else nothing is overwritten until the last check
+        assert_same_replays()
     bits = rng.bit_generator.state
     future = play(envs, rng, 200, replay)
     rng.bit_generator.state = bits

@@ -43,6 +43,7 @@ import pytest
 import torch
 from conftest import SCRIPTS as FOLDER
 from conftest import load_script
+from forks import Fork
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -174,21 +175,21 @@ def wait_until(ready: Callable[[], bool]) -> None:
 
 
 class Process:
-    """A training script in a process of its own, with its output in files."""
+    """A training script in a process of its own, with its output in files.
+
+    Unless it shall be `fresh`, or there is a GPU, it has imported torch already; see forks.py.
+    """
 
     def __init__(
         self,
         script: str | Path,
         *flags: str | Path,
         cwd: Path,
+        fresh: bool = False,
         **environment: str,
     ) -> None:
         path = script if isinstance(script, Path) else FOLDER / f"{script}.py"
-        command = [
-            sys.executable,
-            str(path),
-            *itertools.chain(*(str(flag).split() for flag in flags)),
-        ]
+        command = [str(path), *itertools.chain(*(str(flag).split() for flag in flags))]
         environment = {
             k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "PYTHONPATH"))
         } | environment
@@ -198,7 +199,13 @@ class Process:
             cwd / f".{os.urandom(4).hex()}.{name}" for name in ("stdout", "stderr")
         )
         with open(self.out, "w") as out, open(self.err, "w") as err:
-            self.popen = subprocess.Popen(command, cwd=cwd, env=environment, stdout=out, stderr=err)
+            self.popen: Fork | subprocess.Popen[bytes] = (
+                subprocess.Popen(
+                    [sys.executable, *command], cwd=cwd, env=environment, stdout=out, stderr=err
+                )
+                if fresh or torch.cuda.is_available()
+                else Fork(command, cwd, environment, [self.out, self.err])
+            )
 
     def wait(self) -> Output:
         """Wait for the end."""
@@ -224,14 +231,18 @@ class Process:
         return self.wait()
 
 
-def run(script: str | Path, *flags: str | Path, cwd: Path, **environment: str) -> Output:
+def run(
+    script: str | Path, *flags: str | Path, cwd: Path, fresh: bool = False, **environment: str
+) -> Output:
     """Run a script to its end."""
-    return Process(script, *flags, cwd=cwd, **environment).wait()
+    return Process(script, *flags, cwd=cwd, fresh=fresh, **environment).wait()
 
 
-def succeed(script: str | Path, *flags: str | Path, cwd: Path, **environment: str) -> Output:
+def succeed(
+    script: str | Path, *flags: str | Path, cwd: Path, fresh: bool = False, **environment: str
+) -> Output:
     """Run a script to its end, which must be a good one."""
-    output = run(script, *flags, cwd=cwd, **environment)
+    output = run(script, *flags, cwd=cwd, fresh=fresh, **environment)
     assert output.status == 0, output.stderr
     assert "Traceback" not in output.stderr, output.stderr
     return output
@@ -1773,7 +1784,10 @@ def test_one_file_alone_trains(script: str, tmp_path: Path) -> None:
     before = time.time()
     flags = f"{TINY[script]} --seed 7 --eval-episodes 1 --eval-steps 20"
     outputs = both(
-        *(partial(succeed, path, flags, cwd=cwd, **environment) for path, cwd, environment in runs)
+        *(
+            partial(succeed, path, flags, cwd=cwd, fresh=True, **environment)
+            for path, cwd, environment in runs
+        )
     )
     for (path, cwd, _), output in zip(runs, outputs):
         (folder,) = (cwd / "runs").iterdir()

@@ -65,7 +65,7 @@ class Place:
             "SLURM_CONF": there["SLURM_CONF"],
             "PATH": there["PATH"],
         }
-        self.begun.append(Process(LAUNCHER, command, cwd=self.folder, **environment))
+        self.begun.append(Process(LAUNCHER, command, cwd=self.folder, fresh=True, **environment))
         return self.begun[-1]
 
     def call(self, command: str, status: int = 0, **environment: str) -> Output:
