@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Of what test_runs.py does, some is slow too: all with the baselines, which have most in common
     with dqn_atari_gmp; all that trains for the scripts that have most in common with another one,
     but for sac_mujoco_gmp. Killing and damaging is a suite of its own, `kill`, but for one script
-    of small runs, which stands for what all have in common. The file that takes longest comes first.
+    of small runs, which stands for what all have in common. The longest file comes first.
     """
     items.sort(key=lambda item: item.path.name != "test_runs.py")
     alone = "test_one_file_alone_trains[eaudeqn_atari]"

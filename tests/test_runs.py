@@ -1981,23 +1981,28 @@ def test_kills_at_random_moments(script: str, num_envs: int, tmp_path: Path) -> 
     if script not in SINGLE:
         flags += f" --num-envs {num_envs}"
     succeed(script, flags, "--run-dir whole", cwd=tmp_path)
-    rng, kills, wanted = random.Random(num_envs), 0, 20 if script in SINGLE else 8
+    rng, kills = random.Random(num_envs), 0
+    wanted, longest = (20, 0.5) if script in SINGLE else (8, 2.0)  # seconds until a kill
     flags += " --run-dir cut"
     while not (tmp_path / "cut" / "final.json").exists():
         process = Process(script, flags, cwd=tmp_path)
         if kills < wanted:
             begun = process.out.read_text if kills else (tmp_path / "cut/metrics.jsonl").exists
             process.when(lambda begun=begun: bool(begun()))  # "continuing from step", if resumed
-            time.sleep(rng.uniform(0, 3))
+            time.sleep(rng.uniform(0, longest))
             signum = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
             output = process.stop(signum)
             # -15: SIGTERM during the imports.
             assert output.status in (0, 75, -signal.SIGKILL, -signal.SIGTERM), output
             kills += 1
         else:
+            signum = 0
             assert process.wait().status == 0
         flags = "--resume cut"
     print(f"{script}, {num_envs} environments: {kills} kills")
+    for path in (tmp_path / "cut" / "checkpoint").iterdir():
+        assert signum == signal.SIGKILL, "between final.json and its removal"
+        path.unlink()
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
