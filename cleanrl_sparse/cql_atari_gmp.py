@@ -835,7 +835,7 @@ class Run:
         size = state.get("metrics", 0)
         require(self.metrics.tell() >= size, f"{self.metrics.name} is too short for the checkpoint")
         self.metrics.truncate(size)
-        self.board = SummaryWriter(str(self.path), purge_step=state.get("step", 0) + 1)
+        self.board = SummaryWriter(str(self.path), purge_step=state.get("step", -1) + 1)
         self.board.add_text("flags", "\n".join(f"    {k}: {v}" for k, v in vars(self.args).items()))
         return state
 

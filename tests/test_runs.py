@@ -1978,11 +1978,15 @@ def test_kills_at_random_moments(script: str, num_envs: int, tmp_path: Path) -> 
     flags = f"{SMALL[script]} --checkpoint-minutes 0.005 --epoch-steps 40"
     if script not in OFFLINE:
         flags += " --replay-ratio 0.03 --total-timesteps 3000"
+    if script in MINATAR:  # 3,000 steps end too soon for twenty kills
+        flags += " --total-timesteps 30000"
+    if script in OFFLINE:
+        flags += " --total-timesteps 6000"
     if script not in SINGLE:
         flags += f" --num-envs {num_envs}"
     succeed(script, flags, "--run-dir whole", cwd=tmp_path)
     rng, kills = random.Random(num_envs), 0
-    wanted, longest = (20, 0.5) if script in SINGLE else (8, 2.0)  # seconds until a kill
+    wanted, longest = (20, 0.7) if script in SINGLE else (8, 2.0)  # seconds until a kill
     flags += " --run-dir cut"
     while not (tmp_path / "cut" / "final.json").exists():
         process = Process(script, flags, cwd=tmp_path)
