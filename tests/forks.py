@@ -58,7 +58,7 @@ class Fork:
 
     def poll(self) -> int | None:
         """Return the exit status so far."""
-        return self.process.exitcode
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for the end and return the exit status."""
