@@ -112,30 +112,30 @@ class QNetwork(nn.Module):
         self.output = nn.Linear(args.feature_size, num_actions)
         for p in self.parameters():
             nn.init.xavier_uniform_(p) if p.ndim > 1 else nn.init.zeros_(p)
+        self.tensors: list[Tensor] = list(self.parameters())  # parameters() is slow
 
     def forward(self, obs: Tensor) -> Tensor:
         """Map obs [C, 10, 10, B], 0 or 1, to Q-values [num_actions, B]."""
-        return q_values([p[None] for p in self.parameters()], obs)[0]
+        return q_values(self.tensors, obs)
 
 
 def q_values(parameters: list[Tensor], obs: Tensor) -> Tensor:
-    """Map obs [C, 10, 10, B] to [K, num_actions, B], of K networks in stacked parameters [K, ...].
+    """Map obs [C, 10, 10, B] to [num_actions, B]; with K networks' stacked parameters to [K, ...].
 
     The batch comes last: so each layer is weight @ x, for which autograd copies nothing.
     """
     weight1, bias1, weight2, bias2, weight3, bias3 = parameters
-    k, batch = len(weight1), obs.shape[-1]
-    patches = obs.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 4, 5, 1, 2, 3)  # [C, 3, 3, 8, 8, B]
-    x = patches.reshape(1, -1, 64 * batch).expand(k, -1, -1)
-    x = torch.relu(torch.baddbmm(bias1[:, :, None], weight1.flatten(2), x))  # [K, 16, 8 * 8 * B]
-    x = torch.relu(torch.baddbmm(bias2[:, :, None], weight2, x.view(k, -1, batch)))
-    return torch.baddbmm(bias3[:, :, None], weight3, x)
+    windows = obs.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 4, 5, 1, 2, 3)  # [C, 3, 3, 8, 8, B]
+    x = weight1.flatten(-3) @ windows.reshape(-1, 64 * obs.shape[-1])  # [K, 16, 8 * 8 * B]
+    x = torch.relu(x + bias1[..., None]).view(*bias1.shape[:-1], -1, obs.shape[-1])
+    x = torch.relu(weight2 @ x + bias2[..., None])
+    return weight3 @ x + bias3[..., None]
 
 
 def greedy(network: QNetwork, obs: np.ndarray) -> int:
     """Return a network's best action for obs [C, 10, 10]; NumPy is faster for a single one."""
-    parameters = [p.detach().cpu().numpy() for p in network.parameters()]
-    weight1, bias1, weight2, bias2, weight3, bias3 = parameters
+    arrays = [p.numpy(force=True) for p in network.tensors]
+    weight1, bias1, weight2, bias2, weight3, bias3 = arrays
     x = obs.reshape(-1, 100).take(WINDOWS, 1).reshape(-1, 64).astype(np.float32)  # [C * 9, 64]
     x = np.maximum(weight1.reshape(len(weight1), -1) @ x + bias1[:, None], 0)
     x = np.maximum(weight2 @ x.ravel() + bias2, 0)
@@ -236,7 +236,8 @@ class DQN(nn.Module):
         adam: Any = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True}
         self.optimizer = torch.optim.Adam(self.online.parameters(), **adam)
         self.latest = nn.Buffer(torch.zeros(2, device=device))  # loss and mean Q-value
-        self.gradient_step, self.sparsity = 0, 0.0  # the schedule's sparsity
+        self.gradient_step, self.loss = 0, 0.0  # loss: latest[0] on the host
+        self.sparsity = 0.0  # the schedule's
         updates = max(1, self.updates_by(args.total_timesteps))  # of the whole run
         self.start = min(updates - 1, round(args.prune_start * updates))
         self.end = min(updates - 1, round(args.prune_end * updates))
@@ -288,6 +289,7 @@ class DQN(nn.Module):
             self.prune_if_due()
             self.gradient_step += 1
             self.update(*replay.sample(self.args.batch_size))
+            self.loss = float(self.latest[0])
 
     @torch.no_grad()
     def prune_if_due(self) -> None:
@@ -343,9 +345,9 @@ def main(args: Args) -> None:
             bar.set_postfix_str(f"return {score:g}, sparsity {agent.sparsity:.3f}", False)
         # Learn and prune.
         agent.learn(replay, step)
-        if not math.isfinite(agent.latest[0]):
+        if not math.isfinite(agent.loss):
             kept = f"checkpoint kept: {run.newest[:12] or 'none'}"
-            require(False, f"step {step}: the losses are {agent.latest[:1].tolist()}; {kept}", 1)
+            require(False, f"step {step}: the losses are {[agent.loss]}; {kept}", 1)
         # Target.
         if step % args.target_every == 0 and agent.gradient_step > 0 and not ended:
             agent.target.load_state_dict(agent.online.state_dict())

@@ -116,30 +116,30 @@ class QNetwork(nn.Module):
         self.output = nn.Linear(args.feature_size, num_actions)
         for p in self.parameters():
             nn.init.xavier_uniform_(p) if p.ndim > 1 else nn.init.zeros_(p)
+        self.tensors: list[Tensor] = list(self.parameters())  # parameters() is slow
 
     def forward(self, obs: Tensor) -> Tensor:
         """Map obs [C, 10, 10, B], 0 or 1, to Q-values [num_actions, B]."""
-        return q_values([p[None] for p in self.parameters()], obs)[0]
+        return q_values(self.tensors, obs)
 
 
 def q_values(parameters: list[Tensor], obs: Tensor) -> Tensor:
-    """Map obs [C, 10, 10, B] to [K, num_actions, B], of K networks in stacked parameters [K, ...].
+    """Map obs [C, 10, 10, B] to [num_actions, B]; with K networks' stacked parameters to [K, ...].
 
     The batch comes last: so each layer is weight @ x, for which autograd copies nothing.
     """
     weight1, bias1, weight2, bias2, weight3, bias3 = parameters
-    k, batch = len(weight1), obs.shape[-1]
-    patches = obs.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 4, 5, 1, 2, 3)  # [C, 3, 3, 8, 8, B]
-    x = patches.reshape(1, -1, 64 * batch).expand(k, -1, -1)
-    x = torch.relu(torch.baddbmm(bias1[:, :, None], weight1.flatten(2), x))  # [K, 16, 8 * 8 * B]
-    x = torch.relu(torch.baddbmm(bias2[:, :, None], weight2, x.view(k, -1, batch)))
-    return torch.baddbmm(bias3[:, :, None], weight3, x)
+    windows = obs.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 4, 5, 1, 2, 3)  # [C, 3, 3, 8, 8, B]
+    x = weight1.flatten(-3) @ windows.reshape(-1, 64 * obs.shape[-1])  # [K, 16, 8 * 8 * B]
+    x = torch.relu(x + bias1[..., None]).view(*bias1.shape[:-1], -1, obs.shape[-1])
+    x = torch.relu(weight2 @ x + bias2[..., None])
+    return weight3 @ x + bias3[..., None]
 
 
 def greedy(network: QNetwork, obs: np.ndarray) -> int:
     """Return a network's best action for obs [C, 10, 10]; NumPy is faster for a single one."""
-    parameters = [p.detach().cpu().numpy() for p in network.parameters()]
-    weight1, bias1, weight2, bias2, weight3, bias3 = parameters
+    arrays = [p.numpy(force=True) for p in network.tensors]
+    weight1, bias1, weight2, bias2, weight3, bias3 = arrays
     x = obs.reshape(-1, 100).take(WINDOWS, 1).reshape(-1, 64).astype(np.float32)  # [C * 9, 64]
     x = np.maximum(weight1.reshape(len(weight1), -1) @ x + bias1[:, None], 0)
     x = np.maximum(weight2 @ x.ravel() + bias2, 0)

@@ -136,7 +136,7 @@ LINES = {
     "sac_mujoco_gmp": (909, 425),
     "cql_offline_snip": (1017, 413),
     "eaudeqn_minatar": (809, 360),
-    "dqn_minatar_gmp": (768, 316),
+    "dqn_minatar_gmp": (770, 318),
     "cql_atari_eaudeqn": (868, 328),
     "cql_atari_gmp": (976, 433),
 }
