@@ -237,8 +237,8 @@ class CQL(nn.Module):
         self.critics = nn.ParameterList(stack.to(device) for stack in stacks)
         self.stacks: list[Tensor] = list(self.critics)
         self.followed = [stack.detach() for stack in self.stacks]  # by actor and targets
-        copies = [nn.Parameter(stack.clone(), requires_grad=False) for stack in self.followed]
-        self.targets: Any = nn.ParameterList(copies)
+        self.targets: Any = [nn.Parameter(x.clone(), requires_grad=False) for x in self.followed]
+        self.target_critics = nn.ParameterList(self.targets)  # for state_dict(); slow to iterate
         self.log_alpha = nn.Parameter(torch.zeros((), device=device))
         self.log_multiplier = nn.Parameter(torch.ones((), device=device))
         self.groups = [self.stacks[::2], list(prunable(self.actor).values())]  # a threshold each
@@ -311,7 +311,7 @@ class CQL(nn.Module):
             optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_mul_(self.weights, self.masks)
-            torch._foreach_lerp_(list(self.targets), self.followed, self.args.tau)
+            torch._foreach_lerp_(self.targets, self.followed, self.args.tau)
             self.latest.copy_(logged)
 
     # >>> shared: captured-update
@@ -377,7 +377,7 @@ class CQL(nn.Module):
             keep += torch.from_numpy(chosen).split([w.numel() for w in group])
         for weight, mask, chosen in zip(self.weights, self.masks, keep):
             weight.mul_(mask.copy_(chosen.view(mask.shape)))
-        torch._foreach_copy_(list(self.targets), self.followed)
+        torch._foreach_copy_(self.targets, self.followed)
         empty = [name for name, weight in prunable(self.networks()).items() if not weight.any()]
         line = f"--pruner {args.pruner} --sparsity {args.sparsity}: nothing would be left of"
         require(not empty, f"{line} {', '.join(empty)} (layer collapse); a lower one keeps more")

@@ -269,8 +269,8 @@ class SAC(nn.Module):
         self.stacks = [stack.to(device).requires_grad_() for stack in stacks]
         self.followed = [stack.detach() for stack in self.stacks]  # by actor and targets
         self.critics: Any = nn.ModuleList(critic_network(self.followed, n) for n in range(2))
-        copies = [nn.Parameter(stack.clone(), requires_grad=False) for stack in self.followed]
-        self.targets: Any = nn.ParameterList(copies)
+        self.targets: Any = [nn.Parameter(x.clone(), requires_grad=False) for x in self.followed]
+        self.target_critics = nn.ParameterList(self.targets)  # for state_dict(); slow to iterate
         self.log_alpha = nn.Parameter(torch.zeros((), device=device))
         # Of the latest update: critics' losses, Q, actor's loss, alpha, its loss.
         self.latest = nn.Buffer(torch.full((6,), math.nan, device=device))
@@ -309,9 +309,9 @@ class SAC(nn.Module):
         rng, shape = self.rng["act"], (len(obs), self.num_actions)
         if explore:
             return rng.uniform(-1, 1, shape).astype(np.float32)
+        mean, log_std = self.actor(torch.from_numpy(obs).to(self.device))
         noise = torch.from_numpy(rng.standard_normal(shape, np.float32)).to(self.device)
-        actions, _ = self.actor.sample(torch.from_numpy(obs).to(self.device), noise)
-        return actions.cpu().numpy()
+        return (mean + log_std.exp() * noise).tanh().cpu().numpy()
 
     def update(self, *batch: Tensor) -> None:
         """Take one gradient step on a batch; noise [2, B, A] is for actions at next_obs and obs.
@@ -345,7 +345,7 @@ class SAC(nn.Module):
         self.actor_optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_mul_(self.weights[-3:], self.masks[-3:])
-            torch._foreach_lerp_(list(self.targets), self.followed, args.tau)
+            torch._foreach_lerp_(self.targets, self.followed, args.tau)
             torch._foreach_mul_(self.target_weights, self.masks[: len(self.target_weights)])
             self.latest.copy_(torch.stack([*losses, q.mean(), actor_loss, alpha, alpha_loss]))
 
