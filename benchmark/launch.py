@@ -189,6 +189,7 @@ def add(grid: str, curve: str, script: str, words: list[str]) -> None:
         return print(f"{grid}: {curve}: {len(runs)} run{'s' * (len(runs) != 1)}")
     for run in runs:
         print(shlex.join(["python", f"cleanrl_sparse/{script}", *run.command()]))
+    say(f"DRY=1: {curve}: {len(runs)} run{'s' * (len(runs) != 1)}, not started")
 
 
 def replace(grid: str, curve: str, runs: list[TrainingRun]) -> None:

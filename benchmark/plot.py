@@ -467,13 +467,19 @@ def once(rows: list[Row]) -> list[Row]:
     return list({repr(row): row for row in rows}.values())  # by its text, as NaN is not NaN
 
 
+def score_name(args: Args) -> str:
+    """Return what the scores are, for a label."""
+    return SCORES[args.score].replace("the baseline", "".join(args.baseline[:1]))
+
+
 def drawn(args: Args) -> tuple[str, str, str]:
     """Return what is drawn of the scores, what their bands are, and the text at their axis."""
     what, band = "IQM", "bands: 95 % bootstrap intervals over seeds"
     if args.few:
         what, band = "mean", "bands: lowest to highest seed"
     # in lines that are no longer than a low panel
-    return what, band, textwrap.fill(f"{SCORES[args.score]}, {what}", 18, break_on_hyphens=False)
+    label = textwrap.fill(f"{score_name(args)}, {what}", 24, break_on_hyphens=False)
+    return what, band, label
 
 
 def draw_curves(runs: list[Run], args: Args) -> Drawing:
@@ -519,7 +525,7 @@ def draw_profile(runs: list[Run], args: Args) -> Drawing:
             if found := [pair for pair in done if pair[0].curve == name]:
                 draw_line(axis, taus, estimate(above, strata_of(*zip(*found)), args), looks[name])
             rows.append(final_row({"curve": name} | facts, curve, args))
-        axis.set(title=title_of(facts), xlabel=f"tau: {SCORES[args.score]}")
+        axis.set(title=title_of(facts), xlabel=f"tau: {score_name(args)}")
         axis.set_ylabel("share of runs above")
     band = drawn(replace(args, few=False))[1]
     return figure, rows, caption_of(runs, args, "Final scores", band)

@@ -17,7 +17,7 @@ removed along a cubic schedule (Zhu and Gupta 2017). Removed weights stay remove
     python dqn_minatar_gmp.py --resume RUN_DIR
 
 The method and its guesses are as in dqn_atari_gmp.py. Differences ([D] our decision):
- 1. [D] The target period was chosen by dense DQN on two games; see the docs for the settings.
+ 1. [D] The target period was chosen with dense DQN on two games; see the docs for the settings.
  2. [D] One environment without a step limit, as in MinAtar's own DQN; rewards are not clipped.
  3. [D] No n-step returns and no analyses of the network.
  4. [D] --compile and --precision bf16 are refused: networks this small gain nothing.
@@ -225,7 +225,7 @@ class DQN(nn.Module):
 
     def __init__(self, args: Args, channels: int, num_actions: int, device: torch.device) -> None:
         super().__init__()
-        self.args, self.num_actions, self.device = args, num_actions, device
+        self.args, self.num_actions = args, num_actions
         torch.manual_seed(args.seed)
         self.online = QNetwork(channels, num_actions, args)
         add_masks(self.online)
@@ -392,7 +392,8 @@ class Game:
     def __init__(self, env_id: str, seed: tuple[int, int]) -> None:
         names = {name.replace("_", ""): name for name in GAMES}
         key = re.sub(r"^MinAtar/|-v[01]$|_", "", env_id).lower()
-        require(key in names, f"--env-id {env_id}: no such game; there are {' '.join(names)}")
+        known = ", ".join(game.title().replace("_", "") for game in GAMES)
+        require(key in names, f"--env-id {env_id}: must be one of {known}")
         logging.disable()  # else it warns that it cannot draw without seaborn
         try:
             self.env = import_module("minatar").Environment(names[key])

@@ -11,8 +11,9 @@
     python evaluate.py RUN_DIR --episodes 100 --card       # a model card: hf upload NAME RUN_DIR
     python evaluate.py RUN_DIR/export                      # an agent written by export.py, in C
 
-It needs only RUN_DIR/model.safetensors, which has the script and its flags in its metadata. To use
-a model elsewhere, load_model() and then q_values() or mean_actions() are all you need.
+It needs only RUN_DIR/model.safetensors, which has the script and its flags in its metadata
+(--card: final.json too). To use a model elsewhere, load_model() and then q_values() or
+mean_actions() are all you need.
 
 The protocol is that of training's own evaluation. Atari: sticky actions 0.25, losing a life does
 not end an episode, 27,000 steps at most, scores undiscounted and unclipped. MinAtar (which needs
@@ -30,6 +31,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -263,6 +265,8 @@ def film_of(args: Args, envs: Games, env_id: str, seed: int) -> Any:
             if isinstance(envs, Environments) and hasattr(envs.envs[0].unwrapped, "camera_name"):
                 options["camera_name"] = "track"  # else a robot runs out of Gymnasium 1.4's picture
             film = Environments(env_id, 1, seed, **options)
+            with suppress(KeyError, AttributeError):  # MuJoCo's floors end; the robot runs on
+                film.envs[0].unwrapped.model.geom("floor").size[:2] = 0  # infinite
             film.envs[0].render()
     except Exception as error:  # of any kind, depending on the drawing library
         hint = "without a screen MuJoCo draws with EGL, or with OSMesa if MUJOCO_GL=osmesa"
@@ -304,16 +308,16 @@ def play(
     scores, over = np.zeros(args.episodes), np.zeros(args.episodes, bool)
     limit = args.steps or {MinAtarGames: 10_000, Environments: 1_000}.get(type(envs), 27_000)
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds between its updates
-    with tqdm(total=args.episodes, unit="episode", dynamic_ncols=True, mininterval=pause) as bar:
-        for step in range(limit):
+    with tqdm(total=limit, unit=" step", dynamic_ncols=True, mininterval=pause) as bar:
+        for _ in range(limit):
             actions = act(envs.obs)
             if film and not over[0]:
                 film.send(actions)
             rewards, ended = envs.step(actions)
             scores += np.where(over, 0, rewards)
             over |= ended
-            bar.set_postfix_str(f"step {step + 1} of at most {limit}", refresh=False)
-            bar.update(int(over.sum()) - bar.n)
+            bar.set_postfix_str(f"{over.sum()} of {len(over)} episodes over", refresh=False)
+            bar.update()
             if over.all():
                 break
     return scores.tolist()
@@ -440,7 +444,8 @@ def main(args: Args) -> None:
     player = "an actor" if policy else "a network"
     how = "by the mean action" if policy else f"at epsilon {args.epsilon:g}"
     count = "1 episode" if args.episodes == 1 else f"{args.episodes} episodes"
-    lines = [f"{envs.title}: {count} {how}, {player} of {zeros:.1%} sparsity"]
+    world = {AtariGames: "ALE/", MinAtarGames: "MinAtar/"}.get(kind, "")
+    lines = [f"{world}{envs.title}: {count} {how}, {player} of {zeros:.1%} sparsity"]
     low, high = mean_interval(scores)
     interval = f"95 % interval [{low:.2f}, {high:.2f}], from {min(scores):g} to {max(scores):g}"
     lines += [f"return {np.mean(scores):.2f}, {interval}"]
@@ -457,11 +462,14 @@ def main(args: Args) -> None:
     if args.video:
         print(f"film of the first episode: {args.video}")
     if args.card:
-        world = {AtariGames: "ALE/", MinAtarGames: "MinAtar/"}.get(kind, "")
         write_card(args.run_dir, flags, world + envs.title, scores, lines)
-        print(f"model card: {args.run_dir / 'README.md'} (hf upload NAME {args.run_dir})")
+        print(f"model card: {args.run_dir / 'README.md'}; to publish it:")
+        print(f"hf upload NAME {args.run_dir}")
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently at `| head`
-    main(tyro.cli(Args, description=(__doc__ or "").partition("\n")[0]))
+    try:
+        main(tyro.cli(Args, description=(__doc__ or "").partition("\n")[0]))
+    except KeyboardInterrupt:
+        require(False, "stopped; nothing was scored")

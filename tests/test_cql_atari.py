@@ -902,7 +902,7 @@ def test_c51_trains_and_is_evaluated(tmp_path: Path) -> None:
     assert final["sparsity/prunable"] == pytest.approx(0.95, abs=1e-3)
     assert final["sparsity/layer/value"] > 0
     output: Output = succeed("evaluate", "run --episodes 1 --steps 30", cwd=tmp_path)
-    assert output.stdout.startswith("Breakout: 1 episode at epsilon 0.001, a network of 95.0%")
+    assert output.stdout.startswith("ALE/Breakout: 1 episode at epsilon 0.001, a network of 95.0%")
 
 
 # make_datasets.py

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLACES = ("*.md", "docs/*.md", "agents/*.md", "benchmark/**/*.md")
 PAGES = sorted(path for place in PLACES for path in ROOT.glob(place))
 # What else a page may call.
-OTHERS = {"pip", ".", "pytest", "ruff", "mypy", "mkdocs", "hf", "cc", "diff", "update()"}
+OTHERS = {"pip", ".", "pytest", "ruff", "mypy", "mkdocs", "hf", "cc", "diff", "grep", "update()"}
 OTHERS |= {"arm-none-eabi-gcc", "aarch64-linux-gnu-gcc"}
 FORM = ("Idea", "Run", "Flags that matter", "Differences from the paper", "Results", "Speed")
 
@@ -198,6 +198,8 @@ def test_readmes_results_are_in_the_results() -> None:
         name = task.partition(",")[0].split()[-1].lower()
         found = [line for line in sources if f"{name} " in line.replace("_", "").lower()]
         numbers = re.findall(r"\d[\d,]*\.?\d*", " ".join(found))
+        dense, eau = (float(cells[i].replace(",", "")) for i in (0, 2))
+        assert cells.pop(3) == f"{eau / dense:.0%}".replace("%", " %")
         for number in re.findall(r"\d[\d,]*\.?\d*", " ".join(cells)):
             digits = len(number.partition(".")[2])
             rounded = {f"{float(x.replace(',', '')):,.{digits}f}" for x in numbers}
