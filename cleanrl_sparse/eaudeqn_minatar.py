@@ -434,8 +434,7 @@ class Game:
     def __init__(self, env_id: str, seed: tuple[int, int]) -> None:
         names = {name.replace("_", ""): name for name in GAMES}
         key = re.sub(r"^MinAtar/|-v[01]$|_", "", env_id).lower()
-        known = ", ".join(game.title().replace("_", "") for game in GAMES)
-        require(key in names, f"--env-id {env_id}: must be one of {known}")
+        require(key in names, f"--env-id {env_id}: must be one of {', '.join(names)}")
         logging.disable()  # else it warns that it cannot draw without seaborn
         try:
             self.env = import_module("minatar").Environment(names[key])
