@@ -478,7 +478,7 @@ def drawn(args: Args) -> tuple[str, str, str]:
     if args.few:
         what, band = "mean", "bands: lowest to highest seed"
     # in lines that are no longer than a low panel
-    label = textwrap.fill(f"{score_name(args)}, {what}", 24, break_on_hyphens=False)
+    label = textwrap.fill(f"{score_name(args)}, {what}", 18, break_on_hyphens=False)
     return what, band, label
 
 
