@@ -55,9 +55,10 @@ ATARI = {
     "rainbow_resnet_gmp": "--network cnn --feature-size 16 --prune-every 7 --analysis-every 900",
     "dqn_atari_baselines": "--feature-size 16 --pruner rigl --regulariser redo --prune-every 9",
 }
-MINATAR = {
-    "eaudeqn_minatar": "--feature-size 8 --num-networks 3 --max-exponent 1 --max-sparsity-step 0.1",
-    "dqn_minatar_gmp": "--feature-size 8 --prune-every 7",
+MINATAR = {  # so fast that a checkpoint every 0.6 s, as on Atari, could leave no time for a kill
+    "eaudeqn_minatar": "--feature-size 8 --num-networks 3 --max-exponent 1 --max-sparsity-step 0.1"
+    " --checkpoint-minutes 0.004",
+    "dqn_minatar_gmp": "--feature-size 8 --prune-every 7 --checkpoint-minutes 0.004",
 }
 MUJOCO = {
     "sac_mujoco_eaudeqn": "--replay-ratio 0.25 --num-networks 3 --max-exponent 1"
@@ -412,7 +413,7 @@ def broken_off(script: str, home: Path) -> BrokenOff:
         1: [
             (early, signal.SIGKILL),
             (partial(has_saved, step=1000), signal.SIGKILL),
-            (partial(has_saved, step=1400), signal.SIGTERM),
+            (partial(has_saved, step=1200), signal.SIGTERM),
         ],
         3: [
             (early, signal.SIGTERM),
