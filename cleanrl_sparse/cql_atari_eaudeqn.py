@@ -90,6 +90,8 @@ class Training:
     feature_size: Count = 512  # units of the dense layer; the paper uses two of 32, 512 and 2048
     eval_episodes: Index = 10  # episodes of each evaluation, at epsilon 0.001
     eval_steps: Count = 27_000  # steps after which an evaluation episode is cut off
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
+    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
 
 
 @dataclass
@@ -328,6 +330,7 @@ class EauDeCQL(nn.Module):
 def main(args: Args) -> None:
     """Train, evaluate the network with the smallest loss, and write the results."""
     device, (folder, rom) = find_device(args), find_replay(args)
+    require(device.type != "cpu" or not args.compile, "--compile: only with --device cuda")
     args.env_id = args.env_id or rom.title().replace("_", "")
     num_actions = len(make_envs(rom, 1, 1).ale.get_action_set())
     agent = EauDeCQL(args, num_actions, device)
@@ -636,9 +639,7 @@ class Running:
     """Where and how to run."""
 
     device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
-    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
-    run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
+    run_dir: str = ""  # folder, new or empty; '': a new runs/{env}__{script}__{seed}__{time}
     resume: str = ""  # continue the run in this folder, with its flags; give no others
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
     keep_checkpoint: bool = False  # keep the last checkpoints of a finished run
@@ -792,7 +793,6 @@ def find_device(args: Args) -> torch.device:
     known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
     name = {"auto": known[0], "cuda": "cuda:0"}.get(args.device, args.device)
     require(name in known, f"--device {args.device}: this machine has {', '.join(known)}")
-    require(name != "cpu" or not args.compile, "--compile: only with --device cuda")
     torch.backends.cudnn.allow_tf32 = False
     if name != "cpu":
         torch.cuda.set_device(name)

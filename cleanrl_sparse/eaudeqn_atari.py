@@ -88,6 +88,8 @@ class Training:
     feature_size: Count = 512  # units of the dense layer; the paper has 32, 512 and 2048
     eval_episodes: Index = 10  # episodes of the final evaluation, at epsilon 0.001
     eval_steps: Count = 27_000  # steps after which an evaluation episode is cut off
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
+    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
 
 
 @dataclass
@@ -331,6 +333,7 @@ class EauDeQN(nn.Module):
 def main(args: Args) -> None:
     """Train, evaluate the network with the smallest loss, and write the results."""
     device, rom = find_device(args), find_rom(args.env_id)
+    require(device.type != "cpu" or not args.compile, "--compile: only with --device cuda")
     envs = AtariEnvs(rom, args.num_envs, args.seed)
     agent = EauDeQN(args, envs.num_actions, device)
     replay = FrameReplay(args, device, envs.obs[:, -1])
@@ -600,9 +603,7 @@ class Running:
     """Where and how to run."""
 
     device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
-    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
-    run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
+    run_dir: str = ""  # folder, new or empty; '': a new runs/{env}__{script}__{seed}__{time}
     resume: str = ""  # continue the run in this folder, with its flags; give no others
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
     keep_checkpoint: bool = False  # keep the last checkpoints of a finished run
@@ -759,7 +760,6 @@ def find_device(args: Args) -> torch.device:
     known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
     name = {"auto": known[0], "cuda": "cuda:0"}.get(args.device, args.device)
     require(name in known, f"--device {args.device}: this machine has {', '.join(known)}")
-    require(name != "cpu" or not args.compile, "--compile: only with --device cuda")
     torch.backends.cudnn.allow_tf32 = False
     if name != "cpu":
         torch.cuda.set_device(name)

@@ -22,7 +22,7 @@ The method and its guesses are as in eaudeqn_atari.py. Differences ([D] our deci
  1. [D] The target period was chosen with dense DQN on two games; see the docs for the settings.
  2. [D] One environment without a step limit, as in MinAtar's own DQN; rewards are not clipped.
  3. [D] The K networks are computed as one batched product and share Adam's step count.
- 4. [D] --compile and --precision bf16 are refused: networks this small gain nothing.
+ 4. [D] Neither --compile nor --precision: networks this small gain nothing from them.
 
 Figures: benchmark/minatar_*.sh. More: docs/eaudeqn_minatar.md.
 """
@@ -573,9 +573,7 @@ class Running:
     """Where and how to run."""
 
     device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
-    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
-    run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
+    run_dir: str = ""  # folder, new or empty; '': a new runs/{env}__{script}__{seed}__{time}
     resume: str = ""  # continue the run in this folder, with its flags; give no others
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
     keep_checkpoint: bool = False  # keep the last checkpoints of a finished run
@@ -591,9 +589,6 @@ class Args(Running, Training, Method):
     def __post_init__(self) -> None:
         """Refuse invalid values, naming the flag."""
         check_ranges(self)
-        reason = "not for networks this small, which gain nothing from it"
-        require(self.precision == "fp32", f"--precision {self.precision}: {reason}")
-        require(not self.compile, f"--compile: {reason}")
         smallest = min(self.learning_starts, self.buffer_size)
         line = f"--learning-starts, --buffer-size {smallest}: must be at least {self.batch_size}"
         require(smallest >= self.batch_size, f"{line} (--batch-size)")
@@ -733,7 +728,6 @@ def find_device(args: Args) -> torch.device:
     known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
     name = {"auto": known[0], "cuda": "cuda:0"}.get(args.device, args.device)
     require(name in known, f"--device {args.device}: this machine has {', '.join(known)}")
-    require(name != "cpu" or not args.compile, "--compile: only with --device cuda")
     torch.backends.cudnn.allow_tf32 = False
     if name != "cpu":
         torch.cuda.set_device(name)

@@ -384,11 +384,11 @@ def write_card(
     )
 
 
-def require(accepted: bool, line: str) -> None:
+def require(accepted: bool, line: str, status: int = 2) -> None:
     """Unless `accepted`, exit with a line that names the flag or file and what is accepted."""
     if not accepted:
         tqdm.write(f"{Path(__file__).name}: {line}", sys.stderr)
-        sys.exit(2)
+        sys.exit(status)
 
 
 def main(args: Args) -> None:
@@ -472,4 +472,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=(__doc__ or "").partition("\n")[0]))
     except KeyboardInterrupt:
-        require(False, "stopped; nothing was scored")
+        require(False, "stopped; nothing was scored", 130)

@@ -94,6 +94,8 @@ class Training:
     num_envs: Count = 1  # environments, stepped in turn; all periods count the steps of all of them
     eval_episodes: Index = 10  # episodes of each evaluation, without noise; 0: no evaluations
     eval_steps: Count = 1_000  # steps after which an evaluation episode is cut off
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
+    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
 
 
 @dataclass
@@ -455,6 +457,7 @@ class EauDeSAC(nn.Module):
 def main(args: Args) -> None:
     """Train, evaluate the policy, and write the results."""
     device = find_device(args)
+    require(device.type != "cpu" or not args.compile, "--compile: only with --device cuda")
     envs = MujocoEnvs(args.env_id, args.num_envs, args.seed)
     agent = EauDeSAC(args, envs.obs.shape[1], envs.num_actions, device)
     # >>> shared: mujoco-loop
@@ -698,9 +701,7 @@ class Running:
     """Where and how to run."""
 
     device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
-    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
-    run_dir: str = ""  # folder, new or empty; default: a new runs/{env}__{script}__{seed}__{time}
+    run_dir: str = ""  # folder, new or empty; '': a new runs/{env}__{script}__{seed}__{time}
     resume: str = ""  # continue the run in this folder, with its flags; give no others
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
     keep_checkpoint: bool = False  # keep the last checkpoints of a finished run
@@ -860,7 +861,6 @@ def find_device(args: Args) -> torch.device:
     known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
     name = {"auto": known[0], "cuda": "cuda:0"}.get(args.device, args.device)
     require(name in known, f"--device {args.device}: this machine has {', '.join(known)}")
-    require(name != "cpu" or not args.compile, "--compile: only with --device cuda")
     torch.backends.cudnn.allow_tf32 = False
     if name != "cpu":
         torch.cuda.set_device(name)
