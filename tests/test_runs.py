@@ -1185,8 +1185,8 @@ BAD = """
 --learning-rate 0 | --learning-rate -1 | --learning-rate nan | --learning-rate inf | --gamma 1.1
 --gamma -0.1 | --gamma nan | --epoch-steps 0 | --eval-steps 0
 --checkpoint-minutes -1 | --eval-episodes -1
---seed -1 | --seed 99999999999999999999999 | --compile | --device gpu
---device cuda:99 | --env-id Pacmann
+--seed -1 | --seed 99999999999999999999999 | --device gpu | --device cuda:99
+--env-id Pacmann
 """
 ONLINE_BAD = """
 --learning-starts 1 | --buffer-size 1 | --replay-ratio 0 | --replay-ratio inf
@@ -1194,10 +1194,11 @@ ONLINE_BAD = """
 """
 ATARI_BAD = f"""{ONLINE_BAD}
 --adam-eps 0 | --target-every 0 | --epsilon-end 2 | --epsilon-steps 0 | --feature-size 0
+--compile
 """
 SAC_BAD = """
 --tau 0 | --tau 1.1 | --tau nan | --target-entropy nan | --target-entropy inf
---env-id CartPole-v1 | --env-id Blackjack-v1
+--env-id CartPole-v1 | --env-id Blackjack-v1 | --compile
 """
 MUJOCO_BAD = f"{ONLINE_BAD}{SAC_BAD}--reward-scale 0 | --reward-scale inf | --width 0 |"
 EAU_DE_BAD = """
@@ -1233,7 +1234,7 @@ OWN_BAD = {
 LOGGED_BAD = """
 --dataset nowhere | --env-id Pong | --transitions 4 | --transitions 301 | --checkpoints-per-epoch 0
 --checkpoints-per-epoch 7 | --adam-eps 0 | --n-step 0 | --cql-alpha -1 | --cql-alpha inf
---target-every 0 | --feature-size 0
+--target-every 0 | --feature-size 0 | --compile
 """
 OWN_BAD |= {
     "cql_atari_eaudeqn": LOGGED_BAD + EAU_DE_BAD,
@@ -1389,7 +1390,7 @@ def test_each_numeric_flag_has_a_bad_value(script: str, module: ModuleType) -> N
         ("--resume full", ["--resume", "full"]),
         ("--resume nowhere", ["--resume", "nowhere"]),
         ("--resume other", ["--resume", "other"]),
-        ("--resume other --seed 3 --no-compile", ["--resume", "--seed", "--no-compile"]),
+        ("--resume other --seed 3 --no-track", ["--resume", "--seed", "--no-track"]),
         ("--resume=other --total-timesteps=9000", ["--resume", "--total-timesteps"]),
     ],
 )
