@@ -81,7 +81,7 @@ def table() -> str:
     returns, shipped = last_values("return", 5), agents()
     critics, all_weights = last_values("sparsity_target", 1), last_values("sparsity_prunable", 1)
     header = "task | dense DQN or SAC | 95 % by schedule | Eau De Q-Network | of dense"
-    lines = [f"| {header} | its sparsity | file, kB | us per action |", "|" + "---|" * 8]
+    lines = [f"| {header} | its sparsity | kB (dense) | µs per action (dense) |", "|" + "---|" * 8]
     for row in ROWS:
         dense, eau_de = returns[row.dense, row.env_id], returns[row.eau_de, row.env_id]
         scheduled = returns.get((row.scheduled, row.env_id))
@@ -93,8 +93,8 @@ def table() -> str:
             sparsity = f"critics {critics[row.eau_de, row.env_id]:.2f}, actor 0"
         cells += [f"{100 * eau_de / dense:.0f} %", sparsity]
         one = shipped.get(row.agent)
-        cells += [f"{one['kB']} of {one['dense kB']}" if one else "-"]
-        cells += [f"{one['us per action']} of {one['dense us']}" if one else "-"]
+        cells += [f"{one['kB']} ({one['dense kB']})" if one else "-"]
+        cells += [f"{one['us per action']} ({one['dense us']})" if one else "-"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
