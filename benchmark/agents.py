@@ -93,7 +93,7 @@ def row(folder: Path, episodes: int) -> str:
 
 
 def main(args: Args) -> None:
-    """Print the table."""
+    """Print the table or, with --weights, write each agent's agent_weights.c."""
     import export
 
     folders = sorted(path.parent for path in args.folder.glob("*/agent.bin"))

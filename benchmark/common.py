@@ -1,4 +1,4 @@
-"""What the launcher and the plotter share: switches of the environment, one name for one game,
+"""What the launcher and the plotter share: on/off environment variables, one name for one game,
 messages, output that nobody needs to read.
 """
 
@@ -35,7 +35,7 @@ def refuse(line: str) -> NoReturn:
 
 
 def switch(name: str) -> bool:
-    """Tell whether a variable of the environment, such as DRY, is on; end where it is neither."""
+    """Return whether an environment variable, such as DRY, is on; exit if neither on nor off."""
     value = os.environ.get(name, "").lower()
     if value not in OFF + ON:
         refuse(f"{name}={value}: must be 1 or 0")
@@ -73,7 +73,7 @@ class Output(io.FileIO):
     """
 
     def write(self, data: Any) -> int:
-        """Write what somebody can read."""
+        """Write, or drop what cannot be written."""
         with suppress(OSError):
             return super().write(data) or len(data)
         return len(data)

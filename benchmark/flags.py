@@ -6,7 +6,9 @@ import ast
 import difflib
 import hashlib
 import json
+import math
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +27,15 @@ OFFLINE_ATARI = """total-timesteps 60; dataset tests/data/atari; env-id Breakout
     max-sparsity-step 0.3; width 1 2; feature-size 16 32; eval-episodes 2; eval-steps 200"""
 WHOLE = ("int", "Count", "Index")  # the types of flags that take an integer
 REAL = ("float", "Amount", "Rate", "Real", "Share")  # those that take a number
+# Smallest and largest value of a type, and the range in a message; as the scripts have them.
+RANGES = {
+    "Count": (1, math.inf, "at least 1"),
+    "Index": (0, 2**32 - 1, "in [0, 2^32)"),
+    "Amount": (0, sys.float_info.max, "at least 0 and finite"),
+    "Rate": (math.nextafter(0, 1), sys.float_info.max, "above 0 and finite"),
+    "Real": (-sys.float_info.max, sys.float_info.max, "finite"),
+    "Share": (0, 1, "in [0, 1]"),
+}
 
 Lists = dict[str, list[str]]  # the values of each flag, none for a switch
 
@@ -37,7 +48,7 @@ class Flag(NamedTuple):
 
 
 def flags_of(script: str) -> dict[str, Flag]:
-    """Return the flags of a script, by their names without dashes.
+    """Return the flags of a script, by their names without the leading --.
 
     They are read from the text of Args and what it inherits: to import it would import torch.
     """
@@ -84,15 +95,16 @@ def read_value(name: str, value: str, kind: str) -> str:
     if value[:1] == "@":
         return value
     try:
+        number = float(value) if kind in WHOLE + REAL else 0.0
         if kind in WHOLE:
-            number = float(value)
             exact = number.is_integer() and number < 2**53
-            return str(int(number) if exact else int(value))
-        if kind in REAL:
-            float(value)
+            value = str(int(number) if exact else int(value))
     except ValueError:
         must = "an integer, such as 1000000" if kind in WHOLE else "a number"
         refuse(f"--{name} {value}: must be {must}")
+    low, high, accepted = RANGES.get(kind, (-math.inf, math.inf, ""))
+    if kind in RANGES and not low <= number <= high:
+        refuse(f"--{name} {value}: must be {accepted}")
     if kind.startswith("Literal["):
         options = [str(option) for option in ast.literal_eval(f"({kind[8:-1]},)")]
         if value not in options:

@@ -1,4 +1,4 @@
-"""Run a grid of training runs, here or under Slurm, and go on after a break.
+"""Run a grid of training runs, here or under Slurm, and resume it after an interruption.
 
     launch.py add GRID CURVE SCRIPT --flag VALUE ...    add a curve: a run for
                                                         each combination
@@ -12,7 +12,7 @@ hash of script and flags, defaults left out), curve, script, flags and folder.
 A run's state is read from its folder, RUNS/FOLDER, alone. final.json: done;
 .lock held: running; .failed: failed, until `retry`; args.json: stopped, to be
 resumed; nothing: waiting. Grids that ask for the same run share it. The run
-itself holds the lock: it is not started twice though its launcher be killed.
+itself holds the lock: it is not started twice even if its launcher is killed.
 
 RUNS is the environment variable of that name, else runs. FLAGS is added to
 the flags of every run, such as FLAGS="--num-envs 8". DRY=1 prints the commands
@@ -58,7 +58,7 @@ class TrainingRun(NamedTuple):
     id: str
     curve: str
     script: str
-    flags: dict[str, str]  # without dashes; "" is a switch, @FOLDER the folder of another run
+    flags: dict[str, str]  # without --; "" is a switch, @FOLDER the folder of another run
     folder: str
 
     @property
@@ -107,7 +107,7 @@ class TrainingRun(NamedTuple):
         return f"{step / total:4.0%}, {hours}:{minutes:02} h left"
 
     def command(self) -> list[str]:
-        """Return what begins the run, after the script's name."""
+        """Return the arguments that start the run, after the script's name."""
         words = []
         for name, value in self.flags.items():
             value = str(RUNS / value[1:]) if value[:1] == "@" else value
@@ -116,8 +116,8 @@ class TrainingRun(NamedTuple):
 
 
 def last_line(log: Path) -> str:
-    """Return the last line that says something, "" without any; of tyro's box about a bad flag,
-    the first in it.
+    """Return a log's last line that is not blank, "" if there is none; of tyro's box about a bad
+    flag, its first line.
     """
     try:
         with open(log, "rb") as file:
@@ -202,7 +202,7 @@ def replace(grid: str, curve: str, runs: list[TrainingRun]) -> None:
 
 
 def find(runs: list[TrainingRun], curve: str, flags: dict[str, str], grid: str) -> str:
-    """Return the folder of the one run of a curve with the same values of all flags of both."""
+    """Return the folder of a curve's one run with the same value of every flag that both have."""
     same = []
     for run in runs:
         both = run.flags.keys() & flags.keys()
@@ -262,10 +262,10 @@ def begin(run: TrainingRun, threads: int | str, gpu: str) -> Child | None:
 def work(
     runs: list[TrainingRun], workers: int, threads: int | str, devices: list[str]
 ) -> dict[str, str]:
-    """Run what is neither done nor failed, so many runs at a time, which take turns at the GPUs.
+    """Run what is neither done nor failed, `workers` at a time, spread over the GPUs.
 
     Runs that another launcher has begun are waited for, and those that failed may be retried in the
-    meantime. Return for each run that was killed or cancelled, not by its own fault, a line.
+    meantime. Return a line for each run that was killed or cancelled through no fault of its own.
     """
     stops: list[int] = []  # signals; what is ignored, as SIGHUP under nohup, stays so
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -281,7 +281,7 @@ def work(
         if len(children) < workers:
             others = [gpu for run in pending if (gpu := run.gpu_here) is not None]
         if len(others) > before:
-            print(f"{len(others)} runs of other launchers are under way here and take their room")
+            print(f"{len(others)} runs of other launchers are under way here and count as workers")
         busy = Counter([*others, *(child.gpu for child in children)])
         for run in [*pending] if not stops else []:
             if (state := run.state) in ENDED:
@@ -335,7 +335,7 @@ def report(grid: str, runs: list[TrainingRun], broken: dict[str, str]) -> int:
     if unfinished:
         say(f"{unfinished} of {len(runs)} runs are unfinished; launch again to go on")
     if bad:
-        hint = f"after mending it: python benchmark/launch.py retry {grid}, and launch again"
+        hint = f"after fixing the cause: python benchmark/launch.py retry {grid}, and launch again"
         say(f"{len(bad)} of {len(runs)} runs failed; {hint}")
     if not (bad or unfinished):
         print(f"{grid}: all {len(runs)} runs are done")

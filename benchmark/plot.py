@@ -149,7 +149,8 @@ def check(args: Args) -> None:
     if len(args.baseline) > 1 + bool(args.x or args.panel):
         refuse("--baseline takes a curve, and with --x or --panel its value too")
     if args.last < 1 or args.bootstrap < 100 or args.seed < 0:
-        refuse("--last must be at least 1, --bootstrap at least 100, --seed at least 0")
+        given = f"--last {args.last}, --bootstrap {args.bootstrap}, --seed {args.seed}"
+        refuse(f"{given}: must be at least 1, 100 and 0")
     for name in words(args.reference):
         if name not in REFERENCES:
             refuse(f"--reference must be one of {', '.join(REFERENCES)}, not {name}")
@@ -413,7 +414,7 @@ def seeds_of(runs: list[Run]) -> dict[tuple[str, ...], int]:
 
 
 def caption_of(runs: list[Run], args: Args, what: str, band: str) -> str:
-    """Return what a picture is over: games, seeds, what its bands are, what was left out."""
+    """Return what a picture covers: games, seeds, what its bands are, what was left out."""
     ours, seeds = [run for run in runs if not run.published], seeds_of(runs)
     few, most = min(seeds.values()), max(seeds.values())
     games = {run.env_id for run in ours}
@@ -421,7 +422,7 @@ def caption_of(runs: list[Run], args: Args, what: str, band: str) -> str:
     if not args.per_env:
         what += f"; games: {len(games) - len(lost)}" + (f" of {len(games)}" if lost else "")
     if most <= 3 and "bootstrap" in band and len(games) == 1:
-        band += ", which of so few are from the lowest to the highest"
+        band += ", which for so few seeds span lowest to highest"
     text = f"{what}; seeds per curve: {f'{few} to ' if few < most else ''}{most}"
     text += f"; {band if most > 1 else 'no interval'}." if band else "."
     if args.score == "baseline":
@@ -755,7 +756,7 @@ def save_picture(figure: Any, title: str, out: Path) -> None:
 
 
 def number(value: Any) -> str:
-    """Return a cell of a table: two digits or more; - for what there is not."""
+    """Return a cell of a table: at least two digits; - for a missing value."""
     if value is None or isinstance(value, str):
         return value if isinstance(value, str) else "-"
     if isinstance(value, int):

@@ -154,7 +154,7 @@ def plans_of_folders(folders: list[Path], args: Args) -> list[Row]:
     found = {folder: flags_of(folder) for folder in folders}
     if missing := [folder for folder, flags in found.items() if not flags]:
         refuse(f"{missing[0]}: no run is there (it has no args.json)")
-    # What says where and how a run is made says nothing about what it is.
+    # These flags say where and how a run was made, not what it is.
     ignored = {"env_id", "seed", "run_dir", "resume", "device", "track", "wandb_project", "dataset"}
     ignored |= {"checkpoint_minutes", "keep_checkpoint", args.x, args.panel}
     names = list(dict.fromkeys(name for flags in found.values() for name in flags))
@@ -198,11 +198,13 @@ def collect(path: Path, plans: list[Row], args: Args) -> list[Row]:
         run["finished"] = int((folder / "final.json").exists())
         run |= {"offline": 1} if "cql_atari" in plan["script"] else {}  # steps are gradient steps
         covariance = args.kind == "covariance"
-        trained = family is not None and "cql" not in plan["script"]  # by playing, and so scored
+        trained = (
+            family is not None and "cql" not in plan["script"]
+        )  # its score is that of training episodes
         found = entries(folder) if covariance else measure(folder, trained, args)
         rows += [run | row for row in found or [{}]]
     if not rows or len(families) > 1:
-        mixed = "has Atari and other runs, which no picture can show"
+        mixed = "mixes Atari, MinAtar and other runs, which no picture can show"
         refuse(f"{path}: {mixed if rows else 'no runs are in it'}")
     if not any("step" in row for row in rows):
         keys = f"--keys {' '.join(words(args.keys))}"

@@ -351,22 +351,10 @@ def main(args: Args) -> None:
         dataset.generator.set_state(saved["sampling"])
     bar = progress_bar(args.total_timesteps, step, "step")
 
-    while step < args.total_timesteps:
-        # Learn until something is due: every 100 steps, at a target update, at an epoch's end.
-        dataset.load(step // args.epoch_steps)
-        previous, periods = step, (100, args.target_every, args.epoch_steps)
-        step = min(args.total_timesteps, *(step - step % period + period for period in periods))
+    while True:
+        # Log; first of all where a run is resumed, as a checkpoint is written before.
         ended, epoch_ended = step >= args.total_timesteps, step % args.epoch_steps == 0
-        agent.learn(dataset, step - previous)
-        if not np.isfinite(agent.losses).any():
-            kept = f"checkpoint kept: {run.newest[:12] or 'none'}"
-            require(False, f"step {step}: the losses are {agent.losses.tolist()}; {kept}", 1)
-        # Target.
-        if step % args.target_every == 0 and not ended:
-            agent.update_target(step)
-        # Log.
-        bar.update(step - previous)
-        if ended or epoch_ended or step % max(args.target_every, 1000) == 0:
+        if step > 0 and (ended or epoch_ended or step % max(args.target_every, 1000) == 0):
             record = agent.report() | {
                 "charts/SPS": (bar.n - bar.initial) / bar.format_dict["elapsed"],
                 "charts/learning_rate": args.learning_rate,
@@ -379,8 +367,23 @@ def main(args: Args) -> None:
             text = f"return {epoch_return or 0:g}, sparsity {record['sparsity/prunable']:.3f}"
             bar.set_postfix_str(text, refresh=False)
             run.log(step, record)
-        # Save.
-        if run.stops or ended or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
+        if ended:
+            break
+        # Learn until something is due: every 100 steps, at a target update, at an epoch's end.
+        dataset.load(step // args.epoch_steps)
+        previous, periods = step, (100, args.target_every, args.epoch_steps)
+        step = min(args.total_timesteps, *(step - step % period + period for period in periods))
+        agent.learn(dataset, step - previous)
+        bar.update(step - previous)
+        if not np.isfinite(agent.losses).any():
+            kept = f"checkpoint kept: {run.newest[:12] or 'none'}"
+            require(False, f"step {step}: the losses are {agent.losses.tolist()}; {kept}", 1)
+        # Target.
+        if step % args.target_every == 0 and step < args.total_timesteps:
+            agent.update_target(step)
+        # Save; always before an evaluation, during which a signal ends the run.
+        due = time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes
+        if run.stops or due or step % args.epoch_steps == 0 or step >= args.total_timesteps:
             state = {"progress": (step, epoch_return), "agent": agent.state_dict()}
             run.save(step, state | {"sampling": dataset.generator.get_state()})
 
@@ -499,8 +502,7 @@ class Dataset:
 
     def read(self, number: int, part: str, peek: bool = False) -> np.ndarray:
         """Return the first rows of a checkpoint's array."""
-        n = self.args.transitions
-        shape = (n, 84, 84) if part == "$store$_observation" else (n,)
+        shape = (self.args.transitions, 84, 84)[: 3 if part == "$store$_observation" else 1]
         return read_rows(self.path(number, part), shape, self.kinds[part], peek)
 
     def load(self, epoch: int) -> None:
@@ -534,8 +536,7 @@ class Dataset:
             require(fits, f"{self.path(number, part)}: must be in [0, {top})")
         finite = bool(np.isfinite(rewards).all())
         require(finite, f"{self.path(number, '$store$_reward')}: must be finite")
-        # A truncated episode shows only by the three black rows before the next one, the last of
-        # which may lie beyond the rows read.
+        # A truncated episode shows only by three black rows; the last may lie beyond those read.
         black = ~frames.any((1, 2)) & (actions == 0) & (rewards == 0) & (terminal == 0)
         three = black & np.append(black[1:], True) & np.append(black[2:], [True, True])
         starts = three & ~np.append(False, black[:-1])
@@ -585,7 +586,7 @@ def make_envs(rom: str, num_envs: int, max_steps: int) -> AtariVectorEnv:
     protocol: dict[str, Any] = {"repeat_action_probability": 0.25, "noop_max": 0}
     protocol |= {"use_fire_reset": False, "max_num_frames_per_episode": 4 * max_steps}
     threads = min(num_envs, os.cpu_count() or 1)
-    return AtariVectorEnv(rom, num_envs, num_threads=threads, **protocol)
+    return AtariVectorEnv(rom, num_envs, num_threads=threads, reward_clipping=False, **protocol)
 
 
 @torch.no_grad()
@@ -595,8 +596,7 @@ def evaluate(network: nn.Module, rom: str, run: Run) -> dict[str, float]:
     if n == 0:
         return {}
     envs, rng = make_envs(rom, n, run.args.eval_steps), np.random.default_rng(seed)
-    keys = [np.random.SeedSequence((seed, i, 0)) for i in range(n)]
-    obs, _ = envs.reset(seed=np.array([key.generate_state(1)[0] >> 1 for key in keys], np.int64))
+    obs, _ = envs.reset(seed=rng.integers(2**31, size=n))
     num_actions, device = len(envs.ale.get_action_set()), next(network.parameters()).device
     scores, over, step = np.zeros(n), np.zeros(n, bool), 0
     with progress_bar(n, 0, "episode", "evaluating") as bar:

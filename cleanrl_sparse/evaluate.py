@@ -152,8 +152,8 @@ class AtariGames:
         titles = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
         name = re.sub(r"^ALE/|(NoFrameskip)?(-v[45])?$|_", "", env_id).lower()
         self.title = titles[name].title().replace("_", "")
-        protocol: dict[str, Any] = {"repeat_action_probability": 0.25, "noop_max": 0}
-        protocol |= {"use_fire_reset": False, "max_num_frames_per_episode": 108_000}
+        protocol: dict[str, Any] = {"repeat_action_probability": 0.25, "reward_clipping": False}
+        protocol |= {"noop_max": 0, "use_fire_reset": False, "max_num_frames_per_episode": 108_000}
         if colour:
             protocol |= {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
         threads = min(num_envs, os.cpu_count() or 1)

@@ -52,15 +52,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is quick and what takes minutes; sort.
+    """Mark quick and slow tests, and put the longest file first.
 
-    What is `shared` is text that all scripts have in common: the quick suite tries it through
-    the first one only.
+    Tests marked `shared` cover text that all scripts have in common: only eaudeqn_atari's are not
+    slow.
 
-    Of what test_runs.py does, some is slow too: all with the baselines, which have most in common
-    with dqn_atari_gmp; all that trains for the scripts that have most in common with another one,
-    but for sac_mujoco_gmp. Killing and damaging is a suite of its own, `kill`, but for one script
-    of small runs, which stands for what all have in common. The longest file comes first.
+    In test_runs.py these are slow too: all tests of dqn_atari_baselines, and those that train a
+    script whose twin is tested anyway, except sac_mujoco_gmp. Tests that kill runs or damage files
+    are the suite `kill`, except eaudeqn_minatar's, whose runs are small and stand for all.
     """
     items.sort(key=lambda item: item.path.name != "test_runs.py")
     alone = "test_one_file_alone_trains[eaudeqn_atari]"

@@ -1,8 +1,8 @@
 """Start a script as a copy of a process that has imported torch already.
 
-What torch and its optimisers import takes four seconds, most of the runs that tests start take
-less. So one process imports it all, and forks for each run; what follows is as with `python
-SCRIPT`: a process of its own, with its arguments, environment and files.
+Importing torch and its optimisers takes four seconds; most runs that the tests start take less. So
+one process imports it all, and forks for each run; what follows is as with `python SCRIPT`: a
+process of its own, with its arguments, environment and files.
 """
 
 from __future__ import annotations

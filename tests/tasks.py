@@ -18,8 +18,8 @@ CPU = torch.device("cpu")
 def filled_replay(
     module: ModuleType, size: int, steps: int, device: torch.device = CPU, **flags: Any
 ) -> Any:
-    """Return a replay of random frames [size, size]; three steps in ten end an episode, by itself
-    or cut.
+    """Return a replay of random frames [size, size]; three steps in ten end an episode, by
+    termination or truncation.
     """
     rng = np.random.default_rng(0)
     args = module.Args(buffer_size=steps, **flags)
@@ -50,7 +50,7 @@ class Small(nn.Module):
 
 
 class Tiny(nn.Module):
-    """A network of 30 weights on obs [B, 4, 1, 1], for what needs many calls."""
+    """A network of 48 weights, for 4 actions, on obs [B, 4, 1, 1], for what needs many calls."""
 
     def __init__(self, num_actions: int, args: Any) -> None:
         super().__init__()
@@ -99,8 +99,8 @@ class Catch:
     """A ball falls through 7x7 cells of 6x6 pixels in six steps; the paddle below moves left, stays
     or moves right.
 
-    The reward is 1 for a catch, -1 for a miss, and either ends the episode. It looks like
-    AtariEnvs.
+    The reward is 1 for a catch, -1 for a miss, and either ends the episode. step()
+    returns what AtariEnvs.recv() does.
     """
 
     def __init__(self, seed: int) -> None:

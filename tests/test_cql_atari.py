@@ -26,7 +26,19 @@ import pytest
 import torch
 from conftest import load_script, script_fixture
 from tasks import CPU, Small, Tiny, all_equal, params
-from test_runs import LOGGED, LOGS, Output, Process, call, records, run, succeed
+from test_runs import (
+    LOGGED,
+    LOGS,
+    Output,
+    Process,
+    assert_same_run,
+    both,
+    call,
+    records,
+    run,
+    saved_steps,
+    succeed,
+)
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -891,6 +903,26 @@ def test_each_epoch_is_evaluated(either: ModuleType, tmp_path: Path) -> None:
     assert [r["step"] for r in every if "losses/td_loss" in r] == [20, 40, 60]
     final = json.loads((tmp_path / "run" / "final.json").read_text())
     assert final["eval/episodes"] == 2 and final["epoch_return"] == final["eval/episodic_return"]
+
+
+def test_an_evaluation_survives_a_signal(either: ModuleType, tmp_path: Path) -> None:
+    """One between two epochs: a checkpoint is written before it, and resuming begins with it."""
+    name = either.__name__
+    flags = f"{LOGGED[name]} --total-timesteps 60 --epoch-steps 20 --checkpoint-minutes 10"
+    flags += " --eval-episodes 2 --eval-steps 300"
+
+    def at_work(process: Process) -> Callable[[], bool]:
+        return lambda: "evaluating" in process.err.read_text()
+
+    def cut() -> None:
+        process = Process(name, flags, "--run-dir cut", cwd=tmp_path)
+        output = process.when(at_work(process)).stop(signal.SIGTERM)
+        assert output.status == 75 and saved_steps(tmp_path / "cut") == [20], output
+        assert not records(tmp_path / "cut")
+        succeed(name, "--resume cut", cwd=tmp_path)
+
+    both(lambda: succeed(name, flags, "--run-dir whole", cwd=tmp_path), cut)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_c51_trains_and_is_evaluated(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ import json, os, signal, sys, time
 from pathlib import Path
 from typing import ClassVar, Literal
 
+Count, Share = int, float
+
 class Args:
     env_id: str = "Pong"
     seed: int = 1
@@ -45,6 +47,8 @@ class Args:
     mask: str = ""
     quiet: bool = False
     rate: float = 0.5
+    share: Share = 0.5
+    count: Count = 1
     kind: Literal["a", "b"] = "a"
     limit: ClassVar[int] = 3
 
@@ -242,7 +246,7 @@ def test_runs_outlive_their_launcher_and_are_not_started_again(place: Place) -> 
     )
     out, _ = second.communicate()
     assert second.returncode == 0
-    assert out.startswith("2 runs of other launchers are under way here and take their room\n")
+    assert out.startswith("2 runs of other launchers are under way here and count as workers\n")
     assert place.starts() == ["start end"] * 3
 
 
@@ -584,6 +588,9 @@ def test_what_slurm_does_not_take_waits_for_a_later_launch(place: Place, tmp_pat
         ),
         (["add", "g", "a", "stand_in.py", "--seed", "1.5"], "--seed 1.5: must be an integer"),
         (["add", "g", "a", "stand_in.py", "--rate", "fast"], "--rate fast: must be a number"),
+        (["add", "g", "a", "stand_in.py", "--share", "7"], "--share 7: must be in [0, 1]"),
+        (["add", "g", "a", "stand_in.py", "--share", "nan"], "--share nan: must be in [0, 1]"),
+        (["add", "g", "a", "stand_in.py", "--count", "0e5"], "--count 0: must be at least 1"),
         (["add", "g", "a", "stand_in.py", "--kind", "c"], "--kind c: must be one of a, b"),
         (["add", "g", "a", "stand_in.py", "--seed"], "--seed: a value is missing"),
         (["add", "g", "a", "stand_in.py", "--mask", ""], "--mask: a value is missing"),
@@ -614,6 +621,20 @@ def test_bad_input_gets_one_line(place: Place, words: list[str], told: str) -> N
     before = place.manifest()
     status, _, err = place.launch(*words)
     assert status == 2 and told in err and len(err.splitlines()) == 1 and place.manifest() == before
+
+
+def test_ranges_are_those_of_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each type of flags has the range in all scripts that `add` knows it by."""
+    monkeypatch.syspath_prepend(BENCHMARK)
+    known, seen = load_benchmark("flags").RANGES, set()
+    for path in SCRIPTS.glob("*.py"):
+        script = load_script(path.stem)
+        for name, kind in vars(script).items():
+            bounds = getattr(kind, "__metadata__", ((),))[0]
+            if isinstance(bounds, tuple) and len(bounds) == 3:
+                assert known[name] == bounds, (path.stem, name)
+                seen.add(name)
+    assert seen == {*known}
 
 
 @pytest.fixture(scope="module")

@@ -382,7 +382,7 @@ def test_curves_are_the_scores_of_each_epoch(
         ("begun", "0", ""),
     ]
     caption = (tmp_path / "grid.md").read_text().splitlines()[-1]
-    few = "95 % bootstrap intervals over seeds, which of so few are from the lowest to the highest"
+    few = "95 % bootstrap intervals over seeds, which for so few seeds span lowest to highest"
     assert caption == f"IQM; games: 1; seeds per curve: 0 to 2; bands: {few}."
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from ale_py import ALEInterface, roms
 from ale_py.vector_env import AtariVectorEnv
+from conftest import load_script
 
 CPU = torch.device("cpu")
 SHAPE = (2, 2)
@@ -609,10 +610,14 @@ def test_last_frame_is_the_true_one(
         assert np.array_equal(info["final_obs"][0][-1], record[end].last_frames[i])
 
 
-def test_protocol(eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "script", ["eaudeqn_atari", "evaluate", "cql_atari_eaudeqn", "cql_atari_gmp"]
+)
+def test_protocol(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What Machado et al. (2018) and Dopamine ask for is handed to ale-py, whose other defaults
-    hold.
+    hold, by all that plays; and scores are not clipped: a dot of MsPacman is worth 10.
     """
+    module = load_script(script)
     given: dict[str, Any] = {}
 
     class Spy(AtariVectorEnv):
@@ -622,10 +627,15 @@ def test_protocol(eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
             given.update(options, game=game)
             super().__init__(game, num_envs, **options)
 
-    monkeypatch.setattr(eaudeqn, "AtariVectorEnv", Spy)
-    envs = eaudeqn.AtariEnvs("breakout", 2, 1)
+    monkeypatch.setattr(module, "AtariVectorEnv", Spy)
+    if script == "eaudeqn_atari":
+        games = module.AtariEnvs("ms_pacman", 2, 1).envs
+    elif script == "evaluate":
+        games = module.AtariGames("MsPacman", 2, 1).envs
+    else:
+        games = module.make_envs("ms_pacman", 2, 27_000)
     wanted = {
-        "game": "breakout",
+        "game": "ms_pacman",
         "repeat_action_probability": 0.25,
         "noop_max": 0,
         "use_fire_reset": False,
@@ -648,7 +658,11 @@ def test_protocol(eaudeqn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         name: p.default for name, p in inspect.signature(AtariVectorEnv.__init__).parameters.items()
     }
     assert others.items() <= (defaults | given).items()
-    assert envs.num_actions == 4  # the minimal set: no-op, fire, right, left
+    assert len(games.ale.get_action_set()) == 9  # the minimal set: no fire buttons
+    games.reset(seed=np.array([1, 2]))
+    rng = np.random.default_rng(0)
+    rewards = np.concatenate([games.step(rng.integers(9, size=2))[1] for _ in range(150)])
+    assert rewards.max() >= 10
 
 
 def shares(pixels: int, out: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Keep the text which the scripts of cleanrl_sparse/ share equal in every copy.
+"""Keep every copy of the text that the scripts of cleanrl_sparse/ share identical.
 
 The scripts import nothing from each other, so what they share stands in each of them, between two
 fence lines:
