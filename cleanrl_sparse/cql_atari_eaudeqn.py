@@ -19,7 +19,7 @@ become copies pruned further, each by its own random amount. A step is a gradien
     python cql_atari_eaudeqn.py --resume RUN_DIR
 
 Differences from the paper, and guesses ([I] inferred, [D] our decision; no code was published):
- 1. [I] The formula of next_sparsity(), which fits every published name and value.
+ 1. [I] The formula of next_sparsity(), which fits every published symbol and value.
  2. [D] Sparsity is spread by the Erdos-Renyi-Kernel rule; [I] biases are never pruned.
  3. [I] Networks are compared by TD loss and conservative term together (--selection-loss).
  4. [I] The TD loss is the squared error; a target update resets Adam, step counts included.
@@ -157,7 +157,7 @@ def sparsity_report(network: nn.Module) -> dict[str, float]:
 def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]:
     """Return a score, of any sign, for each prunable weight; the lowest are pruned first.
 
-    Put your own criterion here (docs/pruning_criterion.md); it may draw from `rng` only.
+    Put your own criterion here (docs/pruning_criterion.md); draw random numbers from `rng` only.
     """
     return [weight.abs() for weight in prunable(network).values()]
 
@@ -247,7 +247,7 @@ class EauDeCQL(nn.Module):
             rng.bit_generator.state = state["rng"][use]
 
     def best(self) -> int:
-        """Return the index of the smallest loss; never NaN, of equal ones the first."""
+        """Return the index of the smallest loss; NaN never wins, and the first wins a tie."""
         return int(np.where(np.isfinite(self.losses), self.losses, math.inf).argmin())
 
     def loss(self, obs: Any, next_obs: Any, actions: Any, rewards: Any, discounts: Any) -> Any:
@@ -297,7 +297,7 @@ class EauDeCQL(nn.Module):
 
     @torch.no_grad()
     def update_target(self, step: int) -> None:
-        """Make the best network target and network 1; the others are its pruned copies."""
+        """Copy the best network to the target and network 1, and pruned copies to the others."""
         args, best = self.args, self.best()
         sparsity = self.sparsity[best]
         self.target.load_state_dict(self.online[best].state_dict())
@@ -655,8 +655,8 @@ class Args(Running, Training, Method):
     def __post_init__(self) -> None:
         """Refuse invalid values, naming the flag."""
         check_ranges(self)
-        least = 4 + self.n_step
-        require(self.transitions >= least, f"--transitions {self.transitions}: at least {least}")
+        line = f"--transitions {self.transitions}: must be at least {4 + self.n_step}"
+        require(self.transitions >= 4 + self.n_step, line)
 
 
 # >>> shared: run
@@ -669,7 +669,7 @@ class Run:
         self.args, self.path, self.script = args, Path(name), {"script": script.name}
         self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
         fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
-        line = f"--run-dir {self.path}: exists; continue its run with --resume {self.path}"
+        line = f"--run-dir {self.path}: not empty; to continue its run: --resume {self.path}"
         require(fresh or args.resume != "", line)
         if args.track:
             import wandb
@@ -772,7 +772,7 @@ class Run:
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 resumable."""
+    """Unless `accepted`, print a line and exit: 0 done, 1 a fault, 2 bad input, 75 resumable."""
     if not accepted:
         for bar in [*getattr(tqdm, "_instances", ())]:
             bar.close()  # so that the line comes last

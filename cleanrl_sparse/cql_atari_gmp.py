@@ -258,7 +258,7 @@ def sparsity_report(network: nn.Module) -> dict[str, float]:
 def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]:
     """Return a score, of any sign, for each prunable weight; the lowest are pruned first.
 
-    Put your own criterion here (docs/pruning_criterion.md); it may draw from `rng` only.
+    Put your own criterion here (docs/pruning_criterion.md); draw random numbers from `rng` only.
     """
     return [weight.abs() for weight in prunable(network).values()]
 
@@ -760,8 +760,8 @@ class Args(Running, Training, Method):
     def __post_init__(self) -> None:
         """Refuse invalid values, naming the flag."""
         check_ranges(self)
-        least = 4 + self.n_step
-        require(self.transitions >= least, f"--transitions {self.transitions}: at least {least}")
+        line = f"--transitions {self.transitions}: must be at least {4 + self.n_step}"
+        require(self.transitions >= 4 + self.n_step, line)
         require(self.sparsity < 1, "--sparsity: must be below 1")
         ordered = self.prune_start <= self.prune_end
         require(ordered, f"--prune-end {self.prune_end}: must be at least --prune-start")
@@ -777,7 +777,7 @@ class Run:
         self.args, self.path, self.script = args, Path(name), {"script": script.name}
         self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
         fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
-        line = f"--run-dir {self.path}: exists; continue its run with --resume {self.path}"
+        line = f"--run-dir {self.path}: not empty; to continue its run: --resume {self.path}"
         require(fresh or args.resume != "", line)
         if args.track:
             import wandb
@@ -880,7 +880,7 @@ class Run:
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 resumable."""
+    """Unless `accepted`, print a line and exit: 0 done, 1 a fault, 2 bad input, 75 resumable."""
     if not accepted:
         for bar in [*getattr(tqdm, "_instances", ())]:
             bar.close()  # so that the line comes last

@@ -11,7 +11,7 @@ arXiv 2112.15579. Its full text and code could not be found: this is SNIP at ini
 al. 2019) on CQL (Kumar et al. 2020) with CORL's settings, not a reproduction of its table.
 
 Each weight is scored on one batch of the dataset by how much its removal would change the loss
-(SNIP) or the length of its gradient (GraSP). 95 % are removed for good; CQL trains the rest.
+(SNIP) or the norm of its gradient (GraSP). 95 % are removed for good; CQL trains the rest.
 
     python cql_offline_snip.py --dataset mujoco/hopper/medium-v0        # a Minari dataset's id
     python cql_offline_snip.py --dataset medium.hdf5 --env-id Hopper-v4 # a D4RL file
@@ -90,7 +90,7 @@ class Training:
     learning_rate: Rate = 3e-4  # Adam's step size for the critics
     actor_learning_rate: Rate = 3e-5  # Adam's step size for actor and temperature
     gamma: Share = 0.99  # discount factor
-    tau: Share = 0.005  # step of the targets towards the critics at each gradient step
+    tau: Share = 0.005  # Polyak coefficient: step of the targets to the critics
     target_entropy: Real = -1.0  # entropy that the temperature aims at, per action dimension
     entropy_backup: bool = False  # bootstrap from the soft value, with the entropy, as in SAC
     cql_alpha: Amount = 10.0  # weight of the conservative term
@@ -274,19 +274,19 @@ class CQL(nn.Module):
         obs, actions, next_obs, rewards, terminated, noise, uniform = batch
         args, alpha = self.args, self.log_alpha.detach().exp()
         with torch.autocast(self.device.type, torch.bfloat16, precision == "bf16"):
-            new, log_prob = self.actor.sample(obs, noise[0])  # [1 + n, B, A] and [1 + n, B]
+            new_actions, log_prob = self.actor.sample(obs, noise[0])  # [1 + n, B, A] and [1 + n, B]
             with torch.no_grad():
-                later, later_log_prob = self.actor.sample(next_obs, noise[1])
-                next_q = critic_values(self.targets, next_obs, later[0]).amin(0)  # [B]
+                next_actions, next_log_prob = self.actor.sample(next_obs, noise[1])
+                next_q = critic_values(self.targets, next_obs, next_actions[0]).amin(0)  # [B]
                 if args.entropy_backup:
-                    next_q = next_q - alpha * later_log_prob[0]
+                    next_q = next_q - alpha * next_log_prob[0]
                 td_target = rewards + args.gamma * (1 - terminated) * next_q
-                asked = torch.cat([actions[None], uniform, later[1:], new[1:]])  # [1 + 3n, B, A]
-                even = torch.full_like(log_prob[1:], -math.log(2) * actions.shape[1])
-                log_density = torch.cat([even, later_log_prob[1:], log_prob[1:]])  # [3n, B]
-            q = critic_values(self.stacks, obs.repeat(len(asked), 1), asked.flatten(0, 1))
-            new_q = critic_values(self.followed, obs, new[0]).amin(0)  # [B]
-        q = q.unflatten(1, asked.shape[:2])  # [2, 1 + 3n, B]
+                queried = torch.cat([actions[None], uniform, next_actions[1:], new_actions[1:]])
+                uniform_log_prob = torch.full_like(log_prob[1:], -math.log(2) * actions.shape[1])
+                log_density = torch.cat([uniform_log_prob, next_log_prob[1:], log_prob[1:]])
+            q = critic_values(self.stacks, obs.repeat(len(queried), 1), queried.flatten(0, 1))
+            new_q = critic_values(self.followed, obs, new_actions[0]).amin(0)  # [B]
+        q = q.unflatten(1, queried.shape[:2])  # [2, 1 + 3n, B]
         td_losses = (q[:, 0] - td_target).square().mean(1)  # [2]
         gaps = (torch.logsumexp(q[:, 1:] - log_density, 1) - q[:, 0]).mean(1)  # [2]
         if args.cql_gap < 0:
@@ -382,11 +382,11 @@ class CQL(nn.Module):
         torch._foreach_copy_(self.targets, self.followed)
         empty = [name for name, weight in prunable(self.networks()).items() if not weight.any()]
         line = f"--pruner {args.pruner} --sparsity {args.sparsity}: nothing would be left of"
-        require(not empty, f"{line} {', '.join(empty)} (layer collapse); a lower one keeps more")
+        require(not empty, f"{line} {', '.join(empty)} (layer collapse); lower --sparsity")
 
     @torch.no_grad()
     def networks(self, mean: Any = 0.0, std: Any = 1.0) -> nn.ModuleDict:
-        """Return copies of the networks for raw observations with this mean and deviation [O]."""
+        """Return copies of the networks for raw observations with this mean and std [O]."""
         qf1, qf2 = (critic_network(self.followed, n) for n in range(2))
         shared = nn.ModuleDict({"actor": self.actor, "qf1": qf1, "qf2": qf2})
         networks, size = copy.deepcopy(shared), self.obs_size
@@ -487,7 +487,7 @@ class Data(NamedTuple):
     rewards: np.ndarray  # [n] float32
     next_obs: np.ndarray  # [n, O] float32, the true last observation at a truncation
     terminated: np.ndarray  # [n] bool, not at a timeout
-    ended: np.ndarray  # [n] bool, last of its episode, but not of a broken recording
+    ended: np.ndarray  # [n] bool, last of its episode; False where a recording breaks off
 
 
 def checked(where: str, array: Any, n: int, dims: int, flags: bool = False) -> np.ndarray:
@@ -510,7 +510,7 @@ def read_d4rl(name: str) -> Data:
 
     Keys: observations, actions, rewards, terminals, and timeouts or next_observations or both.
     Without timeouts an episode ends where the next observation is not the next row's. Without
-    next_observations the next row's are used, and rows that no row of their episode follows are
+    next_observations the next row's are used, and rows without a successor in their episode are
     left out: timeouts and the last row of the file, unless terminal. Terminal rows do not
     bootstrap; for CQL's term the next episode's start is a state like any other, as in CORL.
     """
@@ -574,7 +574,7 @@ def check_recorded_env(where: str, spec: Any, space: Any) -> None:
     wrappers = ", ".join(wrapper.name for wrapper in spec.additional_wrappers)
     require(not wrappers, f"{where} recorded behind {wrappers}, which evaluations would not have")
     usual_space = make_env(spec.id).action_space
-    line = f"{where} its actions are of {space}, those of {spec.id} of {usual_space}"
+    line = f"{where} its action space is {space}, that of {spec.id} is {usual_space}"
     require(space is None or space == usual_space, line)
 
 
@@ -818,7 +818,7 @@ class Run:
         self.args, self.path, self.script = args, Path(name), {"script": script.name}
         self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
         fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
-        line = f"--run-dir {self.path}: exists; continue its run with --resume {self.path}"
+        line = f"--run-dir {self.path}: not empty; to continue its run: --resume {self.path}"
         require(fresh or args.resume != "", line)
         if args.track:
             import wandb
@@ -921,7 +921,7 @@ class Run:
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 resumable."""
+    """Unless `accepted`, print a line and exit: 0 done, 1 a fault, 2 bad input, 75 resumable."""
     if not accepted:
         for bar in [*getattr(tqdm, "_instances", ())]:
             bar.close()  # so that the line comes last

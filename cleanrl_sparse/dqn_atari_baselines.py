@@ -99,7 +99,7 @@ class Training:
     network: Literal["cnn", "impala"] = "cnn"  # DQN's convolutions or the 15-layer ResNet
     width: Count = 1  # factor on the convolutions' channels; the paper: 1 to 5, mainly 3
     feature_size: Count = 512  # units of the dense layer
-    eval_episodes: Index = 10  # episodes of the final evaluation, at epsilon 0.001
+    eval_episodes: Index = 10  # episodes of the final evaluation, at epsilon 0.001; 0: none
     eval_steps: Count = 27_000  # steps after which an evaluation episode is cut off
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
     compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
@@ -228,7 +228,7 @@ def sparsity_report(network: nn.Module) -> dict[str, float]:
 def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]:
     """Return a score, of any sign, for each prunable weight; the lowest are pruned first.
 
-    Put your own criterion here (docs/pruning_criterion.md); it may draw from `rng` only.
+    Put your own criterion here (docs/pruning_criterion.md); draw random numbers from `rng` only.
     """
     return [weight.abs() for weight in prunable(network).values()]
 
@@ -625,7 +625,7 @@ class AtariEnvs:
     """N copies of a game under Dopamine's protocol (Machado et al. 2018).
 
     Sticky actions 0.25, frameskip 4 with the maximum over two frames, 84x84 grayscale, minimal
-    action set, no no-op start, no FIRE reset; losing a life does not end an episode, 27,000 steps
+    action set, no no-op start, no FIRE reset; losing a life does not end an episode, `max_steps`
     truncate it. `obs` [N, 4, 84, 84] uint8 is the current observation: after an episode has ended,
     the first of the next. Seeds and actions determine everything, so a resumed run can replay it.
     """
@@ -681,7 +681,7 @@ class AtariEnvs:
 
 
 def play_again(envs: AtariEnvs, replay: FrameReplay, games: list[Any], run: Run) -> None:
-    """Replay a checkpoint's games, from the seedings before the oldest transition."""
+    """Replay a checkpoint's games, each from its last seeding before the oldest transition."""
     past, seeded, obs = games
     actions = np.frombuffer(past, np.uint8).reshape(-1, replay.num_envs)
     first = max(0, len(actions) - replay.rows)
@@ -870,7 +870,7 @@ class Run:
         self.args, self.path, self.script = args, Path(name), {"script": script.name}
         self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
         fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
-        line = f"--run-dir {self.path}: exists; continue its run with --resume {self.path}"
+        line = f"--run-dir {self.path}: not empty; to continue its run: --resume {self.path}"
         require(fresh or args.resume != "", line)
         if args.track:
             import wandb
@@ -973,7 +973,7 @@ class Run:
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 resumable."""
+    """Unless `accepted`, print a line and exit: 0 done, 1 a fault, 2 bad input, 75 resumable."""
     if not accepted:
         for bar in [*getattr(tqdm, "_instances", ())]:
             bar.close()  # so that the line comes last

@@ -82,7 +82,7 @@ class Training:
     epoch_steps: Count = 50_000  # steps per epoch; the mean return of each is reported
     width: Count = 1  # factor on the 16 channels of the convolution
     feature_size: Count = 128  # units of the dense layer
-    eval_episodes: Index = 10  # episodes of the final evaluation, at epsilon 0.001
+    eval_episodes: Index = 10  # episodes of the final evaluation, at epsilon 0.001; 0: none
     eval_steps: Count = 10_000  # steps after which an evaluation episode is cut off
 
 
@@ -126,7 +126,7 @@ def q_values(parameters: list[Tensor], obs: Tensor) -> Tensor:
     """
     weight1, bias1, weight2, bias2, weight3, bias3 = parameters
     windows = obs.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 4, 5, 1, 2, 3)  # [C, 3, 3, 8, 8, B]
-    x = weight1.flatten(-3) @ windows.reshape(-1, 64 * obs.shape[-1])  # [K, 16, 8 * 8 * B]
+    x = weight1.flatten(-3) @ windows.reshape(-1, 64 * obs.shape[-1])  # [K, out, 8 * 8 * B]
     x = torch.relu(x + bias1[..., None]).view(*bias1.shape[:-1], -1, obs.shape[-1])
     x = torch.relu(weight2 @ x + bias2[..., None])
     return weight3 @ x + bias3[..., None]
@@ -170,7 +170,7 @@ def sparsity_report(network: nn.Module) -> dict[str, float]:
 def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]:
     """Return a score, of any sign, for each prunable weight; the lowest are pruned first.
 
-    Put your own criterion here (docs/pruning_criterion.md); it may draw from `rng` only.
+    Put your own criterion here (docs/pruning_criterion.md); draw random numbers from `rng` only.
     """
     return [weight.abs() for weight in prunable(network).values()]
 
@@ -565,7 +565,7 @@ class Run:
         self.args, self.path, self.script = args, Path(name), {"script": script.name}
         self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
         fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
-        line = f"--run-dir {self.path}: exists; continue its run with --resume {self.path}"
+        line = f"--run-dir {self.path}: not empty; to continue its run: --resume {self.path}"
         require(fresh or args.resume != "", line)
         if args.track:
             import wandb
@@ -668,7 +668,7 @@ class Run:
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 resumable."""
+    """Unless `accepted`, print a line and exit: 0 done, 1 a fault, 2 bad input, 75 resumable."""
     if not accepted:
         for bar in [*getattr(tqdm, "_instances", ())]:
             bar.close()  # so that the line comes last

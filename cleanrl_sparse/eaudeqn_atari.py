@@ -18,7 +18,7 @@ set when pruning starts, how fast it goes or where it ends.
     python eaudeqn_atari.py --resume RUN_DIR
 
 Differences from the paper, and guesses ([I] inferred, [D] our decision; no code was published):
- 1. [I] The formula of next_sparsity(), which fits every published name and value.
+ 1. [I] The formula of next_sparsity(), which fits every published symbol and value.
  2. [D] Sparsity is spread by the Erdos-Renyi-Kernel rule; [I] biases are never pruned.
  3. [I] Each action is chosen by a network drawn with odds 1 / (accumulated loss + 1e-6).
  4. [I] The loss is the squared TD error; a target update resets Adam, step counts included.
@@ -86,7 +86,7 @@ class Training:
     epoch_steps: Count = 250_000  # steps per epoch; the mean return of each is reported
     num_envs: Count = 1  # environments; if several, they step while the agent learns
     feature_size: Count = 512  # units of the dense layer; the paper has 32, 512 and 2048
-    eval_episodes: Index = 10  # episodes of the final evaluation, at epsilon 0.001
+    eval_episodes: Index = 10  # episodes of the final evaluation, at epsilon 0.001; 0: none
     eval_steps: Count = 27_000  # steps after which an evaluation episode is cut off
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
     compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
@@ -155,7 +155,7 @@ def sparsity_report(network: nn.Module) -> dict[str, float]:
 def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]:
     """Return a score, of any sign, for each prunable weight; the lowest are pruned first.
 
-    Put your own criterion here (docs/pruning_criterion.md); it may draw from `rng` only.
+    Put your own criterion here (docs/pruning_criterion.md); draw random numbers from `rng` only.
     """
     return [weight.abs() for weight in prunable(network).values()]
 
@@ -225,7 +225,7 @@ class EauDeQN(nn.Module):
         self.losses = np.zeros(k)  # copy of accumulated_loss on the host
         self.sparsity = [0.0] * k  # nominal; the masks' counts are rounded
         self.gradient_step, self.selected = 0, 0
-        uses = ("act", "network", "exponent", "score")  # with K = 1 the actions are plain DQN's
+        uses = ("act", "network", "exponent", "score")  # a generator each: K = 1 acts as DQN does
         self.rng = {use: np.random.default_rng((args.seed, i)) for i, use in enumerate(uses)}
         self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -245,7 +245,7 @@ class EauDeQN(nn.Module):
             rng.bit_generator.state = state["rng"][use]
 
     def best(self) -> int:
-        """Return the index of the smallest loss; never NaN, of equal ones the first."""
+        """Return the index of the smallest loss; NaN never wins, and the first wins a tie."""
         return int(np.where(np.isfinite(self.losses), self.losses, math.inf).argmin())
 
     @torch.no_grad()
@@ -303,7 +303,7 @@ class EauDeQN(nn.Module):
 
     @torch.no_grad()
     def update_target(self, step: int) -> None:
-        """Make the best network target and network 1; the others are its pruned copies."""
+        """Copy the best network to the target and network 1, and pruned copies to the others."""
         args, best = self.args, self.best()
         sparsity = self.sparsity[best]
         self.target.load_state_dict(self.online[best].state_dict())
@@ -416,7 +416,7 @@ class AtariEnvs:
     """N copies of a game under Dopamine's protocol (Machado et al. 2018).
 
     Sticky actions 0.25, frameskip 4 with the maximum over two frames, 84x84 grayscale, minimal
-    action set, no no-op start, no FIRE reset; losing a life does not end an episode, 27,000 steps
+    action set, no no-op start, no FIRE reset; losing a life does not end an episode, `max_steps`
     truncate it. `obs` [N, 4, 84, 84] uint8 is the current observation: after an episode has ended,
     the first of the next. Seeds and actions determine everything, so a resumed run can replay it.
     """
@@ -472,7 +472,7 @@ class AtariEnvs:
 
 
 def play_again(envs: AtariEnvs, replay: FrameReplay, games: list[Any], run: Run) -> None:
-    """Replay a checkpoint's games, from the seedings before the oldest transition."""
+    """Replay a checkpoint's games, each from its last seeding before the oldest transition."""
     past, seeded, obs = games
     actions = np.frombuffer(past, np.uint8).reshape(-1, replay.num_envs)
     first = max(0, len(actions) - replay.rows)
@@ -636,7 +636,7 @@ class Run:
         self.args, self.path, self.script = args, Path(name), {"script": script.name}
         self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
         fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
-        line = f"--run-dir {self.path}: exists; continue its run with --resume {self.path}"
+        line = f"--run-dir {self.path}: not empty; to continue its run: --resume {self.path}"
         require(fresh or args.resume != "", line)
         if args.track:
             import wandb
@@ -739,7 +739,7 @@ class Run:
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 resumable."""
+    """Unless `accepted`, print a line and exit: 0 done, 1 a fault, 2 bad input, 75 resumable."""
     if not accepted:
         for bar in [*getattr(tqdm, "_instances", ())]:
             bar.close()  # so that the line comes last

@@ -15,10 +15,10 @@ It needs only RUN_DIR/model.safetensors, which has the script and its flags in i
 (--card: final.json too). To use a model elsewhere, load_model() and then q_values() or
 mean_actions() are all you need.
 
-The protocol is that of training's own evaluation. Atari: sticky actions 0.25, losing a life does
-not end an episode, 27,000 steps at most, scores undiscounted and unclipped. MinAtar (which needs
-pip install --no-deps minatar): sticky actions 0.1, 10,000 steps at most. MuJoCo: the policy's mean
-action, 1,000 steps at most.
+The protocol is that of training's own evaluations by default. Atari: sticky actions 0.25, losing a
+life does not end an episode, 27,000 steps at most, scores undiscounted and unclipped. MinAtar
+(which needs pip install --no-deps minatar): sticky actions 0.1, 10,000 steps at most. MuJoCo: the
+policy's mean action, 1,000 steps at most.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Args:
 
     run_dir: Annotated[Path, tyro.conf.Positional]  # folder of a finished run or of its export
     episodes: int = 10  # episodes to play, at least 1
-    steps: int | None = None  # at least 1, to cut an episode off; default: as training's own
+    steps: int | None = None  # >= 1; default: 27,000 on Atari, 10,000 on MinAtar, 1,000 on MuJoCo
     epsilon: float = 0.001  # Atari, MinAtar: probability of a random action, in [0, 1]
     seed: int = 0  # seed of the episodes, which training never sees; at least 0
     device: str = "cpu"  # cpu, cuda or cuda:INDEX

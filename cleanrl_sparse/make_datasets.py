@@ -22,9 +22,10 @@ it records these datasets:
 
 The names are relative to these runs: results are not comparable with D4RL's datasets of the same
 names. A policy is recorded in whole episodes, until the first one that ends after --transitions.
-Minari keeps its datasets in ~/.minari, or in MINARI_DATASETS_PATH. Datasets already there under
-these names are kept unless the same flags made them. Ctrl-C or SIGTERM stops with a checkpoint; the
-same command continues. The printed table is also written to --runs.
+Minari keeps its datasets in ~/.minari, or in MINARI_DATASETS_PATH. A dataset of the same
+name is replaced if the same flags made it; otherwise it is kept and this refuses to run. Ctrl-C or
+SIGTERM stops with a checkpoint; the same command continues. The printed table is also written to
+--runs.
 
 Atari, for cql_atari_eaudeqn.py and cql_atari_gmp.py: replay logs in Dopamine's format, like those
 of the public DQN replay. Nothing is trained: the network of a finished run plays. The first of the
@@ -49,7 +50,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,7 +278,7 @@ def episodes_of(steps: Iterable[Step]) -> list[Episode]:
 def play(args: Args, seed: int, weights: dict[str, Tensor]) -> Iterator[Step]:
     """Yield the steps of whole episodes of an actor; without weights actions are uniform."""
     env, rng, ended = MujocoEnv(args.env_id, seed), np.random.default_rng(seed), False
-    # Copies are aligned in memory, wherever the weights lie in their file: that decides rounding.
+    # Clones are aligned in memory, wherever the weights lie in the file; that affects rounding.
     weights = {name: tensor.clone() for name, tensor in weights.items()}
     while env.steps < args.transitions or not ended:
         if weights:
@@ -511,24 +512,19 @@ def outlive_readers() -> None:
         setattr(sys, name, io.TextIOWrapper(stream, errors="replace", line_buffering=True))
 
 
-def command_line(main: Callable[[Args], None]) -> None:
+def command_line() -> None:
     """Run main; a fault ends the program with one line and an exit status."""
     try:
-        main(parse(sys.argv[1:]))
+        main(tyro.cli(Args, description=(__doc__ or "").partition("\n")[0]))
     except (Exit, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise  # a bug of this script: show its traceback
         hint = "" if isinstance(error, OSError) else "these flags need more memory than there is: "
         status, line = (
-            error.args if isinstance(error, Exit) else (1, f"{hint}{str(error).splitlines()[0]}")
+            error.args if isinstance(error, Exit) else (1, hint + str(error).partition("\n")[0])
         )
         print(f"{Path(__file__).name}: {line}", file=sys.stderr)
         sys.exit(status)
-
-
-def parse(argv: list[str]) -> Args:
-    """Return the flags of the command line."""
-    return tyro.cli(Args, args=argv, description=(__doc__ or "").partition("\n")[0])
 
 
 def main(args: Args) -> None:
@@ -563,4 +559,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     outlive_readers()
-    command_line(main)
+    command_line()

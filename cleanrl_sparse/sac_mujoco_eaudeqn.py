@@ -16,7 +16,7 @@ fast it goes or where it ends.
 
     python sac_mujoco_eaudeqn.py --env-id Hopper-v5                      # the paper's run: 1M steps
     python sac_mujoco_eaudeqn.py --env-id Ant-v5 --prune-actor           # a sparse policy too
-    python sac_mujoco_eaudeqn.py --num-networks 1 --max-exponent 0       # plain SAC
+    python sac_mujoco_eaudeqn.py --num-networks 1                        # plain SAC
     python sac_mujoco_eaudeqn.py --resume RUN_DIR
 
 Differences from the paper, and guesses ([I] inferred, [D] our decision; no code was published
@@ -85,13 +85,13 @@ class Training:
     batch_size: Count = 256  # transitions per gradient step
     learning_rate: Rate = 1e-3  # Adam's step size for actor, critics and temperature
     gamma: Share = 0.99  # discount factor
-    tau: Share = 0.005  # step of the targets towards the critics at each gradient step
+    tau: Share = 0.005  # Polyak coefficient: step of the targets to the critics
     replay_ratio: Rate = 1.0  # gradient steps per environment step
     reward_scale: Rate = 1.0  # factor on the rewards in the TD target
     target_entropy: Real = -1.0  # entropy that the temperature aims at, per action dimension
     width: Count = 1  # 256 * width units in each of the two hidden layers
     epoch_steps: Count = 10_000  # steps per epoch; each ends with an evaluation
-    num_envs: Count = 1  # environments, stepped in turn; all periods count the steps of all of them
+    num_envs: Count = 1  # environments, stepped in turn; step counts are summed over all of them
     eval_episodes: Index = 10  # episodes of each evaluation, without noise; 0: no evaluations
     eval_steps: Count = 1_000  # steps after which an evaluation episode is cut off
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
@@ -217,7 +217,7 @@ def sparsity_report(network: nn.Module) -> dict[str, float]:
 def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]:
     """Return a score, of any sign, for each prunable weight; the lowest are pruned first.
 
-    Put your own criterion here (docs/pruning_criterion.md); it may draw from `rng` only.
+    Put your own criterion here (docs/pruning_criterion.md); draw random numbers from `rng` only.
     """
     return [weight.abs() for weight in prunable(network).values()]
 
@@ -407,7 +407,7 @@ class EauDeSAC(nn.Module):
                 self.choose_and_prune()
 
     def best(self) -> int:
-        """Return the index of the smallest loss; never NaN, of equal ones the first."""
+        """Return the index of the smallest loss; NaN never wins, and the first wins a tie."""
         return int(self.accumulated_loss.nan_to_num(math.inf, math.inf).argmin())
 
     @torch.no_grad()
@@ -654,7 +654,7 @@ class Replay:
 
 
 def play_again(envs: MujocoEnvs, replay: Replay, episodes: list[Any], run: Run) -> None:
-    """Replay a checkpoint's episodes, from those in which the oldest transitions kept lie."""
+    """Replay a checkpoint's episodes, from those that hold the oldest transitions kept."""
     past, began, obs = episodes
     actions = np.frombuffer(past, np.float32).reshape(-1, len(envs.envs), envs.num_actions)
     first = max(0, len(actions) - replay.rows)
@@ -737,7 +737,7 @@ class Run:
         self.args, self.path, self.script = args, Path(name), {"script": script.name}
         self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
         fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
-        line = f"--run-dir {self.path}: exists; continue its run with --resume {self.path}"
+        line = f"--run-dir {self.path}: not empty; to continue its run: --resume {self.path}"
         require(fresh or args.resume != "", line)
         if args.track:
             import wandb
@@ -840,7 +840,7 @@ class Run:
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 resumable."""
+    """Unless `accepted`, print a line and exit: 0 done, 1 a fault, 2 bad input, 75 resumable."""
     if not accepted:
         for bar in [*getattr(tqdm, "_instances", ())]:
             bar.close()  # so that the line comes last

@@ -79,14 +79,14 @@ class Training:
     batch_size: Count = 256  # transitions per gradient step
     learning_rate: Rate = 3e-4  # Adam's step size for actor, critics and temperature
     gamma: Share = 0.99  # discount factor
-    tau: Share = 0.005  # step of the targets towards the critics at each gradient step
+    tau: Share = 0.005  # Polyak coefficient: step of the targets to the critics
     replay_ratio: Rate = 1.0  # gradient steps per environment step
     reward_scale: Rate = 0.1  # factor on the rewards in the TD target
     target_entropy: Real = -0.5  # entropy that the temperature aims at, per action dimension
     width: Count = 5  # 256 * width units in each of the two hidden layers
     weight_decay: Amount = 1e-4  # factor on the sum of squared weights, added to the losses
     epoch_steps: Count = 10_000  # steps per epoch; each ends with an evaluation
-    num_envs: Count = 1  # environments, stepped in turn; all periods count the steps of all of them
+    num_envs: Count = 1  # environments, stepped in turn; step counts are summed over all of them
     eval_episodes: Index = 10  # episodes of each evaluation, without noise; 0: no evaluations
     eval_steps: Count = 1_000  # steps after which an evaluation episode is cut off
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
@@ -209,7 +209,7 @@ def sparsity_report(network: nn.Module) -> dict[str, float]:
 def pruning_scores(network: nn.Module, rng: np.random.Generator) -> list[Tensor]:
     """Return a score, of any sign, for each prunable weight; the lowest are pruned first.
 
-    Put your own criterion here (docs/pruning_criterion.md); it may draw from `rng` only.
+    Put your own criterion here (docs/pruning_criterion.md); draw random numbers from `rng` only.
     """
     return [weight.abs() for weight in prunable(network).values()]
 
@@ -624,7 +624,7 @@ class Replay:
 
 
 def play_again(envs: MujocoEnvs, replay: Replay, episodes: list[Any], run: Run) -> None:
-    """Replay a checkpoint's episodes, from those in which the oldest transitions kept lie."""
+    """Replay a checkpoint's episodes, from those that hold the oldest transitions kept."""
     past, began, obs = episodes
     actions = np.frombuffer(past, np.float32).reshape(-1, len(envs.envs), envs.num_actions)
     first = max(0, len(actions) - replay.rows)
@@ -710,7 +710,7 @@ class Run:
         self.args, self.path, self.script = args, Path(name), {"script": script.name}
         self.folder, self.newest, self.saved_at = self.path / "checkpoint", "", time.monotonic()
         fresh = not any(self.path.glob("[!.]*")) and not self.path.is_file()
-        line = f"--run-dir {self.path}: exists; continue its run with --resume {self.path}"
+        line = f"--run-dir {self.path}: not empty; to continue its run: --resume {self.path}"
         require(fresh or args.resume != "", line)
         if args.track:
             import wandb
@@ -813,7 +813,7 @@ class Run:
 
 
 def require(accepted: bool, line: str, status: int = 2) -> None:
-    """Unless `accepted`, print a line and exit: 2 bad input, 1 a fault, 75 resumable."""
+    """Unless `accepted`, print a line and exit: 0 done, 1 a fault, 2 bad input, 75 resumable."""
     if not accepted:
         for bar in [*getattr(tqdm, "_instances", ())]:
             bar.close()  # so that the line comes last

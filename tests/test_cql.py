@@ -765,7 +765,7 @@ def test_what_was_recorded_behind_wrappers_or_with_other_actions_is_refused(
     line = refused(capsys, cql.read_dataset, "local/hopper/wrapped-v0")
     assert "NormalizeObservation, which evaluations would not have" in line
     write_minari("local/hopper/scaled-v0", bound=2.0)
-    assert "its actions are of Box" in refused(capsys, cql.read_dataset, "local/hopper/scaled-v0")
+    assert "its action space is Box" in refused(capsys, cql.read_dataset, "local/hopper/scaled-v0")
 
 
 @pytest.mark.slow

@@ -200,7 +200,7 @@ def test_bad_input_is_refused_in_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["make_datasets.py", *flags.split()])
     with pytest.raises(SystemExit) as end:
-        datasets.command_line(datasets.main)
+        datasets.command_line()
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and flags in line
     assert not [*tmp_path.iterdir()]
