@@ -86,7 +86,7 @@ class Training:
     seed: Index = 1  # random seed
     total_timesteps: Count = 12_500_000  # total gradient steps
     checkpoints_per_epoch: Count = 5  # checkpoints drawn for each epoch
-    transitions: Count = 50_000  # rows read from the start of each, each 7.1 KB of memory
+    transitions: Count = 50_000  # rows read of each, each 7.1 KB of memory
     epoch_steps: Count = 62_500  # gradient steps per epoch; each ends with an evaluation
     batch_size: Count = 32  # transitions per gradient step
     learning_rate: Rate = 5e-5  # Adam's step size
@@ -457,7 +457,7 @@ def main(args: Args) -> None:
     bar = progress_bar(args.total_timesteps, step, "step")
 
     while True:
-        # Log; first of all where a run is resumed, as a checkpoint is written before.
+        # Log; a resumed run begins here.
         ended, epoch_ended = step >= args.total_timesteps, step % args.epoch_steps == 0
         if step > 0 and (ended or epoch_ended or step % max(args.target_every, 1000) == 0):
             record = agent.report() | {
@@ -486,7 +486,7 @@ def main(args: Args) -> None:
         # Target.
         if step % args.target_every == 0 and step < args.total_timesteps:
             agent.update_target(step)
-        # Save; always before an evaluation, during which a signal ends the run.
+        # Save; always before an evaluation, which a signal ends.
         due = time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes
         if run.stops or due or step % args.epoch_steps == 0 or step >= args.total_timesteps:
             state = {"progress": (step, epoch_return), "agent": agent.state_dict()}
@@ -641,7 +641,7 @@ class Dataset:
             require(fits, f"{self.path(number, part)}: must be in [0, {top})")
         finite = bool(np.isfinite(rewards).all())
         require(finite, f"{self.path(number, '$store$_reward')}: must be finite")
-        # A truncated episode shows only by three black rows; the last may lie beyond those read.
+        # A truncated episode shows only by three black rows, the last perhaps not read.
         black = ~frames.any((1, 2)) & (actions == 0) & (rewards == 0) & (terminal == 0)
         three = black & np.append(black[1:], True) & np.append(black[2:], [True, True])
         starts = three & ~np.append(False, black[:-1])
