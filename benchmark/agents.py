@@ -55,7 +55,7 @@ def dense_twin(agent: Any, folder: Path) -> Any:
         args = dqn.Args(feature_size=UNITS[kind])
         network, prefix = dqn.QNetwork(agent.shape[0], agent.actions, args), ""
     weights = {prefix + name: p.detach() for name, p in network.named_parameters()}
-    number = "fp16" if agent.type == np.float16 else "fp32"
+    number = {"float32": "fp32", "float16": "fp16", "int8": "int8"}[agent.type.__name__]
     export.export({"script": kind, "env_id": agent.env_id}, weights, folder, number)
     return export.load_agent(folder)
 

@@ -102,9 +102,10 @@ def read_value(name: str, value: str, kind: str) -> str:
     except ValueError:
         must = "an integer, such as 1000000" if kind in WHOLE else "a number"
         refuse(f"--{name} {value}: must be {must}")
-    low, high, accepted = RANGES.get(kind, (-math.inf, math.inf, ""))
-    if kind in RANGES and not low <= number <= high:
-        refuse(f"--{name} {value}: must be {accepted}")
+    if kind in RANGES:
+        low, high, accepted = RANGES[kind]
+        if not low <= number <= high:
+            refuse(f"--{name} {value}: must be {accepted}")
     if kind.startswith("Literal["):
         options = [str(option) for option in ast.literal_eval(f"({kind[8:-1]},)")]
         if value not in options:

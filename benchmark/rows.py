@@ -198,9 +198,8 @@ def collect(path: Path, plans: list[Row], args: Args) -> list[Row]:
         run["finished"] = int((folder / "final.json").exists())
         run |= {"offline": 1} if "cql_atari" in plan["script"] else {}  # steps are gradient steps
         covariance = args.kind == "covariance"
-        trained = (
-            family is not None and "cql" not in plan["script"]
-        )  # its score is that of training episodes
+        # Scored by its training episodes; the others by evaluations.
+        trained = family is not None and "cql" not in plan["script"]
         found = entries(folder) if covariance else measure(folder, trained, args)
         rows += [run | row for row in found or [{}]]
     if not rows or len(families) > 1:

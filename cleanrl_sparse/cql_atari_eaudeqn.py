@@ -78,7 +78,7 @@ class Training:
     seed: Index = 1  # random seed
     total_timesteps: Count = 3_125_000  # total gradient steps
     checkpoints_per_epoch: Count = 5  # checkpoints drawn for each epoch
-    transitions: Count = 50_000  # rows read of each, each 7.1 KB of memory
+    transitions: Count = 50_000  # first rows of each to read, 7.1 KB each
     epoch_steps: Count = 62_500  # gradient steps per epoch; each ends with an evaluation
     batch_size: Count = 32  # transitions per gradient step
     learning_rate: Rate = 5e-5  # Adam's step size
@@ -90,8 +90,6 @@ class Training:
     feature_size: Count = 512  # units of the dense layer; the paper uses two of 32, 512 and 2048
     eval_episodes: Index = 10  # episodes of each evaluation, at epsilon 0.001
     eval_steps: Count = 27_000  # steps after which an evaluation episode is cut off
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
-    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
 
 
 @dataclass
@@ -381,7 +379,7 @@ def main(args: Args) -> None:
         # Target.
         if step % args.target_every == 0 and step < args.total_timesteps:
             agent.update_target(step)
-        # Save; always before an evaluation, which a signal ends.
+        # Save; always before an evaluation.
         due = time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes
         if run.stops or due or step % args.epoch_steps == 0 or step >= args.total_timesteps:
             state = {"progress": (step, epoch_return), "agent": agent.state_dict()}
@@ -614,7 +612,22 @@ def evaluate(network: nn.Module, rom: str, run: Run) -> dict[str, float]:
 
 
 # <<< shared: atari-games
-# >>> shared: run-flags
+@dataclass
+class Running:
+    """Where and how to run."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
+    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
+    # >>> shared: run-flags
+    device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
+    run_dir: str = ""  # folder, new or empty; '': a new runs/{env}__{script}__{seed}__{time}
+    resume: str = ""  # continue the run in this folder, with its flags; give no others
+    checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
+    keep_checkpoint: bool = False  # keep the last checkpoints of a finished run
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
+    wandb_project: str = "cleanrl-sparse"  # Weights & Biases project
+
+
 def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     """Return tyro's rule for reading a whole number, which may be written as 1e6."""
 
@@ -632,19 +645,6 @@ Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), integer("INT >= 0")]
 Amount = Annotated[float, (0, LARGEST, "at least 0 and finite"), tyro.conf.arg(metavar="X >= 0")]
 Rate = Annotated[float, (ABOVE_0, LARGEST, "above 0 and finite"), tyro.conf.arg(metavar="X > 0")]
 Share = Annotated[float, (0, 1, "in [0, 1]"), tyro.conf.arg(metavar="X in [0, 1]")]
-
-
-@dataclass
-class Running:
-    """Where and how to run."""
-
-    device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
-    run_dir: str = ""  # folder, new or empty; '': a new runs/{env}__{script}__{seed}__{time}
-    resume: str = ""  # continue the run in this folder, with its flags; give no others
-    checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
-    keep_checkpoint: bool = False  # keep the last checkpoints of a finished run
-    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
-    wandb_project: str = "cleanrl-sparse"  # Weights & Biases project
 
 
 # <<< shared: run-flags

@@ -102,8 +102,6 @@ class Training:
     epoch_steps: Count = 5_000  # gradient steps per epoch; each ends with an evaluation
     eval_episodes: Index = 10  # episodes of each evaluation, without noise; 0: no evaluations
     eval_steps: Count = 1_000  # steps after which an evaluation episode is cut off
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
-    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
 
 
 @dataclass
@@ -760,7 +758,22 @@ def evaluate(actor: Actor, args: Args, run: Run | None = None) -> dict[str, floa
 
 
 # <<< shared: mujoco-envs
-# >>> shared: run-flags
+@dataclass
+class Running:
+    """Where and how to run."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and Adam stay fp32
+    compile: bool = False  # sampling and update as a CUDA graph (untested on a GPU)
+    # >>> shared: run-flags
+    device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
+    run_dir: str = ""  # folder, new or empty; '': a new runs/{env}__{script}__{seed}__{time}
+    resume: str = ""  # continue the run in this folder, with its flags; give no others
+    checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
+    keep_checkpoint: bool = False  # keep the last checkpoints of a finished run
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
+    wandb_project: str = "cleanrl-sparse"  # Weights & Biases project
+
+
 def integer(metavar: str) -> PrimitiveConstructorSpec[int]:
     """Return tyro's rule for reading a whole number, which may be written as 1e6."""
 
@@ -778,19 +791,6 @@ Index = Annotated[int, (0, 2**32 - 1, "in [0, 2^32)"), integer("INT >= 0")]
 Amount = Annotated[float, (0, LARGEST, "at least 0 and finite"), tyro.conf.arg(metavar="X >= 0")]
 Rate = Annotated[float, (ABOVE_0, LARGEST, "above 0 and finite"), tyro.conf.arg(metavar="X > 0")]
 Share = Annotated[float, (0, 1, "in [0, 1]"), tyro.conf.arg(metavar="X in [0, 1]")]
-
-
-@dataclass
-class Running:
-    """Where and how to run."""
-
-    device: str = "auto"  # auto, cpu, cuda or cuda:INDEX
-    run_dir: str = ""  # folder, new or empty; '': a new runs/{env}__{script}__{seed}__{time}
-    resume: str = ""  # continue the run in this folder, with its flags; give no others
-    checkpoint_minutes: Amount = 10.0  # minutes between checkpoints
-    keep_checkpoint: bool = False  # keep the last checkpoints of a finished run
-    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
-    wandb_project: str = "cleanrl-sparse"  # Weights & Biases project
 
 
 # <<< shared: run-flags

@@ -99,8 +99,8 @@ class Catch:
     """A ball falls through 7x7 cells of 6x6 pixels in six steps; the paddle below moves left, stays
     or moves right.
 
-    The reward is 1 for a catch, -1 for a miss, and either ends the episode. step()
-    returns what AtariEnvs.recv() does.
+    The reward is 1 for a catch, -1 for a miss, and either ends the episode.
+    step() returns what AtariEnvs.recv() does.
     """
 
     def __init__(self, seed: int) -> None:

@@ -129,17 +129,17 @@ KEY = re.compile(
 )
 # What `wc -l` may say at most, and where `main` begins at the latest; see CONTRIBUTING.
 LINES = {
-    "eaudeqn_atari": (835, 333),
-    "dqn_atari_gmp": (964, 388),
-    "rainbow_resnet_gmp": (1071, 436),
-    "dqn_atari_baselines": (1069, 540),
-    "sac_mujoco_eaudeqn": (936, 457),
-    "sac_mujoco_gmp": (909, 427),
-    "cql_offline_snip": (1017, 415),
+    "eaudeqn_atari": (835, 331),
+    "dqn_atari_gmp": (964, 386),
+    "rainbow_resnet_gmp": (1071, 434),
+    "dqn_atari_baselines": (1069, 538),
+    "sac_mujoco_eaudeqn": (936, 455),
+    "sac_mujoco_gmp": (909, 425),
+    "cql_offline_snip": (1017, 413),
     "eaudeqn_minatar": (803, 360),
     "dqn_minatar_gmp": (764, 318),
-    "cql_atari_eaudeqn": (868, 330),
-    "cql_atari_gmp": (976, 435),
+    "cql_atari_eaudeqn": (868, 328),
+    "cql_atari_gmp": (976, 433),
 }
 VOLATILE = {
     "seconds",
