@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,15 +48,17 @@ class Flag(NamedTuple):
     kind: str  # as its annotation has it: bool, Count, Literal["a", "b"]
 
 
+@cache
 def flags_of(script: str) -> dict[str, Flag]:
     """Return the flags of a script, by their names without the leading --.
 
     They are read from the text of Args and what it inherits: to import it would import torch.
     """
-    if not (SCRIPTS / script).is_file():
-        known = ", ".join(sorted(path.name for path in SCRIPTS.glob("*.py")))
-        refuse(f"{script}: not in cleanrl_sparse/, which has {known}")
-    text = (SCRIPTS / script).read_text()
+    texts = {path.name: path.read_text() for path in sorted(SCRIPTS.glob("*.py"))}
+    texts = {name: text for name, text in texts.items() if "\n    total_timesteps: " in text}
+    if script not in texts:
+        refuse(f"{script}: no training script of cleanrl_sparse/, which has {', '.join(texts)}")
+    text = texts[script]
     classes = dict(re.findall(r"(?ms)^class (\w+)(.*?)(?=^[\w@#]|\Z)", text))
     bases = re.findall(r"\w+", classes["Args"].partition(":")[0])
     found = dict[str, Flag]()
@@ -70,23 +73,24 @@ def flags_of(script: str) -> dict[str, Flag]:
     return found
 
 
+def normal(script: str, name: str, value: object) -> object:
+    """Return a flag's value, the same however it is written."""
+    if name == "env-id":
+        return canonical(str(value), script)
+    try:
+        return value if isinstance(value, bool) else float(str(value))
+    except ValueError:
+        return value
+
+
 def identity(script: str, flags: dict[str, str], known: dict[str, Flag]) -> str:
     """Return the id of a run: the same however values are written and with or without defaults."""
-
-    def normal(name: str, value: object) -> object:
-        if name == "env-id":
-            return canonical(str(value), script)
-        try:
-            return value if isinstance(value, bool) else float(str(value))
-        except ValueError:
-            return value
-
     other = dict[str, object]()
     for name, text in flags.items():
         value: object = name in known if text == "" else text
         name = name.removeprefix("no-") if text == "" else name
-        if normal(name, value) != normal(name, known[name].default):
-            other[name] = normal(name, value)
+        if normal(script, name, value) != normal(script, name, known[name].default):
+            other[name] = normal(script, name, value)
     return hashlib.sha256(json.dumps([script, sorted(other.items())]).encode()).hexdigest()[:12]
 
 

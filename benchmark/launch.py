@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from common import canonical, outlive_readers, refuse, runs_folder, say, switch
-from flags import SCRIPTS, flags_of, identity, tiny, values_of
+from flags import SCRIPTS, flags_of, identity, normal, tiny, values_of
 
 DRY, SMOKE, RUNS = switch("DRY"), switch("SMOKE"), runs_folder()
 HOST = os.uname().nodename
@@ -155,6 +155,14 @@ def text_of(runs: list[TrainingRun]) -> str:
     return "".join(json.dumps(run._asdict()) + "\n" for run in runs)
 
 
+def split(name: str, text: str) -> list[str]:
+    """Return the words of a text, as a shell has them."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        refuse(f"{name} {text}: {error}")
+
+
 def add(grid: str, curve: str, script: str, words: list[str]) -> None:
     """Write a curve into the manifest, in place of what it had: a run for every combination of the
     values in `words`, --flag VALUE ... The value @CURVE is the folder of that curve's run with the
@@ -162,7 +170,7 @@ def add(grid: str, curve: str, script: str, words: list[str]) -> None:
     """
     known = flags_of(script)
     lists = values_of(words, script, known)
-    own = values_of(shlex.split(os.environ.get("FLAGS", "")), script, known)
+    own = values_of(split("FLAGS", os.environ.get("FLAGS", "")), script, known)
     given = {name.removeprefix("no-") for name in own}
     lists = {name: lists[name] for name in lists if name.removeprefix("no-") not in given} | own
     lists = tiny(script, lists, known) if SMOKE else lists
@@ -175,7 +183,7 @@ def add(grid: str, curve: str, script: str, words: list[str]) -> None:
         flags = dict(zip(lists, values))
         for name, value in flags.items():
             if value[:1] == "@" and not DRY:
-                flags[name] = f"@{find(others, value[1:], flags, grid)}"
+                flags[name] = f"@{find(others, value[1:], script, flags, grid)}"
         key, data = identity(script, flags, known), Path(flags.get("dataset", ""))
         if "atari" in script and "env-id" in flags:  # the games of a dataset lie in one folder
             data = Path()
@@ -201,12 +209,20 @@ def replace(grid: str, curve: str, runs: list[TrainingRun]) -> None:
         temporary.replace(manifest)
 
 
-def find(runs: list[TrainingRun], curve: str, flags: dict[str, str], grid: str) -> str:
-    """Return the folder of a curve's one run with the same value of every flag that both have."""
+def find(runs: list[TrainingRun], curve: str, script: str, flags: dict[str, str], grid: str) -> str:
+    """Return the folder of a curve's one run with the same environment, seed, and value of every
+    flag that is given for both.
+    """
+
+    def meaning(script: str, flags: dict[str, str], name: str) -> object:
+        """Return a flag's value, given or not, however it is written."""
+        known = flags_of(script)
+        return normal(script, name, flags.get(name, known[name].default if name in known else ""))
+
     same = []
-    for run in runs:
-        both = run.flags.keys() & flags.keys()
-        if run.curve == curve and all(run.flags[name] == flags[name] for name in both):
+    for run in [run for run in runs if run.curve == curve]:
+        names = run.flags.keys() & flags.keys() | {"env-id", "seed"}
+        if all(meaning(run.script, run.flags, n) == meaning(script, flags, n) for n in names):
             same.append(run)
     if len(same) != 1:
         what = "must have one run of that curve with the same flags, it has"
@@ -439,7 +455,7 @@ def submit_array(runs: list[TrainingRun], args: argparse.Namespace) -> None:
     options += [f"--signal=TERM@{args.seconds_to_stop}", f"--mem={most * args.gib_per_run}G"]
     given = {"gpus": args.gpus_per_job, "partition": args.partition, "account": args.account}
     options += [f"--{name}={value}" for name, value in given.items() if value]
-    options += shlex.split(args.sbatch)
+    options += split("--sbatch", args.sbatch)
     command = [sys.executable, str(Path(__file__).resolve()), "work", args.grid]
     command += ["--array", name, "--threads", str(args.cpus_per_run)]
     # As a step: a batch script gets no signal itself when its job is preempted with a grace time.

@@ -9,6 +9,7 @@ grid=$(basename "$0" .sh)
 GAMES=${GAMES:-"Asterix Breakout Freeway Seaquest SpaceInvaders"}
 SEEDS=${SEEDS:-"1 2 3 4 5"}
 SIZES=${SIZES:-"32 128 512"}
+[[ " $SIZES " = *" 128 "* ]] && base=128 || base=${SIZES%% *} # whose dense return is 1
 COMMON="--env-id $GAMES --seed $SEEDS --total-timesteps ${STEPS:-1000000} --feature-size $SIZES"
 
 add="python benchmark/launch.py add $grid"
@@ -17,4 +18,4 @@ $add PolyPruneDQN dqn_minatar_gmp.py $COMMON --sparsity 0.95
 $add "PolyPruneDQN 50 %" dqn_minatar_gmp.py $COMMON --sparsity 0.5
 $add EauDeDQN eaudeqn_minatar.py $COMMON
 python benchmark/launch.py launch $grid "$@"
-python benchmark/plot.py curves $grid --panel feature-size --sparsity --baseline DQN ${BASE:-128} --last 5
+python benchmark/plot.py curves $grid --panel feature-size --sparsity --baseline DQN $base --last 5

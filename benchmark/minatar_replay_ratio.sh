@@ -14,4 +14,4 @@ add="python benchmark/launch.py add $grid"
 $add "DQN dense" dqn_minatar_gmp.py $COMMON --replay-ratio $RATIOS --sparsity 0
 $add "DQN 95 %" dqn_minatar_gmp.py $COMMON --replay-ratio $RATIOS --sparsity 0.95
 python benchmark/launch.py launch $grid "$@"
-python benchmark/plot.py sweep $grid --x replay-ratio --baseline "DQN dense" 0.25 --last 5
+python benchmark/plot.py sweep $grid --x replay-ratio --baseline "DQN dense" ${RATIOS%% *} --last 5

@@ -14,4 +14,4 @@ add="python benchmark/launch.py add $grid"
 $add "DQN dense" dqn_minatar_gmp.py $COMMON --width $WIDTHS --sparsity 0
 $add "DQN 95 %" dqn_minatar_gmp.py $COMMON --width $WIDTHS --sparsity 0.95
 python benchmark/launch.py launch $grid "$@"
-python benchmark/plot.py sweep $grid --x width --baseline "DQN dense" 1 --last 5
+python benchmark/plot.py sweep $grid --x width --baseline "DQN dense" ${WIDTHS%% *} --last 5

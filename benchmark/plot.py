@@ -26,13 +26,14 @@ Scores of Atari games are human-normalised and pooled over the games; --baseline
 other environments, with random play as 0 and the mean of that curve as 1. Else returns are shown
 for each environment. Statistics are Agarwal et al.'s (2021, https://arxiv.org/abs/2108.13264): IQM,
 optimality gap, median and mean of the games' means, with 95 % percentile intervals from a bootstrap
-that redraws the seeds within each game; of an environment with up to three seeds, mean and range.
+that redraws the seeds within each game; of environments, where none has four seeds, mean and range.
 """
 
 from __future__ import annotations
 
 import csv
 import itertools
+import re
 import shlex
 import sys
 import textwrap
@@ -55,6 +56,7 @@ from rows import (
     plans_of_folders,
     plans_of_grid,
     read_runs,
+    text_of,
     words,
     write_rows,
 )
@@ -67,11 +69,15 @@ REFERENCES = ("CNN-DQN", "CNN-Rainbow", "Impala-DQN", "Impala-Rainbow")
 with open(ANCHORS / "minatar_random.csv", newline="") as table:
     RANDOM = {row["game"]: float(row["random"]) for row in csv.DictReader(table)}
 RANDOM |= {game: random for game, (random, _) in HUMAN.items()}
+with open(ANCHORS / "d4rl.csv", newline="") as table:
+    D4RL = {
+        row["robot"]: (float(row["random"]), float(row["expert"])) for row in csv.DictReader(table)
+    }
 SCORES = {
     "human": "human-normalised score",
     "baseline": "share of the baseline's return",
     "return": "return",
-    "d4rl": "normalised score",
+    "d4rl": "D4RL's normalised score",
 }
 SCORING = "curves sweep profile"  # kinds
 # The flags that only some kinds read.
@@ -79,7 +85,7 @@ USES = {
     "sweep": "flat",
     "metrics": "keys",
     "curves": "sparsity against",
-    SCORING: "baseline per_env score bootstrap seed",
+    SCORING: "panel baseline per_env score bootstrap seed",
     f"{SCORING} epochs": "reference",
     f"{SCORING} metrics layers": "last",
 }
@@ -112,7 +118,7 @@ class Args:
     sparsity: bool = False  # a second row of panels with the share of weights left (curves)
     # Dopamine's published runs: CNN-DQN, CNN-Rainbow, Impala-DQN, Impala-Rainbow (Atari)
     reference: Words = ()
-    # curve whose mean final return is 1; with --x or --panel, its value too
+    # curve whose mean final return is 1, then its value of --x and that of --panel
     baseline: tuple[str, ...] = ()
     # human, baseline, return or d4rl; auto: baseline where --baseline is given, human for Atari
     # unless --per-env, else return
@@ -128,6 +134,8 @@ class Args:
 
 def check(args: Args) -> None:
     """Refuse bad values, and flags that this kind would not read."""
+    if not args.grid:
+        refuse("GRID is missing: the name of a grid, a .csv file, or folders of runs")
     if args.kind not in KINDS:
         refuse(f"KIND must be one of {', '.join(KINDS)}, not {args.kind}")
     for kinds, flags in USES.items():
@@ -146,8 +154,8 @@ def check(args: Args) -> None:
         refuse(f"--score must be auto, {', '.join(SCORES)}, not {args.score}")
     if args.score == "baseline" and not args.baseline:
         refuse("--score baseline needs --baseline CURVE")
-    if len(args.baseline) > 1 + bool(args.x or args.panel):
-        refuse("--baseline takes a curve, and with --x or --panel its value too")
+    if len(args.baseline) > 1 + bool(args.x) + bool(args.panel):
+        refuse("--baseline takes a curve, then its value of --x and that of --panel")
     if args.last < 1 or args.bootstrap < 100 or args.seed < 0:
         given = f"--last {args.last}, --bootstrap {args.bootstrap}, --seed {args.seed}"
         refuse(f"{given}: must be at least 1, 100 and 0")
@@ -177,33 +185,51 @@ def published(name: str, games: set[str], end: float) -> list[Run]:
 
 def baseline_of(runs: list[Run], args: Args) -> dict[str, tuple[float, float]]:
     """Return for each environment random play's return and the mean final one of --baseline."""
-    curve, value = (*args.baseline, "")[:2]
-    name = f"{curve}, {args.x} {value}" if args.x and value and args.kind != "sweep" else curve
+    curve, *values = args.baseline
+    flags = [flag for flag in ("x", "panel") if getattr(args, flag)]
+    if values and len(values) < len(flags):
+        refuse(
+            f"--baseline {' '.join(args.baseline)}: with --x and --panel it needs the value of both"
+        )
+    asked = {flag: text_of(value) for flag, value in zip(flags, values)}
+    swept = asked.get("x") and args.kind != "sweep"  # the value is part of the curve's name
+    name = f"{curve}, {args.x} {asked['x']}" if swept else curve
     finals = defaultdict[str, list[float]](list)
     for run in runs:
-        mine = run.curve == name and value in ("", run.x, run.panel)
+        mine = run.curve == name and all(getattr(run, flag) == asked[flag] for flag in asked)
         final = run.final("return", args.last)
         if mine and final is not None:
             finals[run.env_id].append(final)
     if not finals:
-        names = ", ".join(curves_of(runs))
-        refuse(f"--baseline {' '.join(args.baseline)}: no finished run of it; curves: {names}")
+        made = dict.fromkeys(
+            (run.curve, *filter(None, (run.x, run.panel))) for run in runs if run.finished
+        )
+        names = ", ".join(map(shlex.join, made)) or "none"
+        refuse(f"--baseline {shlex.join(args.baseline)}: no finished run of it; there are {names}")
     if unknown := [env_id for env_id in finals if env_id not in RANDOM]:
         refuse(f"--baseline: the score of random play is not known of {unknown[0]}")
     return {env_id: (RANDOM[env_id], float(np.mean(own))) for env_id, own in finals.items()}
 
 
 def add_scores(runs: list[Run], args: Args) -> None:
-    """Give each run a column score: return, D4RL score, or share of a human's or the baseline's."""
+    """Give each run a column score: its return, or that on D4RL's, a human's or the baseline's
+    scale.
+    """
     scale = {"human": HUMAN}.get(args.score, {})
+    if args.score == "d4rl":
+        # a word of the dataset's name: hopper_medium-v2, but not antmaze
+        parts = {run.env_id: set(re.split("[^a-z0-9]", run.env_id.lower())) for run in runs}
+        scale = {
+            env_id: D4RL[robot] for robot in D4RL for env_id in parts if robot in parts[env_id]
+        }
     if args.score == "baseline":
         scale = baseline_of(runs, args)
     for run in runs:
-        steps, values = run.series("d4rl_score" if args.score == "d4rl" else "return")
-        if args.score in ("human", "baseline"):
+        steps, values = run.series("return")
+        if args.score != "return":
             run.scored = run.env_id in scale
             low, high = scale.get(run.env_id, (np.nan, np.nan))
-            values = (values - low) / (high - low)
+            values = (100 if args.score == "d4rl" else 1) * (values - low) / (high - low)
         run.columns["score"] = steps, values
 
 
@@ -298,6 +324,8 @@ def panels_of(runs: list[Run], args: Args) -> list[tuple[Row, list[Run]]]:
         if args.against not in names:
             refuse(f"--against {args.against}: no such curve; there are {', '.join(names)}")
         names.remove(args.against)
+        if not names:
+            refuse(f"--against {args.against}: no other curve is there yet")
         wide, panels = panels, []
         for (facts, mine), name in itertools.product(wide, names):
             pair = [run for run in mine if run.curve in (args.against, name) or run.published]
@@ -353,8 +381,8 @@ def draw_range(
     """Draw the mean of a column over the steps between its lowest and highest run; with `left` what
     is left of 1.
     """
-    steps, values, used = timeline(runs, column)
-    if used:
+    steps, values, _ = timeline(runs, column)
+    if len(steps):
         values = np.maximum(1 - values, 1e-4) if left else values
         lines = np.stack([values.mean(1), values.min(1), values.max(1)])
         draw_line(axis, steps * scale, lines, look)
@@ -365,7 +393,7 @@ def scale_density(axes: Sequence[Any]) -> None:
     low = 0.8 * min([0.1, *(line.get_ydata().min() for axis in axes for line in axis.get_lines())])
     ticks = [t for t in (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4) if t >= low]
     for axis in axes:
-        axis.set(yscale="log", ylim=(low, 1.2), ylabel="weights left")
+        axis.set(ylim=(low, 1.2), yscale="log", ylabel="weights left")
         axis.set_yticks(ticks, [f"{100 * t:g} %" for t in ticks])
         axis.minorticks_off()
 
@@ -490,7 +518,7 @@ def draw_curves(runs: list[Run], args: Args) -> Drawing:
     rows, (what, band, label) = list[Row](), drawn(args)
     for i, ((facts, mine), column) in enumerate(zip(panels, axes)):
         for name, curve in curves_of(mine).items():
-            steps, values, used = timeline(curve, "score")
+            steps, values, used = timeline([run for run in curve if run.scored], "score")
             bands = [centre(strata_of(used, row), args) for row in values]
             draw_line(column[0], steps * scale, np.reshape(bands, (-1, 3)).T, looks[name])
             # Of what is pruned before training only the network's own sparsity is logged.
@@ -611,6 +639,9 @@ def draw_epochs(runs: list[Run], args: Args) -> Drawing:
     ours = [run for run in runs if not run.published and len(run.series("return")[0])]
     if not ours:
         refuse("no epoch has ended yet")
+    known = {run.env_id for run in runs if run.published}
+    lost = sorted({run.env_id for run in ours} - known)
+    ours = [run for run in ours if run.env_id in known]
     pairs = list(dict.fromkeys((run.curve, run.env_id) for run in ours))
     pairs.sort(key=lambda pair: ([*curves_of(ours)].index(pair[0]), pair[1]))
     figure, axes = new_figure(len(pairs))
@@ -621,10 +652,10 @@ def draw_epochs(runs: list[Run], args: Args) -> Drawing:
         if not theirs:
             refuse(f"--reference: none is of {agent}, the first word of the curve {name}")
         theirs = [run for run in theirs if run.env_id == env_id]
-        known = np.stack([run.series("return")[1] for run in theirs])  # [5, epochs]
+        scores = np.stack([run.series("return")[1] for run in theirs])  # [5, epochs]
         steps, label = theirs[0].steps, theirs[0].curve
-        half = 2.776 * known.std(0, ddof=1) * (1 + 1 / 5) ** 0.5
-        bounds = np.stack([known.mean(0), known.mean(0) - half, known.mean(0) + half])
+        half = 2.776 * scores.std(0, ddof=1) * (1 + 1 / 5) ** 0.5
+        bounds = np.stack([scores.mean(0), scores.mean(0) - half, scores.mean(0) + half])
         axis.errorbar(steps * 4e-6, bounds[0], half, color="0.55", capsize=4, label=label)
         for run in (run for run in ours if (run.curve, run.env_id) == (name, env_id)):
             own_steps, values = run.series("return")
@@ -639,7 +670,8 @@ def draw_epochs(runs: list[Run], args: Args) -> Drawing:
         axis.set(title=f"{name}, {env_id}", xlabel="million frames", ylabel="return")
     inside = sum(row["inside"] == "yes" for row in rows)
     interval = "bars: 95 % prediction intervals of the five published runs"
-    return figure, rows, f"{inside} of {len(rows)} epochs lie inside; {interval}."
+    caption = f"{inside} of {len(rows)} epochs lie inside; {interval}."
+    return figure, rows, caption + (f" Without published runs: {', '.join(lost)}." if lost else "")
 
 
 def draw_metrics(runs: list[Run], args: Args) -> Drawing:
@@ -818,7 +850,9 @@ def make(args: Args) -> None:
     atari = any(run.env_id in GAMES for run in runs)
     if not atari and (args.reference or args.score == "human"):
         flag = "reference" if args.reference else "score human"
-        refuse(f"--{flag}: {' '.join(args.grid)} is not of Atari games")
+        refuse(f"--{flag}: {' '.join(args.grid)} has none of the 60 Atari games with known scores")
+    if args.reference and any("offline" in run.columns for run in runs):
+        refuse("--reference: the published runs are online ones; the steps of these are updates")
     if args.score == "auto":
         pooled = "baseline" if args.baseline else "human" if atari and not args.per_env else ""
         args = replace(args, score=pooled if pooled and args.kind in SCORING.split() else "return")
@@ -829,8 +863,8 @@ def make(args: Args) -> None:
     args = replace(args, few=args.per_env and max(seeds_of(runs).values()) <= 3)
     add_scores(runs, args)
     if not any(run.scored for run in runs):
-        what = f"no game of {' '.join(args.grid)} has a human score; --per-env shows their returns"
-        refuse(f"--score human: {what}")
+        what = f"no environment of {' '.join(args.grid)} has one; --score return is always known"
+        refuse(f"--score {args.score}: {what}")
     figure, table, caption = KINDS[args.kind](runs, args)
     save_picture(figure, args.title, out)
     write_rows(Path(f"{out}_table.csv"), table)

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from common import canonical, refuse
+from common import GAMES, canonical, refuse
 
 if TYPE_CHECKING:
     from plot import Args, Words
 
 SPARSITY = {"sparsity_target": "sparsity/target", "sparsity_prunable": "sparsity/prunable"}
 # Columns of numbers; those of keys have a slash.
-NUMBERS = ("step", "return", "d4rl_score", *SPARSITY, "i", "j", "cosine", "offline")
+NUMBERS = ("step", "return", *SPARSITY, "i", "j", "cosine", "offline")
 
 Row = dict[str, Any]
 Series = tuple[np.ndarray, np.ndarray]  # [T] steps and values
@@ -37,7 +37,7 @@ class Run:
     finished: bool
     steps: np.ndarray  # [T] at which it has logged something; T = 0 if it has not begun
     columns: dict[str, Series]  # where each was logged
-    scored: bool = True  # False for a game without a human score where that is asked for
+    scored: bool = True  # False where the score that is asked for is not known
     published: bool = False
 
     def series(self, column: str) -> Series:
@@ -87,7 +87,6 @@ def measure(folder: Path, trained: bool, args: Args) -> list[Row]:
         if not (found := matching(record, wanted)):
             continue
         row = {"step": step, "seconds": record["seconds"], "return": record.get(score)}
-        row |= {"d4rl_score": record["eval/d4rl_score"]} if "eval/d4rl_score" in record else {}
         row |= {column: latest.get(key) for column, key in SPARSITY.items()}
         layers = matching(latest, ["sparsity/layer/"]) if args.kind == "layers" else []
         row |= {key: record[key] for key in found if args.kind == "metrics"}
@@ -173,18 +172,44 @@ def plans_of_folders(folders: list[Path], args: Args) -> list[Row]:
     return plans
 
 
+def titles_of(datasets: set[str]) -> dict[str, str]:
+    """Return short names of datasets: of paths as many last parts as tell them apart."""
+    longest = max((len(Path(name).parts) for name in datasets), default=0)
+    for n in range(1, longest + 1):
+        titles = dict[str, str]()
+        for name in datasets:
+            path = name.endswith(".hdf5") or Path(name).is_absolute()
+            short = "/".join(Path(name).parts[-n:]) if path else name
+            titles[name] = short.removesuffix(".hdf5")
+        if len(set(titles.values())) == len(datasets):
+            return titles
+    return {name: name for name in datasets}
+
+
+def game_of(flags: Row, script: str) -> str:
+    """Return an Atari run's game, which may be in its dataset's path alone; "" of other runs."""
+    if "atari" not in script:
+        return ""
+    if flags.get("env_id"):
+        return canonical(str(flags["env_id"]), script)
+    names = (canonical(part, script) for part in reversed(Path(flags.get("dataset") or "").parts))
+    return next((name for name in names if name in GAMES), "")
+
+
 def collect(path: Path, plans: list[Row], args: Args) -> list[Row]:
     """Return the rows of the CSV file; a run that has nothing to show is a row without a step."""
     rows, seen, families = list[Row](), set[tuple[Any, ...]](), set[str]()
+    titles = titles_of(
+        {str(plan["flags"]["dataset"]) for plan in plans if plan["flags"].get("dataset")}
+    )
     for plan in plans:
         where, flags, folder = plan["where"], plan["flags"], plan["folder"]
-        game = flags.get("env_id") if "atari" in plan["script"] else ""  # one dataset has many
-        name = str(game or flags.get("dataset") or flags.get("env_id") or "")
+        name = game_of(flags, plan["script"]) or str(
+            flags.get("dataset") or flags.get("env_id") or ""
+        )
         if not name or not str(flags.get("seed", "")).isdecimal():
             refuse(f"{where}: its flags must have a seed, and env-id or dataset")
-        env_id = name if flags.get("dataset") and not game else canonical(name, plan["script"])
-        if env_id.endswith(".hdf5") or Path(env_id).is_absolute():
-            env_id = Path(env_id).name.removesuffix(".hdf5")
+        env_id = titles.get(name) or canonical(name, plan["script"])
         run = {"curve": plan["curve"], "env_id": env_id, "seed": int(flags["seed"])}
         for flag in filter(None, (args.x, args.panel)):
             flat = flag == args.x and plan["curve"] in words(args.flat)
@@ -229,7 +254,6 @@ def read_runs(path: Path, args: Args) -> list[Run]:
     needed = ["curve", "env_id", "seed", "finished", "step"]
     needed += [flag for flag in (args.x, args.panel) if flag]
     needed += ["i", "j", "cosine"] if args.kind == "covariance" else ["return", *SPARSITY]
-    needed += ["d4rl_score"] if args.score == "d4rl" else []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # Excel's mark comes off
             reader = csv.DictReader(file)
@@ -237,8 +261,11 @@ def read_runs(path: Path, args: Args) -> list[Run]:
             if missing := ", ".join(name for name in needed if name not in names):
                 refuse(f"{path}: no column {missing}; there are {', '.join(names) or 'none'}")
             for row in reader:
-                seed, flags = f"{float(row['seed']):g}", (row.get(args.x), row.get(args.panel))
-                key = (row["curve"], row["env_id"], seed, *(text or "" for text in flags))
+                if None in row or None in row.values():
+                    refuse(f"{path}: line {reader.line_num} has not {len(names)} cells")
+                seed = str(int(float(row["seed"])))
+                flags = [text_of(row.get(flag, "")) for flag in (args.x, args.panel)]
+                key = (row["curve"], row["env_id"], seed, *flags)
                 groups[key].append(row)
         runs = []
         for (curve, env_id, seed, x, panel), rows in groups.items():
@@ -255,8 +282,8 @@ def read_runs(path: Path, args: Args) -> list[Run]:
                 curve = f"{curve}, {args.x} {x}"
             done = {"true": 1.0, "false": 0.0}.get(rows[0]["finished"].lower())
             finished = bool(float(rows[0]["finished"]) if done is None else done)
-            facts = (curve, env_id, int(seed), text_of(x), text_of(panel), finished)
+            facts = (curve, env_id, int(seed), x, panel, finished)
             runs.append(Run(*facts, steps, columns))
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         refuse(f"{path}: not a CSV file of this program ({' '.join(str(error).split())})")
     return runs

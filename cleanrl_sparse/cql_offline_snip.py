@@ -431,9 +431,9 @@ def main(args: Args) -> None:
         args.dataset = str(Path(args.dataset).absolute())  # --resume may come from elsewhere
     run = Run(args, envs.title)
     run.write(digest_file.name, dataset.digest.encode())
-    step, epoch_return = 0, None
+    step = 0
     if saved := run.load():
-        step, epoch_return = saved["progress"]
+        step = saved["step"]
         agent.load_state_dict(saved["agent"])
         dataset.generator.set_state(saved["sampling"])
     else:
@@ -468,7 +468,7 @@ def main(args: Args) -> None:
             run.log(step, record)
         # Save.
         if run.stops or ended or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
-            state = {"progress": (step, epoch_return), "agent": agent.state_dict()}
+            state = {"step": step, "agent": agent.state_dict()}
             run.save(step, state | {"sampling": dataset.generator.get_state()})
 
     bar.close()

@@ -85,6 +85,11 @@ def require(accepted: bool, line: str) -> None:
         raise Exit(2, line)
 
 
+# flags of one kind only
+ATARI = ("run", "data", "checkpoints", "epsilon")
+MUJOCO = ("medium_steps", "expert_steps", "precision", "runs", "name")
+
+
 @dataclass
 class Args:
     """Flags."""
@@ -216,7 +221,10 @@ def train(args: Args, env_id: str, steps: int) -> Path:
     command = ["--run-dir", folder, "--keep-checkpoint"]
     command += [x for flag, value in flags.items() for x in (f"--{flag}", value)]
     if (folder / "args.json").exists():
-        command, made = ["--resume", folder], json.loads((folder / "args.json").read_text())
+        try:
+            command, made = ["--resume", folder], json.loads((folder / "args.json").read_text())
+        except ValueError:
+            raise Exit(2, f"{folder}: its args.json is damaged; delete the folder") from None
         for flag, value in flags.items():
             other = made.get(flag.replace("-", "_"))
             line = f"{folder}: made with --{flag} {other}, not {value}; give another --runs"
@@ -309,8 +317,9 @@ def replay(args: Args, folder: Path) -> Iterator[Step]:
 
     They are in its last checkpoint, which --keep-checkpoint has kept.
     """
-    path = max((folder / "checkpoint").glob("[0-9]*"))
-    past, _, last = torch.load(path, weights_only=True)["episodes"]
+    paths = sorted((folder / "checkpoint").glob("[0-9]*"))
+    require(len(paths) > 0, f"{folder}: its checkpoint is gone; delete the folder")
+    past, _, last = torch.load(paths[-1], weights_only=True)["episodes"]
     env = MujocoEnv(args.env_id, args.seed)
     for action in np.frombuffer(past, np.float32).reshape(-1, env.num_actions):
         yield env.step(action)
@@ -466,7 +475,8 @@ def record_atari(args: Args, rom: str) -> None:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             line = str(error).splitlines()[0]
             require(False, f"--run {args.run}: no finished run is there ({line})")
-        mine = find_rom(flags["env_id"]) == rom and "output.weight" in weights
+        atari = "output.weight" in weights and "conv.weight" not in weights  # MinAtar's
+        mine = atari and find_rom(flags["env_id"]) == rom
         require(mine, f"--run {args.run}: its network is not one of {game}")
     temporary = folder.with_name(".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -536,7 +546,13 @@ def main(args: Args) -> None:
 
     for signum in STOPS:
         signal.signal(signum, stop)
-    if rom := find_rom(args.env_id):
+    rom = find_rom(args.env_id)
+    for flag in MUJOCO if rom else ATARI:
+        what = "MuJoCo, and this is an Atari game" if rom else "Atari games"
+        value = getattr(args, flag)
+        line = f"--{flag.replace('_', '-')} {value}: is for {what}"
+        require(value == getattr(Args, flag), line)
+    if rom:
         return record_atari(args, rom)
     spec: Any = make_env(args.env_id).spec
     for kind in ("random", "medium", "medium-replay", "expert", "medium-expert"):

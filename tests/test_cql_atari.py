@@ -1008,6 +1008,16 @@ def test_a_runs_network_plays(datasets: ModuleType, tmp_path: Path) -> None:
         with pytest.raises(datasets.Exit, match=told):
             datasets.record_atari(args, game.lower())
         assert not (tmp_path / "other").exists()
+    (tmp_path / "small").mkdir()
+    facts = {"flags": json.dumps({"script": "dqn_minatar_gmp.py", "env_id": "Breakout"})}
+    weights = {"conv.weight": torch.zeros(16, 4, 3, 3), "output.weight": torch.zeros(3, 128)}
+    save_file(weights, tmp_path / "small" / "model.safetensors", facts)
+    args = datasets.Args(env_id="Breakout", run=tmp_path / "small", data=tmp_path / "other")
+    with pytest.raises(datasets.Exit, match="not one of Breakout"):
+        datasets.record_atari(args, "breakout")
+    with pytest.raises(datasets.Exit, match="--medium-steps 700: is for MuJoCo"):
+        datasets.main(datasets.Args(env_id="Breakout", medium_steps=700, data=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_command_records_what_the_script_reads(tmp_path: Path) -> None:

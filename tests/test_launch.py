@@ -419,6 +419,18 @@ def test_a_flag_may_be_the_folder_of_another_curves_run(place: Place) -> None:
     assert status == 2 and len(err.splitlines()) == 1 and "@dense" in err
 
 
+def test_another_curves_run_has_the_same_values_given_or_not(place: Place) -> None:
+    """However they are written; without --seed both mean 1."""
+    place.add("dense", "--seed", "1", "2", "--rate", "0.50", "--env-id", "Pong")
+    place.add("ticket", "--rate", "0.5", "--mask", "@dense")
+    runs = place.manifest()
+    assert runs[2]["flags"]["mask"] == f"@{runs[0]['folder']}"
+    words = ("add", "g", "ticket", "stand_in.py", "--rate", "0.6", "--mask", "@dense")
+    assert place.launch(*words)[0] == 2
+    status, _, err = place.launch("add", "g", "b", "stand_in.py", FLAGS="--seed '1")
+    assert (status, err) == (2, "launch.py: FLAGS --seed '1: No closing quotation\n")
+
+
 def test_dry_prints_commands_and_smoke_makes_the_grid_tiny(place: Place) -> None:
     words = ["add", "g", "a b", "stand_in.py", "--env-id", "Pong", "Qbert", "--seed", "1", "2"]
     status, out, _ = place.launch(*words, DRY="1")
@@ -472,7 +484,8 @@ def test_a_failure_is_named_by_its_error(place: Place) -> None:
     script = place.folder / "cleanrl_sparse" / "boxed.py"
     lines = ["╭─ Parsing error ─╮", "│ invalid choice: 3 │", "│ ──── │", "│ See --help │", "╰────╯"]
     box = "\n".join(lines)
-    script.write_text(f"class Args:\n    seed: int = 1\nraise SystemExit({box!r})\n")
+    flags = "    seed: int = 1\n    total_timesteps: int = 1\n"
+    script.write_text(f"class Args:\n{flags}raise SystemExit({box!r})\n")
     place.launch("add", "g", "a", "boxed.py")
     status, _, err = place.launch("launch", "g")
     assert status == 1 and "ended with status 1: invalid choice: 3" in err
@@ -609,7 +622,15 @@ def test_what_slurm_does_not_take_waits_for_a_later_launch(place: Place, tmp_pat
             "--run-dir: stand_in.py has no such flag",
         ),
         (["add", "g", "a", "stand_in.py", "1"], "1: expected --flag VALUE"),
-        (["add", "g", "a", "stand.py"], "stand.py: not in cleanrl_sparse/, which has stand_in.py"),
+        (
+            ["add", "g", "a", "stand.py"],
+            "stand.py: no training script of cleanrl_sparse/, which has",
+        ),
+        (["add", "g", "a", "tool.py"], "tool.py: no training script of cleanrl_sparse/, which has"),
+        (
+            ["launch", "g", "--backend", "slurm", "--sbatch", "it's"],
+            "--sbatch it's: No closing quotation",
+        ),
         (["add", "g/h", "a", "stand_in.py"], "add g/h: GRID must be of letters"),
         (["launch", "h"], "runs/h.jsonl is not there; grids in runs: broken, g"),
         (["status", "broken"], "runs/broken.jsonl is no manifest"),
@@ -617,9 +638,14 @@ def test_what_slurm_does_not_take_waits_for_a_later_launch(place: Place, tmp_pat
 )
 def test_bad_input_gets_one_line(place: Place, words: list[str], told: str) -> None:
     place.add("a")
+    (place.folder / "cleanrl_sparse" / "tool.py").write_text("class Args:\n    seed: int = 1\n")
+    (place.folder / "scontrol").write_text("#!/bin/sh\necho MaxArraySize = 1001\n")
+    (place.folder / "squeue").write_text("#!/bin/sh\n")
+    for name in ("scontrol", "squeue"):
+        (place.folder / name).chmod(0o755)
     (place.runs / "broken.jsonl").write_text('{"a": 1}\n')
     before = place.manifest()
-    status, _, err = place.launch(*words)
+    status, _, err = place.launch(*words, PATH=f"{place.folder}:{os.environ['PATH']}")
     assert status == 2 and told in err and len(err.splitlines()) == 1 and place.manifest() == before
 
 

@@ -74,6 +74,18 @@ def test_a_dataset_is_written_and_known_again(
     assert len(cql.read_dataset("local/hopper/random-v0")[0].obs) == len(steps)
 
 
+def test_a_damaged_run_is_named(datasets: ModuleType, tmp_path: Path) -> None:
+    """Flags that are no JSON; no checkpoint, whose episodes are to be replayed."""
+    args = datasets.Args(env_id="Hopper-v5", runs=tmp_path)
+    folder = tmp_path / "Hopper-v5__1__300"
+    folder.mkdir()
+    with pytest.raises(datasets.Exit, match="Hopper-v5__1__300: its checkpoint is gone"):
+        next(datasets.replay(args, folder))
+    (folder / "args.json").write_text("{")
+    with pytest.raises(datasets.Exit, match=r"Hopper-v5__1__300: its args.json is damaged"):
+        datasets.train(args, "Hopper-v5", 300)
+
+
 @pytest.mark.slow
 def test_one_command_trains_and_records(
     cql: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -188,6 +200,8 @@ def test_what_is_stopped_goes_on(tmp_path: Path, number: signal.Signals) -> None
         "--seed -1",
         "--name a/b",
         "--name mujoco",
+        "--epsilon 0.5",
+        "--run nowhere",
     ],
 )
 def test_bad_input_is_refused_in_one_line(

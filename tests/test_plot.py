@@ -490,7 +490,7 @@ def test_where_the_values_of_a_sweep_stand(module: ModuleType) -> None:
 def test_d4rl_scores_of_datasets(tmp_path: Path, plot: Plot, figures: list[Any]) -> None:
     """Offline runs log no target sparsity."""
     for seed in (1, 2):
-        score = {"eval/episodic_return": 1000.0 * seed, "eval/d4rl_score": 30.0 * seed}
+        score = {"eval/episodic_return": 1000.0 * seed}
         records = [
             {"step": 0, "seconds": 0.0, "sparsity/prunable": 0.9},
             {"step": 1000, "seconds": 1.0} | score,
@@ -507,9 +507,9 @@ def test_d4rl_scores_of_datasets(tmp_path: Path, plot: Plot, figures: list[Any])
     (row,) = plot("curves", "grid", "--score", "d4rl")
     assert (row["environment"], row["lowest"], row["highest"], row["mean"]) == (
         "hopper_medium-v2",
-        "30",
-        "60",
-        "45",
+        "31.3489",  # 100 (1000 + 20.272305) / (3234.3 + 20.272305)
+        "62.0749",
+        "46.7119",
     )
     assert plot("curves", "grid", "--sparsity")[0]["mean"] == "1500"
     left = figures[1].axes[1].get_lines()[0].get_xydata().tolist()
@@ -668,7 +668,17 @@ def test_the_csv_file_gives_the_same_table_and_pictures(
         ),
         (("curves", "hopper", "--reference", "CNN-DQN"), ("--reference", "Atari")),
         (("curves", "hopper", "--score", "human"), ("--score human", "Atari")),
-        (("curves", "grid", "--score", "d4rl"), ("d4rl_score",)),
+        (("curves", "grid", "--score", "d4rl"), ("--score d4rl", "no environment of grid")),
+        (("curves",), ("GRID is missing",)),
+        (("metrics", "grid", "--panel", "width"), ("--panel is for curves, sweep, profile",)),
+        (("curves", "grid", "--against", "DQN"), ("--against DQN", "no other curve")),
+        (("curves", "cut.csv"), ("cut.csv: line 3 has not 8 cells",)),
+        (("curves", "foreign", "--reference", "CNN-DQN"), ("--reference", "60 Atari games")),
+        (("curves", "offline", "--reference", "CNN-DQN"), ("--reference", "updates")),
+        (
+            ("sweep", "grid", "--x", "width", "--panel", "sparsity", "--baseline", "DQN", "1"),
+            ("--baseline DQN 1", "both"),
+        ),
         (("curves", "grid", "--score", "elo"), ("--score", "d4rl", "elo")),
         (("curves", "grid", "--last", "0"), ("--last", "at least 1")),
         (("curves", "grid", "--flat", "DQN"), ("--flat", "sweep")),
@@ -697,6 +707,7 @@ def test_what_cannot_be_drawn_is_named(
         "unbegun.csv": header + "a,Pong,1,0,,,,\n",
         "swept.csv": header + "a,Pong,1,1,250000,1,0,0\n" * 2,
         "grid.csv": "",
+        "cut.csv": header + "a,Pong,1,1,250000,1,0,0\na,Pong,2\n",
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -707,11 +718,99 @@ def test_what_cannot_be_drawn_is_named(
     hopper = [{"step": 1, "seconds": 1.0, "eval/episodic_return": 1.0, "sparsity/target": 0.0}]
     plan(tmp_path, "SAC", "Hopper-v5", 1, hopper, grid="hopper", script="sac_mujoco_gmp.py")
     plan(tmp_path, "SAC", "Hopper-v5", 1, grid="mixed", script="sac_mujoco_gmp.py")
+    plan(tmp_path, "DQN", "Adventure", 1, epochs(1.0), grid="foreign")
+    offline = {"script": "cql_atari_gmp.py", "grid": "offline", "dataset": "data"}
+    plan(tmp_path, "CQL", "Pong", 1, hopper, **offline)
     with pytest.raises(SystemExit) as stop:
         plot(*words)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and len(error.splitlines()) == 1
     assert all(text in error for text in texts), error
+
+
+def test_seeds_and_values_however_they_are_written(tmp_path: Path, plot: Plot) -> None:
+    """A seed of seven digits; a float as a program that reads CSV files may write it."""
+    for i, (seed, width) in enumerate(((1, "1"), (4_000_000_000, "1"), (1, "3"))):
+        plan(
+            tmp_path,
+            "DQN",
+            "MinAtar/Breakout",
+            seed,
+            epochs(2.0 + i),
+            width=width,
+            script="dqn_minatar_gmp.py",
+        )
+    words = ("--x", "width", "--baseline", "DQN", "1.0")
+    rows = plot("curves", "grid", *words)
+    text = (tmp_path / "grid.csv").read_text()
+    assert "4000000000" in text
+    again = text.replace(",1,1,1,", ",1.0,1.0,1.0,").replace(",4000000000,", ",4000000000.0,")
+    (tmp_path / "again.csv").write_text(again)
+    assert again != text and plot("curves", str(tmp_path / "again.csv"), *words) == rows
+    assert [row["curve"] for row in rows] == ["DQN, width 1", "DQN, width 3"]
+
+
+def test_a_baseline_has_the_value_of_both_flags(tmp_path: Path, plot: Plot) -> None:
+    """Which may be the same number."""
+    for score, width, ratio in ((3.0, "1", "1"), (5.0, "1", "2"), (9.0, "2", "1")):
+        flags = {"width": width, "replay_ratio": ratio, "script": "dqn_minatar_gmp.py"}
+        plan(tmp_path, "DQN", "MinAtar/Breakout", 1, epochs(score), **flags)
+    words = ("--x", "width", "--panel", "replay-ratio", "--baseline", "DQN", "1", "2")
+    for row in plot("sweep", "grid", *words):
+        assert row["width"] != "1" or (row["iqm"] == "1") == (row["replay_ratio"] == "2")
+
+
+def test_datasets_of_one_name_in_two_folders_are_two(tmp_path: Path, plot: Plot) -> None:
+    """Of their paths as much as tells them apart."""
+    for i, robot in enumerate(("hopper", "halfcheetah")):
+        records = [{"step": 1000, "seconds": 1.0, "eval/episodic_return": float(i)}]
+        dataset = f"/data/{robot}/medium-v0"
+        plan(tmp_path, "CQL", "", 1, records, script="cql_offline_snip.py", dataset=dataset)
+    rows = plot("curves", "grid")
+    assert [(row["environment"], row["mean"]) for row in rows] == [
+        ("halfcheetah/medium-v0", "1"),
+        ("hopper/medium-v0", "0"),
+    ]
+
+
+def test_an_offline_run_that_waits_is_of_the_game_in_its_path(tmp_path: Path, plot: Plot) -> None:
+    records = [{"step": 1000, "seconds": 1.0, "eval/episodic_return": 3.0}]
+    flags = {"script": "cql_atari_gmp.py", "dataset": "data/Breakout"}
+    begun = plan(tmp_path, "CQL", "", 1, records, **flags)
+    args = json.loads((begun / "args.json").read_text())
+    (begun / "args.json").write_text(json.dumps(args | {"env_id": "Breakout"}))
+    plan(tmp_path, "CQL", "", 2, **flags)
+    (row,) = plot("curves", "grid")
+    assert (row["runs"], row["of_runs"], row["games"], row["of_games"]) == ("1", "2", "1", "1")
+
+
+def test_the_last_point_of_a_line_is_the_tables(
+    tmp_path: Path, plot: Plot, figures: list[Any]
+) -> None:
+    """Games without a human score are in neither."""
+    for game in ("Pong", "Breakout", "AirRaid"):
+        plan(tmp_path, "DQN", game, 1, epochs(1.0, 5.0))
+    (row,) = plot("curves", "grid")
+    line = figures[0].axes[0].get_lines()[0].get_ydata()
+    assert line[-1] == pytest.approx(float(row["iqm"]), rel=1e-5) and row["of_games"] == "3"
+
+
+def test_runs_that_have_no_step_in_common_draw_no_line(tmp_path: Path, plot: Plot) -> None:
+    """One whose first episode ended late, and one that has just begun."""
+    plan(tmp_path, "DQN", "Pong", 1, epochs(None, None, 1.0), finished=False)
+    plan(tmp_path, "DQN", "Pong", 2, epochs(1.0), finished=False)
+    (row,) = plot("curves", "grid", "--sparsity")
+    assert row["runs"] == "0"
+
+
+def test_games_without_published_runs_are_left_out(
+    tmp_path: Path, plot: Plot, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for game in ("Pong", "Adventure"):
+        plan(tmp_path, "DQN", game, 1, epochs(1.0))
+    rows = plot("epochs", "grid", "--reference", "CNN-DQN")
+    assert {row["environment"] for row in rows} == {"Pong"}
+    assert "Without published runs: Adventure." in capsys.readouterr().out
 
 
 def test_a_damaged_line_is_named_unless_it_is_the_last(

@@ -121,8 +121,7 @@ losses/cql_loss
 sparsity/target sparsity/prunable sparsity/total sparsity/active_params sparsity/selected
 analysis/dormant_0 analysis/dormant_0.1 analysis/srank analysis/q_variance analysis/q_norm
 analysis/param_norm
-eval/episodic_return eval/episodes eval/human_normalized eval/d4rl_score
-time/seconds memory/replay_bytes memory/peak_bytes
+eval/episodic_return eval/episodes memory/replay_bytes memory/peak_bytes
 """
 KEY = re.compile(
     "|".join(map(re.escape, KEYS.split())) + r"|sparsity/layer/[\w.]+|sparsity/candidate_[1-9]\d*"
