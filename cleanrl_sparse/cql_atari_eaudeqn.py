@@ -180,8 +180,8 @@ def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
 def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
     """Shrink the masks, the network's only buffers, to these densities; the weights do not change.
 
-    Counts are exact, ties keep the lower index, and every tensor keeps at least one weight. Pruned
-    weights score -inf, so they stay pruned.
+    Counts are exact, ties keep the lower index, every tensor keeps a weight. What is pruned already
+    scores -inf and stays pruned; no score may be NaN.
     """
     for score, mask, density in zip(pruning_scores(network, rng), network.buffers(), densities):
         flat = torch.where(mask > 0, score, -math.inf).flatten().cpu().numpy()

@@ -195,8 +195,8 @@ def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
 def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
     """Shrink the masks, the network's only buffers, to these densities; the weights do not change.
 
-    Counts are exact, ties keep the lower index, and every tensor keeps at least one weight. Pruned
-    weights score -inf, so they stay pruned.
+    Counts are exact, ties keep the lower index, every tensor keeps a weight. What is pruned already
+    scores -inf and stays pruned; no score may be NaN.
     """
     for score, mask, density in zip(pruning_scores(network, rng), network.buffers(), densities):
         flat = torch.where(mask > 0, score, -math.inf).flatten().cpu().numpy()
@@ -547,9 +547,11 @@ class Args(Running, Training, Method):
     def __post_init__(self) -> None:
         """Refuse invalid values, naming the flag."""
         check_ranges(self)
-        smallest = min(self.learning_starts, self.buffer_size)
+        starts, smallest = self.learning_starts, min(self.learning_starts, self.buffer_size)
         line = f"--learning-starts, --buffer-size {smallest}: must be at least {self.batch_size}"
         require(smallest >= self.batch_size, f"{line} (--batch-size)")
+        learns = self.total_timesteps > starts
+        require(learns, f"--total-timesteps: must be above {starts}, --learning-starts")
         require(self.sparsity < 1, "--sparsity: must be below 1")
         ordered = self.prune_start <= self.prune_end
         require(ordered, f"--prune-end {self.prune_end}: must be at least --prune-start")

@@ -55,7 +55,9 @@ class Args:
 
     run_dir: Annotated[Path, tyro.conf.Positional]  # folder of a finished run or of its export
     episodes: int = 10  # episodes to play, at least 1
-    steps: int | None = None  # >= 1; default: 27,000 on Atari, 10,000 on MinAtar, 1,000 on MuJoCo
+    # steps after which an episode is cut off, at least 1; by default, and at most on Atari and
+    # MuJoCo: 27,000 on Atari, 10,000 on MinAtar, 1,000 on MuJoCo
+    steps: int | None = None
     epsilon: float = 0.001  # Atari, MinAtar: probability of a random action, in [0, 1]
     seed: int = 0  # seed of the episodes, which training never sees; at least 0
     device: str = "cpu"  # cpu, cuda or cuda:INDEX
@@ -72,7 +74,9 @@ class Args:
         found = self.device in known or (self.device == "cuda" and len(known) > 1)
         require(found, f"--device {self.device}: this machine has {', '.join(known)}")
         if self.video:
-            writable = self.video.suffix == ".mp4" and os.access(self.video.parent, os.W_OK)
+            place = self.video if self.video.exists() else self.video.parent
+            writable = self.video.suffix == ".mp4" and os.access(place, os.W_OK)
+            writable &= not self.video.is_dir()
             require(writable, f"--video {self.video}: must be an .mp4 file in a writable folder")
 
 
@@ -113,7 +117,7 @@ def q_values(weights: dict[str, Tensor], flags: dict[str, Any], obs: Tensor) -> 
     if flags.get("regulariser") == "l2-features":
         x = F.normalize(x, dim=1)
     features, x = x, F.linear(x, *parameters("output"))
-    if flags["script"] == "rainbow_resnet_gmp.py" or "value.weight" in weights:
+    if x.shape[1] > 18 or "value.weight" in weights:  # more outputs than a game has actions
         # Logits of 51 returns from -10 to 10; dueling networks add a state value to advantages.
         returns = torch.linspace(-10, 10, 51, device=x.device)
         x = x.unflatten(1, (-1, 51))
@@ -303,8 +307,10 @@ def film_of(args: Args, envs: Games, env_id: str, seed: int) -> Any:
 @torch.no_grad()
 def play(
     args: Args, envs: Games, act: Callable[[np.ndarray], np.ndarray], film: Any
-) -> list[float]:
-    """Play one episode in each environment; return their undiscounted returns."""
+) -> tuple[list[float], str]:
+    """Play one episode in each environment; return their undiscounted returns, and which were cut
+    off.
+    """
     scores, over = np.zeros(args.episodes), np.zeros(args.episodes, bool)
     limit = args.steps or {MinAtarGames: 10_000, Environments: 1_000}.get(type(envs), 27_000)
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds between its updates
@@ -320,12 +326,14 @@ def play(
             bar.update()
             if over.all():
                 break
-    return scores.tolist()
+    cut = len(over) - over.sum()
+    return scores.tolist(), f"; {cut} cut off after {limit:,} steps" if cut else ""
 
 
 def mean_interval(scores: list[float]) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of the mean of scores, from 10,000 resamples."""
-    draws = np.random.default_rng(0).choice(scores, size=(10_000, len(scores))).mean(1)
+    rng, size = np.random.default_rng(0), (100, len(scores))  # in parts, which need less memory
+    draws = np.concatenate([rng.choice(scores, size=size).mean(1) for _ in range(100)])
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
 
@@ -356,10 +364,14 @@ def human_normalized(title: str, score: float) -> float | None:
 
 
 def write_card(
-    run_dir: Path, flags: dict[str, Any], name: str, scores: list[float], lines: list[str]
+    run_dir: Path,
+    steps: int,
+    flags: dict[str, Any],
+    name: str,
+    scores: list[float],
+    lines: list[str],
 ) -> None:
     """Write RUN_DIR/README.md: metadata for the Hugging Face hub, and the printed lines."""
-    final = json.loads((run_dir / "final.json").read_text())
     script, task = flags["script"].removesuffix(".py"), "reinforcement-learning"
     reward = f"{np.mean(scores):.2f} +/- {np.std(scores):.2f}"
     result = {
@@ -376,7 +388,7 @@ def write_card(
     rows = "".join(f"| `{key}` | {value} |\n" for key, value in flags.items() if value != "")
     (run_dir / "README.md").write_text(
         f"---\n{head}---\n\n# {script}.py on {name}\n\n"
-        f"A network of cleanrl-sparse, after {final['step']:,} steps.\n\n"
+        f"A network of cleanrl-sparse, after {steps:,} steps.\n\n"
         "```text\n" + "\n".join(lines) + "\n```\n\n"
         "`python cleanrl_sparse/evaluate.py FOLDER`, with the folder of this file, plays it; "
         "`load_model` in `evaluate.py` reads `model.safetensors`.\n\n"
@@ -402,16 +414,20 @@ def main(args: Args) -> None:
             weights = {name: torch.from_numpy(weight) for name, weight in weights.items()}
         else:
             flags, weights = load_model(args.run_dir)
+        env_id, _ = flags["env_id"], flags["script"]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         line = str(error).splitlines()[0]
         require(False, line if exported else f"{args.run_dir}: no finished run is there ({line})")
-    may_write = not args.card or (args.run_dir / "final.json").exists()
-    require(may_write, f"--card: {args.run_dir}/final.json is missing; it needs a run's own folder")
-    env_id, seed, rng = flags["env_id"], args.seed + 2_000_000, np.random.default_rng(args.seed)
+    try:
+        final = json.loads((args.run_dir / "final.json").read_text())["step"] if args.card else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        line = "final.json is missing or damaged; it needs a run's own folder"
+        require(False, f"--card: {args.run_dir}/{line}")
+    seed, rng = args.seed + 2_000_000, np.random.default_rng(args.seed)
     weights = {name: weight.to(args.device) for name, weight in weights.items()}
     policy = "actor.output.weight" in weights
     try:
-        kind: Any = MinAtarGames if "minatar" in flags["script"] else AtariGames
+        kind: Any = MinAtarGames if "conv.weight" in weights else AtariGames
         kind = Environments if policy else kind
         envs = kind(env_id, args.episodes, seed)
     except Exception as error:  # of any kind: a missing package, a removed environment
@@ -436,7 +452,10 @@ def main(args: Args) -> None:
         require(args.epsilon == 0.001, f"--epsilon {args.epsilon}: not for {env_id}")
         weights = {name: w for name, w in weights.items() if name.startswith("actor.")}
     film = film_of(args, envs, env_id, seed) if args.video else None
-    scores = play(args, envs, act, film)
+    if not policy and not agent:
+        outputs, n = len(weights["output.bias"]), envs.num_actions
+        require(outputs in (n, 51 * n), f"{args.run_dir}: {outputs} outputs, not {n} or 51 * {n}")
+    scores, cut = play(args, envs, act, film)
     if film:
         film.close()
     matrices = [weight for weight in weights.values() if weight.ndim > 1]
@@ -448,7 +467,7 @@ def main(args: Args) -> None:
     lines = [f"{world}{envs.title}: {count} {how}, {player} of {zeros:.1%} sparsity"]
     low, high = mean_interval(scores)
     interval = f"95 % interval [{low:.2f}, {high:.2f}], from {min(scores):g} to {max(scores):g}"
-    lines += [f"return {np.mean(scores):.2f}, {interval}"]
+    lines += [f"return {np.mean(scores):.2f}, {interval}{cut}"]
     if kind is AtariGames:
         human = human_normalized(envs.title, float(np.mean(scores)))
         score = "this game has no human score" if human is None else f"{human:.3f}"
@@ -462,7 +481,7 @@ def main(args: Args) -> None:
     if args.video:
         print(f"film of the first episode: {args.video}")
     if args.card:
-        write_card(args.run_dir, flags, world + envs.title, scores, lines)
+        write_card(args.run_dir, final, flags, world + envs.title, scores, lines)
         print(f"model card: {args.run_dir / 'README.md'}; to publish it:")
         print(f"hf upload NAME {args.run_dir}")
 

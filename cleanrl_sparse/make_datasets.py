@@ -417,7 +417,7 @@ def q_values(weights: dict[str, Tensor], flags: dict[str, Any], obs: Tensor) -> 
     if flags.get("regulariser") == "l2-features":
         x = F.normalize(x, dim=1)
     features, x = x, F.linear(x, *parameters("output"))
-    if flags["script"] == "rainbow_resnet_gmp.py" or "value.weight" in weights:
+    if x.shape[1] > 18 or "value.weight" in weights:  # more outputs than a game has actions
         # Logits of 51 returns from -10 to 10; dueling networks add a state value to advantages.
         returns = torch.linspace(-10, 10, 51, device=x.device)
         x = x.unflatten(1, (-1, 51))

@@ -232,8 +232,8 @@ def erk_densities(network: nn.Module, sparsity: float) -> list[float]:
 def prune(network: nn.Module, densities: list[float], rng: np.random.Generator) -> None:
     """Shrink the masks, the network's only buffers, to these densities; the weights do not change.
 
-    Counts are exact, ties keep the lower index, and every tensor keeps at least one weight. Pruned
-    weights score -inf, so they stay pruned.
+    Counts are exact, ties keep the lower index, every tensor keeps a weight. What is pruned already
+    scores -inf and stays pruned; no score may be NaN.
     """
     for score, mask, density in zip(pruning_scores(network, rng), network.buffers(), densities):
         flat = torch.where(mask > 0, score, -math.inf).flatten().cpu().numpy()
@@ -690,10 +690,12 @@ class Args(Running, Training, Method):
     def __post_init__(self) -> None:
         """Refuse invalid values, naming the flag."""
         check_ranges(self)
-        least = max(self.batch_size, self.num_envs)
-        smallest = min(self.learning_starts, self.buffer_size)
+        starts, least = self.learning_starts, max(self.batch_size, self.num_envs)
+        smallest = min(starts, self.buffer_size)
         flags = f"--learning-starts, --buffer-size {smallest}"
         require(smallest >= least, f"{flags}: must be at least {least} (--batch-size, --num-envs)")
+        learns = self.total_timesteps > starts
+        require(learns, f"--total-timesteps: must be above {starts}, --learning-starts")
         require(self.tau > 0, "--tau: must be above 0")
         require(self.sparsity < 1, "--sparsity: must be below 1")
         ordered = self.prune_start <= self.prune_end

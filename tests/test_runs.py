@@ -129,14 +129,14 @@ KEY = re.compile(
 # What `wc -l` may say at most, and where `main` begins at the latest; see CONTRIBUTING.
 LINES = {
     "eaudeqn_atari": (835, 331),
-    "dqn_atari_gmp": (964, 386),
-    "rainbow_resnet_gmp": (1071, 434),
-    "dqn_atari_baselines": (1069, 538),
-    "sac_mujoco_eaudeqn": (936, 455),
-    "sac_mujoco_gmp": (909, 425),
+    "dqn_atari_gmp": (966, 386),
+    "rainbow_resnet_gmp": (1073, 434),
+    "dqn_atari_baselines": (1075, 538),
+    "sac_mujoco_eaudeqn": (938, 455),
+    "sac_mujoco_gmp": (911, 425),
     "cql_offline_snip": (1017, 413),
-    "eaudeqn_minatar": (803, 360),
-    "dqn_minatar_gmp": (764, 318),
+    "eaudeqn_minatar": (805, 360),
+    "dqn_minatar_gmp": (766, 318),
     "cql_atari_eaudeqn": (868, 328),
     "cql_atari_gmp": (976, 433),
 }
@@ -1188,8 +1188,8 @@ BAD = """
 --env-id Pacmann
 """
 ONLINE_BAD = """
---learning-starts 1 | --buffer-size 1 | --replay-ratio 0 | --replay-ratio inf
---num-envs 0 | --num-envs 201
+--learning-starts 1 | --learning-starts 9999999 | --buffer-size 1 | --replay-ratio 0
+--replay-ratio inf | --num-envs 0 | --num-envs 201
 """
 ATARI_BAD = f"""{ONLINE_BAD}
 --adam-eps 0 | --target-every 0 | --epsilon-end 2 | --epsilon-steps 0 | --feature-size 0
@@ -1210,7 +1210,8 @@ GMP_BAD = """
 """
 DQN_GMP_BAD = f"{ATARI_BAD}{GMP_BAD}--width 0 | --n-step 0 | --n-step 51 | --analysis-every -1"
 MINATAR_BAD = """
---learning-starts 1 | --buffer-size 1 | --replay-ratio 0 | --replay-ratio inf | --width 0
+--learning-starts 1 | --learning-starts 9999999 | --buffer-size 1 | --replay-ratio 0
+--replay-ratio inf | --width 0
 --adam-eps 0 | --target-every 0 | --epsilon-end 2 | --epsilon-steps 0 | --feature-size 0
 """
 OWN_BAD = {
@@ -1221,6 +1222,7 @@ OWN_BAD = {
     "rainbow_resnet_gmp": DQN_GMP_BAD,
     "dqn_atari_baselines": f"""{ATARI_BAD}{GMP_BAD}--width 0 | --lottery-mask some/run
 --weight-decay -1 | --redo-threshold 2 | --reset-every 0 | --n-step 0
+--weight-decay 0.5 | --redo-threshold 0.2 | --reset-every 7 | --reset-layers both
 """,
     "sac_mujoco_eaudeqn": f"{MUJOCO_BAD}{EAU_DE_BAD}--prune-every 0",
     "sac_mujoco_gmp": f"{MUJOCO_BAD}{GMP_BAD}--weight-decay -1 | --weight-decay inf",
@@ -1390,7 +1392,7 @@ def test_each_numeric_flag_has_a_bad_value(script: str, module: ModuleType) -> N
         ("--resume nowhere", ["--resume", "nowhere"]),
         ("--resume other", ["--resume", "other"]),
         ("--resume other --seed 3 --no-track", ["--resume", "--seed", "--no-track"]),
-        ("--resume=other --total-timesteps=9000", ["--resume", "--total-timesteps"]),
+        ("--resume=other --total-timesteps=90000", ["--resume", "--total-timesteps"]),
     ],
 )
 def test_bad_input_is_named(
