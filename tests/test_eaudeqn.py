@@ -8,7 +8,6 @@ at a time with Adam by its formula.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import io
 import math
 from collections.abc import Iterator
@@ -50,7 +49,7 @@ def update_target(agent: Any, step: int, horizon: int) -> int:
     """Update the target at a step of a run of `horizon` steps; return the index of the network
     chosen.
     """
-    agent.args = dataclasses.replace(agent.args, total_timesteps=horizon)
+    agent.args.total_timesteps = horizon
     agent.losses = np.array(agent.accumulated_loss.tolist())
     agent.update_target(step)
     return int(agent.selected) - 1
@@ -319,8 +318,8 @@ def test_next_sparsity_by_hand(eaudeqn: ModuleType) -> None:
         period: int,
         max_step: float = 1.0,
     ) -> float:
-        flags = {"total_timesteps": horizon, "target_every": period}
-        args = eaudeqn.Args(max_sparsity_step=max_step, **flags)
+        args = eaudeqn.Args(max_sparsity_step=max_step, target_every=period)
+        args.total_timesteps = horizon
         return float(eaudeqn.next_sparsity(sparsity, exponent, step, args))
 
     assert after(0, 1, 0, 10, 1) == pytest.approx(0.1)
@@ -340,7 +339,8 @@ def test_next_sparsity_by_hand(eaudeqn: ModuleType) -> None:
 def test_next_sparsity_telescopes(eaudeqn: ModuleType) -> None:
     """A constant exponent follows 1 - (1 - t / H) ** n, to 1 at the end."""
     for exponent in (0.3, 1.0, 3.0):
-        args = eaudeqn.Args(total_timesteps=700, target_every=7, max_sparsity_step=1.0)
+        args = eaudeqn.Args(target_every=7, max_sparsity_step=1.0)
+        args.total_timesteps = 700
         sparsity = 0.0
         for step in range(0, 700, 7):
             sparsity = eaudeqn.next_sparsity(sparsity, exponent, step, args)
@@ -354,8 +354,9 @@ def test_sparsity_never_falls(eaudeqn: ModuleType) -> None:
         sparsity, max_step = rng.random() ** 2, rng.choice([0.0, 0.01, 1.0])
         exponent = rng.choice([0.0, 1e-9, 3 * rng.random()])
         step = int(rng.integers(0, 1000))
-        flags = {"total_timesteps": 1000, "target_every": int(rng.integers(1, 1200))}
-        args = eaudeqn.Args(max_sparsity_step=float(max_step), **flags)
+        period = int(rng.integers(1, 1200))
+        args = eaudeqn.Args(max_sparsity_step=float(max_step), target_every=period)
+        args.total_timesteps = 1000
         after = eaudeqn.next_sparsity(sparsity, exponent, step, args)
         assert sparsity <= after <= min(1.0, sparsity + max_step)
         if exponent == 0 or max_step == 0:
