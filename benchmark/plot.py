@@ -26,7 +26,7 @@ Scores of Atari games are human-normalised and pooled over the games; --baseline
 other environments, with random play as 0 and the mean of that curve as 1. Else returns are shown
 for each environment. Statistics are Agarwal et al.'s (2021, https://arxiv.org/abs/2108.13264): IQM,
 optimality gap, median and mean of the games' means, with 95 % percentile intervals from a bootstrap
-that redraws the seeds within each game; of environments, where none has four seeds, mean and range.
+that redraws the seeds within each game; where no environment has four seeds, mean and range.
 """
 
 from __future__ import annotations
@@ -637,11 +637,11 @@ def draw_epochs(runs: list[Run], args: Args) -> Drawing:
     which a sixth run of theirs would lie 95 times of 100: mean +- t(0.975, 4) sd sqrt(1 + 1 / 5).
     """
     ours = [run for run in runs if not run.published and len(run.series("return")[0])]
-    if not ours:
-        refuse("no epoch has ended yet")
     known = {run.env_id for run in runs if run.published}
     lost = sorted({run.env_id for run in ours} - known)
     ours = [run for run in ours if run.env_id in known]
+    if not ours:
+        refuse("no epoch of a game with published runs has ended yet")
     pairs = list(dict.fromkeys((run.curve, run.env_id) for run in ours))
     pairs.sort(key=lambda pair: ([*curves_of(ours)].index(pair[0]), pair[1]))
     figure, axes = new_figure(len(pairs))

@@ -468,8 +468,8 @@ def main(args: Args) -> None:
             run.log(step, record)
         # Save.
         if run.stops or ended or time.monotonic() - run.saved_at >= 60 * args.checkpoint_minutes:
-            state = {"step": step, "agent": agent.state_dict()}
-            run.save(step, state | {"sampling": dataset.generator.get_state()})
+            sampling = dataset.generator.get_state()
+            run.save(step, {"agent": agent.state_dict(), "sampling": sampling})
 
     bar.close()
     networks: Any = agent.networks(dataset.mean, dataset.std)

@@ -308,8 +308,8 @@ def film_of(args: Args, envs: Games, env_id: str, seed: int) -> Any:
 def play(
     args: Args, envs: Games, act: Callable[[np.ndarray], np.ndarray], film: Any
 ) -> tuple[list[float], str]:
-    """Play one episode in each environment; return their undiscounted returns, and which were cut
-    off.
+    """Play one episode in each environment; return their undiscounted returns, and in words how
+    many were cut off.
     """
     scores, over = np.zeros(args.episodes), np.zeros(args.episodes, bool)
     limit = args.steps or {MinAtarGames: 10_000, Environments: 1_000}.get(type(envs), 27_000)
@@ -414,12 +414,12 @@ def main(args: Args) -> None:
             weights = {name: torch.from_numpy(weight) for name, weight in weights.items()}
         else:
             flags, weights = load_model(args.run_dir)
-        env_id, _ = flags["env_id"], flags["script"]
+        env_id, _ = flags["env_id"], flags["script"]  # a foreign model has neither
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         line = str(error).splitlines()[0]
         require(False, line if exported else f"{args.run_dir}: no finished run is there ({line})")
     try:
-        final = json.loads((args.run_dir / "final.json").read_text())["step"] if args.card else 0
+        trained = json.loads((args.run_dir / "final.json").read_text())["step"] if args.card else 0
     except (OSError, ValueError, KeyError, TypeError):
         line = "final.json is missing or damaged; it needs a run's own folder"
         require(False, f"--card: {args.run_dir}/{line}")
@@ -451,10 +451,10 @@ def main(args: Args) -> None:
     if policy:
         require(args.epsilon == 0.001, f"--epsilon {args.epsilon}: not for {env_id}")
         weights = {name: w for name, w in weights.items() if name.startswith("actor.")}
-    film = film_of(args, envs, env_id, seed) if args.video else None
-    if not policy and not agent:
+    elif not agent:
         outputs, n = len(weights["output.bias"]), envs.num_actions
         require(outputs in (n, 51 * n), f"{args.run_dir}: {outputs} outputs, not {n} or 51 * {n}")
+    film = film_of(args, envs, env_id, seed) if args.video else None
     scores, cut = play(args, envs, act, film)
     if film:
         film.close()
@@ -481,7 +481,7 @@ def main(args: Args) -> None:
     if args.video:
         print(f"film of the first episode: {args.video}")
     if args.card:
-        write_card(args.run_dir, final, flags, world + envs.title, scores, lines)
+        write_card(args.run_dir, trained, flags, world + envs.title, scores, lines)
         print(f"model card: {args.run_dir / 'README.md'}; to publish it:")
         print(f"hf upload NAME {args.run_dir}")
 
