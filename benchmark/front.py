@@ -4,7 +4,8 @@
     python benchmark/front.py --write            # put it into README.md
 
 A return is the mean of a run's last five epochs or evaluations, averaged over the finished runs.
-Files and times are those of the agents, and of dense networks of their shapes (agents.py).
+Files and times are those of a dense network and of the agents that are kept: dense, scheduled, Eau
+De Q-Network's (agents.py).
 """
 
 from __future__ import annotations
@@ -33,24 +34,25 @@ class Row:
 
     task: str
     env_id: str
-    dense: str = "DQN"
-    scheduled: str = "PolyPruneDQN"
-    eau_de: str = "EauDeDQN"
-    agent: str = ""  # a folder of agents/
+    dense: str  # the curve's name
+    scheduled: str
+    eau_de: str
+    agents: tuple[str, str] = ("", "")  # folders of agents/: scheduled, Eau De Q-Network's
 
 
-ACTOR = {"dense": "SAC dense", "scheduled": "SAC 95 %", "eau_de": "EauDeSAC, pruned actor"}
-CRITICS = {"dense": "SAC dense", "scheduled": "", "eau_de": "EauDeSAC"}
+ACTOR = ("SAC dense", "SAC 95 %, L2", "EauDeSAC, pruned actor")
+CRITICS = ("SAC dense", "", "EauDeSAC")
+MINATAR = ("DQN", "PolyPruneDQN", "EauDeDQN")
 ROWS = [
-    Row("HalfCheetah-v5, actor and critics", "HalfCheetah-v5", agent="halfcheetah", **ACTOR),
-    Row("HalfCheetah-v5, critics alone", "HalfCheetah-v5", **CRITICS),
-    Row("Hopper-v5, actor and critics", "Hopper-v5", agent="hopper", **ACTOR),
-    Row("Hopper-v5, critics alone", "Hopper-v5", **CRITICS),
-    Row("MinAtar SpaceInvaders", "MinAtar/SpaceInvaders", agent="minatar_space_invaders"),
-    Row("MinAtar Freeway", "MinAtar/Freeway", agent="minatar_freeway"),
-    Row("MinAtar Breakout", "MinAtar/Breakout", agent="minatar_breakout"),
-    Row("MinAtar Seaquest", "MinAtar/Seaquest", agent="minatar_seaquest"),
-    Row("MinAtar Asterix", "MinAtar/Asterix", agent="minatar_asterix"),
+    Row("HalfCheetah-v5", "HalfCheetah-v5", *ACTOR, ("halfcheetah_95", "halfcheetah")),
+    Row("the same, critics alone", "HalfCheetah-v5", *CRITICS),
+    Row("Hopper-v5", "Hopper-v5", *ACTOR, ("hopper_95", "hopper")),
+    Row("the same, critics alone", "Hopper-v5", *CRITICS),
+    Row("SpaceInvaders", "MinAtar/SpaceInvaders", *MINATAR, ("", "minatar_space_invaders")),
+    Row("Freeway", "MinAtar/Freeway", *MINATAR, ("", "minatar_freeway")),
+    Row("Breakout", "MinAtar/Breakout", *MINATAR, ("", "minatar_breakout")),
+    Row("Seaquest", "MinAtar/Seaquest", *MINATAR, ("", "minatar_seaquest")),
+    Row("Asterix", "MinAtar/Asterix", *MINATAR, ("", "minatar_asterix")),
 ]
 
 
@@ -80,21 +82,23 @@ def table() -> str:
     """Return the table as Markdown."""
     returns, shipped = last_values("return", 5), agents()
     critics, all_weights = last_values("sparsity_target", 1), last_values("sparsity_prunable", 1)
-    header = "task | dense DQN or SAC | 95 % by schedule | Eau De Q-Network | of dense"
-    lines = [f"| {header} | its sparsity | kB (dense) | µs per action (dense) |", "|" + "---|" * 8]
+    header = "task | dense DQN or SAC | 95 % by schedule | Eau De Q-Network | its sparsity"
+    lines = [f"| {header} | kB | µs per action |", "|" + "---|" * 7]
     for row in ROWS:
-        dense, eau_de = returns[row.dense, row.env_id], returns[row.eau_de, row.env_id]
-        scheduled = returns.get((row.scheduled, row.env_id))
-        digits = 1 if "MinAtar" in row.task else 0
+        dense, digits = returns[row.dense, row.env_id], 1 if "MinAtar" in row.env_id else 0
         cells = [row.task, f"{dense:,.{digits}f}"]
-        cells += ["-" if scheduled is None else f"{scheduled:,.{digits}f}", f"{eau_de:,.{digits}f}"]
+        for curve in (row.scheduled, row.eau_de):
+            value = returns.get((curve, row.env_id))
+            share = "" if value is None else f"{value:,.{digits}f} ({100 * value / dense:.0f} %)"
+            cells.append(share or "-")
         sparsity = f"{all_weights[row.eau_de, row.env_id]:.2f}"
         if row.eau_de == "EauDeSAC":
             sparsity = f"critics {critics[row.eau_de, row.env_id]:.2f}, actor 0"
-        cells += [f"{100 * eau_de / dense:.0f} %", sparsity]
-        one = shipped.get(row.agent)
-        cells += [f"{one['kB']} ({one['dense kB']})" if one else "-"]
-        cells += [f"{one['us per action']} ({one['dense us']})" if one else "-"]
+        cells.append(sparsity)
+        both = [shipped.get(name, {}) for name in row.agents]
+        for column, twin in (("kB", "dense kB"), ("us per action", "dense us")):
+            values = [both[1].get(twin), *(agent.get(column) for agent in both)]
+            cells.append(", ".join(x or "-" for x in values) if any(values) else "-")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
