@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MinAtar, the pruning paper's figure 5 in small, with DQN: replay ratios of 0.25, 0.5 and 1, dense and 95 %.
 # It found on Atari, with Rainbow: pruned networks hold up at higher ratios.
-# 150 runs of 1M steps, half an hour (K = 5: an hour) each on one core: docs/eaudeqn_minatar.md.
+# 150 runs of 1M steps, half an hour each on one core at a ratio of 0.25, more above: docs/eaudeqn_minatar.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 grid=$(basename "$0" .sh)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MinAtar, the pruning paper's figure 3 in small: DQN of width 4 at six final sparsities.
 # It found on Atari: 90 and 95 % give +33 % over the dense network, 99 % keeps its score.
-# 175 runs of 1M steps, half an hour (K = 5: an hour) each on one core: docs/eaudeqn_minatar.md.
+# 175 runs of 1M steps, more than half an hour each on one core: docs/eaudeqn_minatar.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 grid=$(basename "$0" .sh)

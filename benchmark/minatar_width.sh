@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MinAtar, the pruning paper's figure 1 in small: DQN of width 1, 2 and 4, dense and 95 %.
 # It found on Atari: dense networks lose with width, pruned ones gain.
-# 150 runs of 1M steps, half an hour (K = 5: an hour) each on one core: docs/eaudeqn_minatar.md.
+# 150 runs of 1M steps, half an hour each on one core at width 1, more above: docs/eaudeqn_minatar.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 grid=$(basename "$0" .sh)

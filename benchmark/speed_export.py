@@ -58,8 +58,8 @@ class Args:
 
     # cnn-UNITS, impala-UNITS, rainbow-UNITS or sac-UNITS
     networks: tuple[str, ...] = ("cnn-512", "cnn-2048", "sac-256", "sac-1280")
-    sparsities: tuple[float, ...] = (0.9, 0.95, 0.99)
-    engines: tuple[str, ...] = ENGINES
+    sparsities: tuple[float, ...] = (0.9, 0.95, 0.99)  # each in (0, 1)
+    engines: tuple[str, ...] = ENGINES  # what runs the network
     blocks: int = 60  # timed blocks of 25 actions per engine (>= 1)
     observations: int = 500  # different observations (>= 100)
     actions: int = 6  # of the network (>= 1)

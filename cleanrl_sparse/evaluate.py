@@ -273,7 +273,7 @@ def film_of(args: Args, envs: Games, env_id: str, seed: int) -> Any:
                 film.envs[0].unwrapped.model.geom("floor").size[:2] = 0  # infinite
             film.envs[0].render()
     except Exception as error:  # of any kind, depending on the drawing library
-        hint = "without a screen MuJoCo draws with EGL, or with OSMesa if MUJOCO_GL=osmesa"
+        hint = "without a screen MuJoCo draws with EGL (libegl1), or OSMesa if MUJOCO_GL=osmesa"
         reason = " ".join(str(error).split())
         require(False, f"--video: {env_id} cannot be filmed here: {reason} ({hint})")
 
