@@ -9,7 +9,6 @@ import json
 import math
 import re
 import sys
-from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from common import canonical, refuse
 SCRIPTS = Path(__file__).resolve().parent.parent / "cleanrl_sparse"
 # SMOKE=1: what makes a run tiny, of the flags that a script has.
 ONLINE = """total-timesteps 2000; learning-starts 1900; buffer-size 2000; batch-size 8 16;
-    epoch-steps 1000; target-every 50; prune-every 5; max-sparsity-step 0.3 0.2; width 1 2;
+    epoch-steps 1000; target-every 20; prune-every 5; max-sparsity-step 0.3 0.2; width 1 2;
     analysis-every 2000; eval-episodes 2; eval-steps 200"""
 OFFLINE = """total-timesteps 60; dataset tests/data/hopper-random.hdf5; env-id Hopper-v5;
     batch-size 32; epoch-steps 20; eval-episodes 2"""
@@ -69,7 +68,10 @@ def flags_of(script: str) -> dict[str, Flag]:
                 continue
             name, kind = ast.unparse(node.target).replace("_", "-"), ast.unparse(node.annotation)
             if "ClassVar" not in kind and name not in ("run-dir", "resume"):
-                found[name] = Flag(ast.literal_eval(node.value), kind)
+                try:
+                    found[name] = Flag(ast.literal_eval(node.value), kind)
+                except ValueError:
+                    refuse(f"{script}: the default of --{name} must be a plain value")
     return found
 
 
@@ -142,8 +144,11 @@ def values_of(words: list[str], script: str, known: dict[str, Flag]) -> Lists:
         if not values or "" in values:
             refuse(f"--{name}: a value is missing")
         lists[name] = [read_value(name, value, known[name].kind) for value in values]
-        if twice := [value for value, times in Counter(lists[name]).items() if times > 1]:
-            refuse(f"{twice[0]}: twice in --{name}")
+        seen = set[object]()
+        for value in lists[name]:
+            if normal(script, name, value) in seen:
+                refuse(f"{value}: twice in --{name}")
+            seen.add(normal(script, name, value))
     return lists
 
 

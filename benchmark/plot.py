@@ -26,7 +26,8 @@ Scores of Atari games are human-normalised and pooled over the games; --baseline
 other environments, with random play as 0 and the mean of that curve as 1. Else returns are shown
 for each environment. Statistics are Agarwal et al.'s (2021, https://arxiv.org/abs/2108.13264): IQM,
 optimality gap, median and mean of the games' means, with 95 % percentile intervals from a bootstrap
-that redraws the seeds within each game; where no environment has four seeds, mean and range.
+that redraws the seeds within each game; of environments one by one, none with four seeds, mean and
+range.
 """
 
 from __future__ import annotations
@@ -208,7 +209,12 @@ def baseline_of(runs: list[Run], args: Args) -> dict[str, tuple[float, float]]:
         refuse(f"--baseline {shlex.join(args.baseline)}: no finished run of it; there are {names}")
     if unknown := [env_id for env_id in finals if env_id not in RANDOM]:
         refuse(f"--baseline: the score of random play is not known of {unknown[0]}")
-    return {env_id: (RANDOM[env_id], float(np.mean(own))) for env_id, own in finals.items()}
+    scale = {env_id: (RANDOM[env_id], float(np.mean(own))) for env_id, own in finals.items()}
+    for env_id, (low, high) in scale.items():
+        if high <= low:
+            line = f"on {env_id} it is no better than random play; scores there mean nothing"
+            print(f"plot.py: --baseline {shlex.join(args.baseline)}: {line}", file=sys.stderr)
+    return scale
 
 
 def add_scores(runs: list[Run], args: Args) -> None:
@@ -234,10 +240,13 @@ def add_scores(runs: list[Run], args: Args) -> None:
 
 
 def iqm(strata: Strata) -> np.ndarray:
-    """Return the mean of all scores, of all environments, but the int(n / 4) lowest and highest."""
+    """Return the mean of all scores, of all environments, but the int(n / 4) lowest and highest;
+    NaN where one is NaN, which sorting would take for the highest.
+    """
     scores = np.sort(np.concatenate(strata, -1), -1)
     cut = scores.shape[-1] // 4
-    return scores[..., cut : scores.shape[-1] - cut].mean(-1)
+    kept = scores[..., cut : scores.shape[-1] - cut].mean(-1)
+    return np.where(np.isnan(scores[..., -1]), np.nan, kept)
 
 
 # All but the IQM and the optimality gap weigh environments equally, however many seeds each has.
@@ -541,8 +550,8 @@ def draw_profile(runs: list[Run], args: Args) -> Drawing:
     figure, axes = new_figure(len(panels))
     for (facts, mine), axis in zip(panels, axes[:, 0]):
         finals = [(run, run.final("score", args.last)) for run in mine]
-        done = [(run, final) for run, final in finals if final is not None and np.isfinite(final)]
-        scores = [final for _, final in done] or [0.0]
+        done = [(run, final) for run, final in finals if final is not None]  # NaN: above nothing
+        scores = [final for _, final in done if np.isfinite(final)] or [0.0]
         taus = np.linspace(min(0, *scores), np.quantile(scores, 0.975), 161)
 
         def above(strata: Strata) -> np.ndarray:
@@ -820,7 +829,9 @@ def source_of(args: Args) -> tuple[Path, list[Row]]:
     """Return the CSV file or the manifest that GRID names, or the one that run folders would have;
     and what is planned, nothing for a CSV file.
     """
-    folders = [Path(name) for name in args.grid]
+    folders, path = [Path(name) for name in args.grid], runs_folder() / f"{args.grid[0]}.jsonl"
+    if len(folders) == 1 and path.exists():
+        return path, plans_of_grid(path)
     if all(folder.is_dir() for folder in folders):
         return folders[0].parent / "comparison.jsonl", plans_of_folders(folders, args)
     if len(folders) > 1:
@@ -828,7 +839,6 @@ def source_of(args: Args) -> tuple[Path, list[Row]]:
         refuse(f"{missing}: not a folder; GRID is one grid, one .csv file, or folders of runs")
     if folders[0].suffix == ".csv":
         return folders[0], []
-    path = runs_folder() / f"{args.grid[0]}.jsonl"
     return path, plans_of_grid(path)
 
 

@@ -157,14 +157,18 @@ def plans_of_folders(folders: list[Path], args: Args) -> list[Row]:
     ignored = {"env_id", "seed", "run_dir", "resume", "device", "track", "wandb_project", "dataset"}
     ignored |= {"checkpoint_minutes", "keep_checkpoint", args.x, args.panel}
     names = list(dict.fromkeys(name for flags in found.values() for name in flags))
-    texts = {name: {text_of(flags.get(name)) for flags in found.values()} for name in names}
-    differing = [name for name in names if name not in ignored and len(texts[name]) > 1]
+
+    def differs(name: str, script: object = None) -> bool:
+        """Return whether all runs have this flag, or all of a script, and with different values."""
+        mine = [own for own in found.values() if script is None or own.get("script") == script]
+        return all(name in own for own in mine) and len({text_of(own[name]) for own in mine}) > 1
+
     plans = []
     for folder, flags in found.items():
         script = str(flags.get("script", ""))
-        parts = [Path(script).stem] if "script" in differing else []
-        for name in differing:
-            if name in flags and name != "script":
+        parts = [Path(script).stem] if differs("script") else []
+        for name in names:
+            if name not in ignored | {"script"} and (differs(name) or differs(name, script)):
                 parts.append(f"{name.replace('_', '-')} {text_of(flags[name])}")
         curve = ", ".join(parts) or Path(script).stem
         plan = {"curve": curve, "script": script, "flags": flags, "folder": folder}

@@ -470,9 +470,13 @@ def test_one_name_for_one_environment(place: Place) -> None:
     (place.folder / "cleanrl_sparse" / "dqn_atari.py").write_text(STAND_IN)
     (place.folder / "cleanrl_sparse" / "sac.py").write_text(STAND_IN)
     names = ["ms_pacman", "MsPacman", "ALE/MsPacman-v5", "MsPacmanNoFrameskip-v4"]
-    place.launch("add", "g", "a", "dqn_atari.py", "--env-id", *names)
-    place.launch("add", "g", "b", "sac.py", "--env-id", "Hopper", "Hopper-v5")
-    place.launch("add", "g", "c", "stand_in.py", "--env-id", "x" * 300)
+    for name in names:
+        place.launch("add", "g", name, "dqn_atari.py", "--env-id", name)
+    place.launch("add", "g", "b", "sac.py", "--env-id", "Hopper")
+    place.launch("add", "g", "c", "sac.py", "--env-id", "Hopper-v5")
+    status, _, err = place.launch("add", "g", "d", "sac.py", "--env-id", "Hopper", "Hopper-v5")
+    assert status == 2 and err == "launch.py: Hopper-v5: twice in --env-id\n"
+    place.launch("add", "g", "e", "stand_in.py", "--env-id", "x" * 300)
     folders = [run["folder"] for run in place.manifest()]
     assert len({*folders[:4]}) == 1 and folders[0].startswith("MsPacman__")
     assert len({*folders[4:6]}) == 1 and folders[4].startswith("Hopper-v5__")

@@ -152,6 +152,8 @@ def test_statistics_of_a_few_scores_by_hand(module: ModuleType) -> None:
     assert module.iqm(strata([[1, 2, 100, 3], [-50, 4, 5, 6]])) == 3.5
     assert module.iqm(strata([[1, 2, 6]])) == 3  # int(0.75) = 0 of three fall away
     assert module.iqm(strata([[9, 1, 2, 3, -7]])) == 2
+    assert np.isnan(module.iqm(strata([[10, 20, 30, 40, np.nan]]))), "no trimmed best score"
+    assert module.iqm(strata([[10, 20, 30, 40, np.inf]])) == 30
     statistics = module.STATISTICS
     # 1 - 0.5, 0, 0, 1 - (-1): 2.5 of four.
     assert statistics["gap"](strata([[0.5, 2.0], [1.0, -1.0]])) == 0.625
@@ -410,7 +412,11 @@ def test_a_profile_is_the_share_of_runs_above(
     for seed, value in enumerate((12.1, 24.1, 36.1, 48.1), 1):
         plan(tmp_path, "DQN", "Boxing", seed, epochs(value))  # 1, 2, 3, 4
     plan(tmp_path, "DQN", "Boxing", 5, epochs(99.0), finished=False)
+    plan(tmp_path, "lost", "Boxing", 1, epochs(12.1))
+    plan(tmp_path, "lost", "Boxing", 2, epochs(float("nan")))
     plot("profile", "grid")
+    lost = figures[0].axes[0].get_lines()[1].get_data()[1]
+    assert lost[1] == 0.5 and lost[-1] == 0, "a score that is NaN is above nothing"
     taus, shares = figures[0].axes[0].get_lines()[0].get_data()
     assert taus[0] == 0 and shares[taus < 0.99].tolist() == [1.0] * sum(taus < 0.99)
     assert set(shares[(taus > 1.01) & (taus < 1.99)]) == {0.75} and shares[-1] == 0.25
@@ -872,7 +878,7 @@ def hopper(*returns: float) -> list[Record]:
 
 
 def test_runs_made_by_hand_are_named_by_what_differs(
-    tmp_path: Path, plot: Plot, module: ModuleType
+    tmp_path: Path, plot: Plot, module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No manifest: the folders alone. Seeds are the runs of a curve; folders and devices say
     nothing.
@@ -890,10 +896,26 @@ def test_runs_made_by_hand_are_named_by_what_differs(
     assert found == [("sparsity 0", "2", "5"), ("sparsity 0.9", "1", "20")]
     module.main(tyro.cli(module.Args, args=["curves", *folders[:2]]))
     assert [row["curve"] for row in read(tmp_path / "comparison_table.csv")] == ["sac"]
+    # What one script alone has is no difference between two.
+    other = plan(tmp_path, "x", "Hopper-v5", 1, hopper(1.0, 5.0), script="other.py")
+    flags = json.loads((other / "args.json").read_text()) | {"num_networks": 5}
+    (other / "args.json").write_text(json.dumps(flags))
+    module.main(tyro.cli(module.Args, args=["curves", *folders, str(other)]))
+    found = [row["curve"] for row in read(tmp_path / "comparison_table.csv")]
+    assert found == ["sac, sparsity 0", "sac, sparsity 0.9", "other, sparsity 0"]
+    # A folder that is called like a grid does not hide it.
+    plan(tmp_path, "x", "Hopper-v5", 1, hopper(1.0, 5.0), script="sac.py", grid="own")
+    monkeypatch.chdir(tmp_path)
+    Path("own").mkdir()
+    assert [row["mean"] for row in plot("curves", "own")] == ["5"]
 
 
 def test_a_baseline_puts_games_without_a_human_score_on_one_scale(
-    tmp_path: Path, plot: Plot, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    plot: Plot,
+    module: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """(return - random) / (mean of the baseline - random), here of two MinAtar games."""
     monkeypatch.setitem(module.RANDOM, "MinAtar/Breakout", 1.0)
@@ -913,6 +935,10 @@ def test_a_baseline_puts_games_without_a_human_score_on_one_scale(
     assert float(rows["95 %", "1"]["mean"]) == pytest.approx((19 / 14 + 80 / 60) / 2, abs=1e-5)
     text = (tmp_path / "grid.md").read_text()
     assert "Random play is 0, the mean of dense 1 is 1" in text and "thousand" in text
+    assert not capsys.readouterr().err
+    monkeypatch.setitem(module.RANDOM, "MinAtar/Freeway", 70.0)
+    plot(*flags)
+    assert "--baseline dense 1: on MinAtar/Freeway it is no better" in capsys.readouterr().err
 
 
 def test_epochs_beside_the_published_prediction_interval(
